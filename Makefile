@@ -1,0 +1,114 @@
+# dcp_native: `make demo` runs the main job, `make test` runs all tests.  See README.md.
+#
+# Every command works from a fresh clone: it makes .venv, installs torch and builds the package first.
+# With a torch already installed: make demo PYTHON=/path/to/python (its environment is used as it is).
+
+VENV    := .venv
+TORCH   := torch==2.13.0
+BASE    ?= python3
+CC      ?= gcc
+
+ifdef PYTHON
+RUN_PY  := $(PYTHON)
+else
+RUN_PY  := $(VENV)/bin/python
+endif
+
+CORE_SRC   := $(wildcard csrc/core/*.c)
+CTEST_SRC  := $(wildcard tests/c/test_*.c)
+CTEST_AID  := $(filter-out $(CTEST_SRC),$(wildcard tests/c/*.c))
+HEADERS    := $(wildcard csrc/include/*.h csrc/core/*.h tests/c/*.h)
+CTESTS     := $(patsubst tests/c/%.c,build/ctest/%,$(CTEST_SRC))
+T          ?= *
+
+C_WARN  := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wconversion -Wno-sign-conversion
+C_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -DDCP_DEBUG -Icsrc/include -Icsrc/core -Itests/c $(C_WARN)
+SANITIZE ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+.PHONY: demo test bench lint ctest ctest-build clean set-up build compile_commands FORCE
+
+ctest-build: $(CTESTS)
+
+ctest: $(CTESTS)
+	@for t in $(filter $(addprefix build/ctest/test_,$(T)) $(if $(filter *,$(T)),%),$(CTESTS)); do \
+	    echo "== $$t"; timeout 600 $$t || exit 1; done
+
+build/obj/%.o: csrc/core/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) -Werror -c $< -o $@
+
+build/obj/aid_%.o: tests/c/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) -c $< -o $@
+
+build/libcore.a: $(patsubst csrc/core/%.c,build/obj/%.o,$(CORE_SRC))
+	@rm -f $@
+	ar rcs $@ $^
+
+build/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,build/obj/aid_%.o,$(CTEST_AID)) build/libcore.a $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) build/libcore.a -lpthread -o $@
+
+# ---- the package: environment, build, lint ----
+
+# What decides the package's binaries besides its sources: interpreter, torch, switches.
+BUILD_ID  = $(RUN_PY) -c 'import sys, importlib.metadata as m; \
+    print(sys.executable, sys.version, *(d.version for d in m.distributions(name="torch")))'
+EXT_SRC  := $(wildcard csrc/core/*.[ch] csrc/py/*.[ch] csrc/include/*.h csrc/bridge/*.cpp csrc/bridge/*.h)
+SETUP_SRC := setup.py pyproject.toml
+
+ifdef PYTHON
+SET_UP   :=
+INSTALL   = $(RUN_PY) setup.py --quiet build_ext --inplace --force
+else
+SET_UP   := $(VENV)/.set-up
+INSTALL   = $(RUN_PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+endif
+
+set-up: $(SET_UP)
+
+$(VENV)/.set-up: requirements-test.txt
+	@test -x $(VENV)/bin/python || { echo "== making $(VENV)"; $(BASE) -m venv $(VENV); }
+	@echo "== installing $(TORCH) and the test tools into $(VENV) (a few minutes the first time)"
+	$(VENV)/bin/python -m pip install --quiet $(TORCH) 'setuptools>=77' wheel -r requirements-test.txt
+	@touch $@
+
+# Rewritten only when it changes, so that a build for another interpreter is a build anew.
+build/.id: FORCE $(SET_UP)
+	@mkdir -p build
+	@id="$$($(BUILD_ID)) $$DCP_NATIVE_SANITIZE/$$DCP_NATIVE_DEBUG/$$DCP_NATIVE_COVERAGE"; \
+	    [ "$$id" = "$$(cat $@ 2>/dev/null)" ] || echo "$$id" > $@
+
+# A change of sources compiles the module it belongs to; anything else installs the package anew.
+build/.built: build/.id $(SETUP_SRC) $(EXT_SRC)
+	@echo "== building dcp_native for $(RUN_PY)"
+	$(if $(filter build/.id $(SETUP_SRC),$?),$(INSTALL),$(RUN_PY) setup.py --quiet build_ext --inplace)
+	@touch $@
+
+build: build/.built
+
+lint: $(SET_UP)
+	$(RUN_PY) -m ruff check .
+
+# ---- what people run ----
+
+demo: build
+	$(RUN_PY) demo/run.py
+
+# C tests under sanitizers, then the rest with the built package.
+test: build
+	$(MAKE) --no-print-directory -j2 ctest-build
+	$(MAKE) --no-print-directory ctest
+	$(MAKE) --no-print-directory lint
+	$(RUN_PY) -m pytest -q
+
+bench: build
+	$(RUN_PY) benchmarks/bench.py $(BENCH)
+
+compile_commands: $(SET_UP)
+	$(RUN_PY) tools/compile_commands.py
+
+FORCE:
+
+clean:
+	rm -rf build dcp_native/*.so *.egg-info compile_commands.json

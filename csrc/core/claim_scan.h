@@ -1,0 +1,86 @@
+/*
+ * claim_scan.h: what lies in a checkpoint directory, as the commit protocol sees it (private to
+ * commit.c, claim.c and claim_scan.c).
+ */
+#ifndef DCP_CORE_CLAIM_SCAN_H
+#define DCP_CORE_CLAIM_SCAN_H
+
+#include "dcp_commit.h"
+
+/* A claim file, from its name alone: its text may be cut short by a crash. */
+struct dcp_claim_name {
+    int32_t rank; /* -1: the global claim */
+    uint32_t n0;
+    char text[DCP_CLAIM_NAME_BYTES];
+};
+
+/* rank and n of a data file as one number, for sorting. */
+static inline uint64_t
+dcp_file_key(uint32_t rank, uint64_t n)
+{
+    return (uint64_t)rank << 32 | (uint32_t)n;
+}
+
+/* One walk over the directory.  Zero-initialised is an empty one. */
+struct dcp_dir_scan {
+    struct dcp_buf claims;   /* struct dcp_claim_name */
+    struct dcp_buf files;    /* uint64_t: dcp_file_key of each data file */
+    struct dcp_buf metadata; /* uint32_t: rank of each __<rank>.metadata */
+};
+
+/* Forgets what *scan held and walks.  DCP_E_REMOVED when the directory is gone. */
+int dcp_dir_scan_run(const struct dcp_claim *claim, struct dcp_dir_scan *scan,
+                     struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_dir_scan_clean_up(struct dcp_dir_scan *scan);
+
+static inline size_t
+dcp_dir_scan_claims_count(const struct dcp_dir_scan *scan)
+{
+    return scan->claims.len / sizeof(struct dcp_claim_name);
+}
+
+static inline const struct dcp_claim_name *
+dcp_dir_scan_claim(const struct dcp_dir_scan *scan, size_t i)
+{
+    return (const struct dcp_claim_name *)(const void *)scan->claims.data + i;
+}
+
+/* Data files that metadata files name. */
+struct dcp_reference_set {
+    struct dcp_buf files; /* uint64_t: dcp_file_key */
+    bool incomplete;      /* some metadata file could not be read: any file may be referenced */
+};
+
+/* Adds what the metadata file `name` references; an absent one references nothing.  Fails only for
+ * want of memory: what cannot be read makes the set incomplete. */
+int dcp_reference_set_add(const struct dcp_claim *claim, const char *name,
+                          struct dcp_reference_set *set, struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_reference_set_clean_up(struct dcp_reference_set *set);
+
+/* The save id in the footer of the metadata file `name`, zero when it has none or there is no such
+ * file (then *ret_present is false). */
+int dcp_claim_read_save_id(const struct dcp_claim *claim, const char *name, bool *ret_present,
+                           struct dcp_save_id *ret_id, struct dcp_error *err) DCP_MUST_CHECK;
+
+void dcp_claim_name_put(char *ret_name, int32_t rank, uint64_t n0, const struct dcp_save_id *id);
+bool dcp_claim_name_parse(const char *name, struct dcp_claim_name *ret);
+void dcp_metadata_name(char *ret_name, int32_t rank);
+
+/* True when the directory itself is gone, not only a file of it. */
+bool dcp_claim_dir_removed(const struct dcp_claim *claim);
+/* Fills *err from a failed call on `name`: DCP_E_REMOVED when the directory is gone, else DCP_E_IO.
+ * `what` says what was tried. */
+int dcp_claim_error(const struct dcp_claim *claim, int sys_errno, const char *what,
+                    const char *name, struct dcp_error *err);
+
+/* ---- claim_references.c, which is all that the protocol knows of the metadata format.  The model
+ * test links its own two functions and runs on a format of a few bytes. */
+
+/* Non-zero stops the walk and is returned. */
+typedef int (*dcp_reference_fn)(void *ctx, const char *name, size_t len);
+
+int dcp_claim_references(const uint8_t *image, size_t len, dcp_reference_fn fn, void *fn_ctx,
+                         struct dcp_error *err) DCP_MUST_CHECK;
+bool dcp_claim_image_save_id(const uint8_t *image, size_t len, struct dcp_save_id *ret_id);
+
+#endif

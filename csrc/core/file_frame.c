@@ -1,0 +1,265 @@
+/*
+ * file_frame.c: what a data file holds besides records: the header in front, the block table
+ * behind.
+ *
+ * The header tells a stale or foreign file before the first read of it; the table gathers the CRCs
+ * of all blocks of a file, so that a reader of parts of many tensors fetches them with one request.
+ * Both carry a magic, a version and a CRC over all their other bytes.
+ *
+ * Header, 64 bytes:  magic[4] version crc rank | save_id[16] | n 0 length(8) | table offset(8)
+ * bytes(8).  Table: magic[4] version crc entries | save_id[16] | blocks(8) | per entry: offset(8)
+ * bytes(8) crc 0 | all block CRCs | zeros up to a multiple of 8.  Numbers are little endian, 4
+ * bytes where no width is given.
+ *
+ * Threads: no state.
+ */
+#include "dcp_record.h"
+
+#include "dcp_crc32.h"
+#include "le_bytes.h"
+
+enum {
+    CRC_OFFSET = 8, /* in both */
+    TABLE_VERSION = 1,
+    TABLE_HEADER_BYTES = 40,
+    TABLE_ENTRY_BYTES = 24,
+    TABLE_ALIGN_BYTES = 8,
+};
+
+/* The first byte is no text and no start of a zip or a pickle. */
+static const uint8_t header_magic[4] = {0x89, 'D', 'C', 'P'};
+static const uint8_t table_magic[4] = {0x89, 'D', 'C', 'B'};
+
+static int
+damaged(struct dcp_error *err, const char *what)
+{
+    return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
+                         "reading a data file's frame failed: %s; the file is damaged or another "
+                         "save's",
+                         what);
+}
+
+/* Over everything but the four bytes where the CRC itself stands. */
+static uint32_t
+frame_crc(const uint8_t *bytes, size_t len)
+{
+    uint32_t crc = dcp_crc32(0, bytes, CRC_OFFSET);
+    return dcp_crc32(crc, bytes + CRC_OFFSET + 4, len - CRC_OFFSET - 4);
+}
+
+void
+dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header)
+{
+    uint8_t *start = dcp_buf_extend(buf, DCP_FILE_HEADER_BYTES);
+    if (start == NULL) {
+        return;
+    }
+    uint8_t *at = le_put_bytes(start, header_magic, sizeof header_magic);
+    at = le_put32(le_put32(at, DCP_FILE_VERSION), 0);
+    at = le_put32(at, header->rank);
+    at = le_put_bytes(at, header->save_id.bytes, sizeof header->save_id.bytes);
+    at = le_put32(le_put32(at, header->n), 0);
+    at = le_put64(at, header->length_bytes);
+    at = le_put64(at, header->table_offset_bytes);
+    at = le_put64(at, header->table_bytes);
+    DCP_ASSERT(at == start + DCP_FILE_HEADER_BYTES);
+    (void)le_put32(start + CRC_OFFSET, frame_crc(start, (size_t)(at - start)));
+}
+
+int
+dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret, struct dcp_error *err)
+{
+    struct dcp_cursor c = {.data = bytes, .len = DCP_FILE_HEADER_BYTES};
+    if (memcmp(dcp_cursor_bytes(&c, 4), header_magic, sizeof header_magic) != 0) {
+        return damaged(err, "it does not start with dcp_native's header");
+    }
+    uint32_t version = dcp_cursor_u32(&c);
+    if (dcp_cursor_u32(&c) != frame_crc(bytes, DCP_FILE_HEADER_BYTES)) {
+        return damaged(err, "the CRC of the header does not match");
+    }
+    if (version != DCP_FILE_VERSION) {
+        return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
+                             "reading a data file's header failed: it has version %u, this reader "
+                             "knows %u; read it with a newer dcp_native",
+                             version, DCP_FILE_VERSION);
+    }
+    struct dcp_file_header header = {.rank = dcp_cursor_u32(&c)};
+    memcpy(header.save_id.bytes, dcp_cursor_bytes(&c, sizeof header.save_id.bytes),
+           sizeof header.save_id.bytes);
+    header.n = dcp_cursor_u32(&c);
+    (void)dcp_cursor_u32(&c);
+    header.length_bytes = dcp_cursor_u64(&c);
+    header.table_offset_bytes = dcp_cursor_u64(&c);
+    header.table_bytes = dcp_cursor_u64(&c);
+    uint64_t table_end;
+    if (dcp_add_overflows_u64(header.table_offset_bytes, header.table_bytes, &table_end) ||
+        table_end > header.length_bytes || header.length_bytes < DCP_FILE_HEADER_BYTES) {
+        return damaged(err, "the header's lengths contradict each other");
+    }
+    DCP_ASSERT(!c.failed);
+    *ret = header;
+    return 0;
+}
+
+/* ---- block table ---- */
+
+static uint64_t
+blocks_of(uint64_t payload_bytes)
+{
+    return payload_bytes / DCP_BLOCK_BYTES + (payload_bytes % DCP_BLOCK_BYTES != 0);
+}
+
+uint64_t
+dcp_block_table_bytes(uint32_t entries_count, uint64_t blocks_count)
+{
+    DCP_ASSERT(blocks_count <= UINT64_MAX / 8);
+    uint64_t bytes =
+        TABLE_HEADER_BYTES + (uint64_t)entries_count * TABLE_ENTRY_BYTES + blocks_count * 4;
+    return dcp_align_up(bytes, TABLE_ALIGN_BYTES);
+}
+
+void
+dcp_block_table_put(struct dcp_buf *buf, const struct dcp_save_id *save_id,
+                    const struct dcp_block_entry *entries, uint32_t entries_count)
+{
+    uint64_t blocks_count = 0;
+    for (uint32_t i = 0; i < entries_count; i++) {
+        DCP_ASSERT(i == 0 || entries[i - 1].payload_offset_bytes < entries[i].payload_offset_bytes);
+        blocks_count += blocks_of(entries[i].payload_bytes);
+    }
+    uint64_t total = dcp_block_table_bytes(entries_count, blocks_count);
+    uint8_t *start = dcp_buf_extend(buf, total);
+    if (start == NULL) {
+        return;
+    }
+    uint8_t *at = le_put_bytes(start, table_magic, sizeof table_magic);
+    at = le_put32(le_put32(at, TABLE_VERSION), 0);
+    at = le_put32(at, entries_count);
+    at = le_put_bytes(at, save_id->bytes, sizeof save_id->bytes);
+    at = le_put64(at, blocks_count);
+    for (uint32_t i = 0; i < entries_count; i++) {
+        at = le_put64(at, entries[i].payload_offset_bytes);
+        at = le_put64(at, entries[i].payload_bytes);
+        at = le_put32(le_put32(at, entries[i].payload_crc), 0);
+    }
+    for (uint32_t i = 0; i < entries_count; i++) {
+        for (uint64_t k = 0; k < blocks_of(entries[i].payload_bytes); k++) {
+            at = le_put32(at, entries[i].block_crcs[k]);
+        }
+    }
+    memset(at, 0, (size_t)(start + total - at));
+    (void)le_put32(start + CRC_OFFSET, frame_crc(start, total));
+}
+
+/* The fixed part: magic, version, CRC, save id, and counts that fit `len`. */
+static int
+read_table_header(struct dcp_cursor *c, const struct dcp_save_id *save_id,
+                  uint32_t *ret_entries_count, uint64_t *ret_blocks_count, struct dcp_error *err)
+{
+    if (c->len < TABLE_HEADER_BYTES ||
+        memcmp(dcp_cursor_bytes(c, 4), table_magic, sizeof table_magic) != 0) {
+        return damaged(err, "the block table is not where the header says");
+    }
+    uint32_t version = dcp_cursor_u32(c);
+    if (dcp_cursor_u32(c) != frame_crc(c->data, c->len)) {
+        return damaged(err, "the CRC of the block table does not match");
+    }
+    *ret_entries_count = dcp_cursor_u32(c);
+    const uint8_t *id = dcp_cursor_bytes(c, sizeof save_id->bytes);
+    if (version != TABLE_VERSION || memcmp(id, save_id->bytes, sizeof save_id->bytes) != 0) {
+        return damaged(err, "the block table belongs to another save");
+    }
+    *ret_blocks_count = dcp_cursor_u64(c);
+    if (*ret_blocks_count > c->len / 4 ||
+        dcp_block_table_bytes(*ret_entries_count, *ret_blocks_count) != c->len) {
+        return damaged(err, "the block table's length contradicts its counts");
+    }
+    return 0;
+}
+
+static int
+read_table_entries(struct dcp_cursor *c, uint64_t blocks_count, struct dcp_block_table *table,
+                   struct dcp_error *err)
+{
+    uint64_t used = 0, previous_end = 0;
+    for (uint32_t i = 0; i < table->entries_count; i++) {
+        struct dcp_block_entry *entry = &table->entries[i];
+        entry->payload_offset_bytes = dcp_cursor_u64(c);
+        entry->payload_bytes = dcp_cursor_u64(c);
+        entry->payload_crc = dcp_cursor_u32(c);
+        (void)dcp_cursor_u32(c);
+        entry->block_crcs = table->crcs + used;
+        uint64_t blocks = blocks_of(entry->payload_bytes), end;
+        if (dcp_add_overflows_u64(entry->payload_offset_bytes, entry->payload_bytes, &end) ||
+            entry->payload_offset_bytes < previous_end || blocks > blocks_count - used) {
+            return damaged(err, "the block table's entries contradict each other");
+        }
+        previous_end = end;
+        used += blocks;
+    }
+    if (used != blocks_count) {
+        return damaged(err, "the block table's entries contradict each other");
+    }
+    for (uint64_t i = 0; i < blocks_count; i++) {
+        table->crcs[i] = dcp_cursor_u32(c);
+    }
+    DCP_ASSERT(!c->failed);
+    return 0;
+}
+
+int
+dcp_block_table_parse(const uint8_t *bytes, size_t len, const struct dcp_save_id *save_id,
+                      struct dcp_block_table *ret, struct dcp_error *err)
+{
+    struct dcp_cursor c = {.data = bytes, .len = len};
+    struct dcp_block_table table = {.entries_count = 0};
+    uint64_t blocks_count = 0;
+    int rc = read_table_header(&c, save_id, &table.entries_count, &blocks_count, err);
+    if (rc != 0) {
+        return rc;
+    }
+    table.entries = dcp_calloc(table.entries_count, sizeof *table.entries);
+    table.crcs = dcp_malloc_array(blocks_count, sizeof *table.crcs);
+    if (table.entries == NULL || table.crcs == NULL) {
+        rc = dcp_error_set(err, DCP_E_NOMEM, 0, NULL,
+                           "reading a block table of %zu bytes failed: out of memory", len);
+        goto fail;
+    }
+    rc = read_table_entries(&c, blocks_count, &table, err);
+    if (rc != 0) {
+        goto fail;
+    }
+    *ret = table;
+    return 0;
+fail:
+    dcp_block_table_clean_up(&table);
+    return rc;
+}
+
+const struct dcp_block_entry *
+dcp_block_table_find(const struct dcp_block_table *table, uint64_t payload_offset_bytes)
+{
+    uint32_t low = 0, high = table->entries_count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (table->entries[middle].payload_offset_bytes < payload_offset_bytes) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    bool found = low < table->entries_count &&
+                 table->entries[low].payload_offset_bytes == payload_offset_bytes;
+    return found ? &table->entries[low] : NULL;
+}
+
+void
+dcp_block_table_clean_up(struct dcp_block_table *table)
+{
+    if (table == NULL) {
+        return;
+    }
+    dcp_free(table->entries);
+    dcp_free(table->crcs);
+    *table = (struct dcp_block_table){.entries_count = 0};
+}

@@ -1,0 +1,141 @@
+/*
+ * group.c: the state that saves and loads of one process group share.
+ *
+ * The installed plan lives here and nowhere else: it is valid for this very group object, so a
+ * restarted rank or a new group always plans again.  Only a save whose install vote succeeded
+ * replaces it.
+ */
+#include "group.h"
+
+#include <string.h>
+#include <time.h>
+
+uint64_t
+dcp_now_ns(void)
+{
+    struct timespec now;
+
+    if (clock_gettime(CLOCK_MONOTONIC, &now) != 0) {
+        return 0;
+    }
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+void
+dcp_installed_plan_clean_up(struct dcp_installed_plan *installed)
+{
+    dcp_free(installed->keep);
+    dcp_layout_clean_up(&installed->layout);
+    dcp_global_plan_clean_up(&installed->global);
+    for (uint32_t i = 0; installed->plans != NULL && i < installed->plans_count; i++) {
+        dcp_plan_clean_up(&installed->plans[i]);
+    }
+    dcp_free(installed->plans);
+    memset(installed, 0, sizeof *installed);
+}
+
+int
+dcp_group_check(const struct dcp_group *group, struct dcp_error *err)
+{
+    if (group->poisoned) {
+        return dcp_error_set(
+            err, DCP_E_COMM, 0, NULL,
+            "this process group was left in the middle of a collective (an interrupt or an earlier "
+            "failure); it can no longer be used for checkpoints: make a new group or restart");
+    }
+    return 0;
+}
+
+struct dcp_failure
+dcp_failure_from_error(const struct dcp_error *err, uint32_t rank)
+{
+    return (struct dcp_failure){
+        .rank = rank,
+        .kind = DCP_FAILURE_CORE,
+        .bytes = (uint8_t *)err,
+        .len = sizeof *err,
+    };
+}
+
+int
+dcp_group_settle_failures(struct dcp_group *group, const struct dcp_save_id *id,
+                          const struct dcp_failure *mine, struct dcp_failure_list *ret_list,
+                          struct dcp_error *err)
+{
+    bool all_ok = false;
+    int rc = dcp_group_check(group, err);
+
+    if (rc == 0) {
+        rc = dcp_status_run(&group->comm, id, mine == NULL, &all_ok, err);
+    }
+    if (rc == 0 && all_ok) {
+        return 0;
+    }
+    if (rc == 0) {
+        rc = dcp_failure_exchange(&group->comm, mine, ret_list, err);
+    }
+    if (rc != 0) {
+        group->poisoned = true;
+        return rc;
+    }
+    return dcp_error_set(err, DCP_E_PEER, 0, NULL, "%zu rank(s) failed", ret_list->count);
+}
+
+int
+dcp_group_new(struct dcp_comm *comm, uint32_t coordinator, struct dcp_group **ret_group,
+              struct dcp_error *err)
+{
+    struct dcp_group *group;
+
+    if (coordinator >= comm->size) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                             "coordinator_rank %u is not a rank of this group of %u", coordinator,
+                             comm->size);
+    }
+    group = dcp_calloc(1, sizeof *group);
+    if (group == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a group's state");
+    }
+    group->comm = *comm;
+    group->coordinator = coordinator;
+    memset(comm, 0, sizeof *comm);
+    *ret_group = group;
+    return 0;
+}
+
+void
+dcp_group_destroy(struct dcp_group *group)
+{
+    if (group == NULL) {
+        return;
+    }
+    dcp_installed_plan_clean_up(&group->installed);
+    if (group->comm.destroy != NULL) {
+        group->comm.destroy(group->comm.ctx);
+    }
+    dcp_free(group);
+}
+
+const struct dcp_comm *
+dcp_group_comm(const struct dcp_group *group)
+{
+    return &group->comm;
+}
+
+uint32_t
+dcp_group_coordinator(const struct dcp_group *group)
+{
+    return group->coordinator;
+}
+
+void
+dcp_group_forget_plan(struct dcp_group *group)
+{
+    dcp_installed_plan_clean_up(&group->installed);
+}
+
+void
+dcp_group_poison(struct dcp_group *group)
+{
+    group->poisoned = true;
+}

@@ -1,0 +1,41 @@
+/*
+ * group.h: what the transfers of one group share (private to the core).
+ */
+#ifndef DCP_CORE_GROUP_H
+#define DCP_CORE_GROUP_H
+
+#include "dcp_transfer.h"
+
+/* A plan that every rank of the group installed; it stays until another one is installed. */
+struct dcp_installed_plan {
+    bool valid;
+    struct dcp_hash128 plan_id;     /* random, the coordinator's */
+    struct dcp_hash128 fingerprint; /* of this rank's plan */
+    uint8_t *keep;                  /* owned bitmap over this rank's items */
+    struct dcp_layout layout;       /* owned: this rank's files */
+    struct dcp_plan *plans;         /* coordinator: owned, all ranks */
+    uint32_t plans_count;
+    struct dcp_global_plan global; /* coordinator: borrows `plans` */
+};
+
+struct dcp_group {
+    struct dcp_comm comm; /* owned */
+    uint32_t coordinator;
+    bool poisoned;
+    struct dcp_installed_plan installed;
+};
+
+void dcp_installed_plan_clean_up(struct dcp_installed_plan *installed);
+int dcp_group_check(const struct dcp_group *group, struct dcp_error *err) DCP_MUST_CHECK;
+uint64_t dcp_now_ns(void);
+
+/* Turns a local error record into a failure that can be exchanged; borrows `err`. */
+struct dcp_failure dcp_failure_from_error(const struct dcp_error *err, uint32_t rank);
+
+/* Collective tail of every agreement: `mine` travels to everybody.  0 when nobody failed,
+ * DCP_E_PEER with the list, or what the exchange itself died of. */
+int dcp_group_settle_failures(struct dcp_group *group, const struct dcp_save_id *id,
+                              const struct dcp_failure *mine, struct dcp_failure_list *ret_list,
+                              struct dcp_error *err) DCP_MUST_CHECK;
+
+#endif

@@ -1,0 +1,257 @@
+/*
+ * load.c: one load: metadata read once and broadcast, planned by every rank for itself, read and
+ * verified.
+ *
+ * No rank decides for itself which checkpoint it sees: the coordinator's image of `.metadata` is
+ * everybody's.  Only where that file is absent does a rank look for its own `__{rank}.metadata`, as
+ * torch does; a damaged file is an error and never a reason to fall back.
+ */
+#include "group.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+enum image_state { IMAGE_ABSENT = 0, IMAGE_PRESENT = 1 };
+
+struct dcp_load {
+    struct dcp_group *group; /* borrows */
+    const struct dcp_io *io;
+    char *dir_path; /* owned */
+    uint64_t call_hash;
+    uint32_t rank;
+    bool verify;
+    enum dcp_direct direct;
+    int dirfd; /* -1 when the directory could not be opened */
+    int open_errno;
+    bool rank_local;
+    struct dcp_buf image; /* what `md` was read from */
+    struct dcp_metadata md;
+};
+
+int
+dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
+             struct dcp_load **ret_load, struct dcp_error *err)
+{
+    struct dcp_load *load = dcp_calloc(1, sizeof *load);
+    size_t len = strlen(params->dir_path) + 1;
+
+    if (load != NULL) {
+        load->dir_path = dcp_malloc(len);
+    }
+    if (load == NULL || load->dir_path == NULL) {
+        dcp_free(load);
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a load");
+    }
+    memcpy(load->dir_path, params->dir_path, len);
+    load->group = group;
+    load->io = params->io;
+    load->call_hash = params->call_hash;
+    load->rank = params->rank;
+    load->verify = params->verify;
+    load->direct = params->direct;
+    load->dirfd = load->io->open_dir(load->io->ctx, load->dir_path);
+    if (load->dirfd < 0) {
+        load->open_errno = -load->dirfd;
+        load->dirfd = -1;
+    }
+    *ret_load = load;
+    return 0;
+}
+
+void
+dcp_load_destroy(struct dcp_load *load)
+{
+    if (load == NULL) {
+        return;
+    }
+    if (load->dirfd >= 0) {
+        load->io->close(load->io->ctx, load->dirfd);
+    }
+    dcp_metadata_clean_up(&load->md);
+    dcp_buf_clean_up(&load->image);
+    dcp_free(load->dir_path);
+    dcp_free(load);
+}
+
+/* Appends a state byte and the file. Absent (the file or its directory) is not an error. */
+static int
+read_image(struct dcp_load *load, const char *name, struct dcp_buf *buf, struct dcp_error *err)
+{
+    int rc;
+
+    dcp_buf_put_u8(buf, IMAGE_PRESENT);
+    rc = dcp_buf_check(buf, err);
+    if (rc != 0) {
+        return rc;
+    }
+    if (load->dirfd < 0) {
+        if (load->open_errno != ENOENT) {
+            return dcp_error_set(err, DCP_E_IO, load->open_errno, load->dir_path,
+                                 "could not open the checkpoint's directory %s", load->dir_path);
+        }
+        rc = DCP_E_NOENT;
+    } else {
+        rc = dcp_io_read_file(load->io, load->dirfd, name, DCP_MAX_METADATA_BYTES, buf, err);
+    }
+    if (rc == DCP_E_NOENT) {
+        dcp_error_clear(err);
+        buf->data[0] = IMAGE_ABSENT;
+        buf->len = 1;
+        rc = 0;
+    }
+    return rc;
+}
+
+static int
+absent(const struct dcp_load *load, const char *own_name, struct dcp_error *err)
+{
+    return dcp_error_set(err, DCP_E_ASSERTION, ENOENT, load->dir_path,
+                         "metadata is None; global metadata read failed: [Errno 2] No such file or "
+                         "directory: '%s/.metadata'; rank local metadata read failed: [Errno 2] No "
+                         "such file or directory: '%s/%s'",
+                         load->dir_path, load->dir_path, own_name);
+}
+
+/* The reader of an image does not know its file. */
+static int
+name_damage(const struct dcp_load *load, int rc, struct dcp_error *err)
+{
+    struct dcp_error what = *err;
+
+    if (rc != 0) {
+        dcp_error_clear(err);
+        dcp_error_set(err, rc, what.sys_errno, load->dir_path, "%s of %s: %s",
+                      load->rank_local ? "the rank's own metadata" : ".metadata", load->dir_path,
+                      what.message);
+    }
+    return rc;
+}
+
+/* After the broadcast: everybody has the same state byte and image. */
+static int
+parse_image(struct dcp_load *load, struct dcp_error *err)
+{
+    char own_name[DCP_CLAIM_NAME_BYTES];
+    int rc;
+
+    if (load->image.len >= 1 && load->image.data[0] == IMAGE_ABSENT) {
+        snprintf(own_name, sizeof own_name, "__%u.metadata", load->rank);
+        dcp_buf_clear(&load->image);
+        rc = read_image(load, own_name, &load->image, err);
+        if (rc != 0) {
+            return rc;
+        }
+        if (load->image.data[0] == IMAGE_ABSENT) {
+            return absent(load, own_name, err);
+        }
+        load->rank_local = true;
+    }
+    if (load->image.len < 1) {
+        return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "an empty metadata message arrived");
+    }
+    return name_damage(
+        load, dcp_metadata_read(load->image.data + 1, load->image.len - 1, &load->md, err), err);
+}
+
+/* A load's vote: nothing to reuse, so SLOW means "go on". */
+static int
+vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_error *err)
+{
+    struct dcp_group *group = load->group;
+    struct dcp_vote ballot = {
+        .ok = ok,
+        .call = load->call_hash,
+        .is_coordinator = group->comm.rank == group->coordinator,
+    };
+    int rc = dcp_group_check(group, err);
+
+    if (rc == 0) {
+        rc = dcp_vote_run(&group->comm, &ballot, ret_verdict, err);
+        if (rc != 0) {
+            group->poisoned = true;
+        }
+    }
+    return rc;
+}
+
+int
+dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_local_code,
+              struct dcp_failure_list *ret_failures, struct dcp_error *err)
+{
+    struct dcp_group *group = load->group;
+    enum dcp_verdict verdict = DCP_VERDICT_FAILED;
+    struct dcp_error local;
+    struct dcp_failure reading;
+    int rc;
+
+    dcp_error_clear(&local);
+    if (group->comm.rank == group->coordinator &&
+        read_image(load, ".metadata", &load->image, &local) != 0 && mine == NULL) {
+        reading = dcp_failure_from_error(&local, group->comm.rank);
+        mine = &reading;
+    }
+    rc = vote(load, mine == NULL, &verdict, err);
+    if (rc == 0 && verdict == DCP_VERDICT_FAILED) {
+        rc = dcp_failure_exchange(&group->comm, mine, ret_failures, err);
+        if (rc == 0) {
+            return dcp_error_set(err, DCP_E_PEER, 0, NULL, "%zu rank(s) failed",
+                                 ret_failures->count);
+        }
+    }
+    if (rc == 0) {
+        rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &load->image, err);
+    }
+    if (rc != 0) {
+        group->poisoned = true;
+        return rc;
+    }
+    *ret_local_code = parse_image(load, err);
+    return 0;
+}
+
+const struct dcp_metadata *
+dcp_load_metadata(const struct dcp_load *load)
+{
+    return &load->md;
+}
+
+struct dcp_span
+dcp_load_metadata_image(const struct dcp_load *load)
+{
+    if (load->image.len < 1) {
+        return (struct dcp_span){NULL, 0};
+    }
+    return (struct dcp_span){load->image.data + 1, load->image.len - 1};
+}
+
+bool
+dcp_load_rank_local(const struct dcp_load *load)
+{
+    return load->rank_local;
+}
+
+int
+dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
+                struct dcp_failure_list *ret_failures, struct dcp_error *err)
+{
+    struct dcp_save_id any = {{0}};
+
+    return dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
+}
+
+int
+dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_int *cancel,
+              _Atomic uint64_t *progress_bytes, dcp_record_fn on_record, void *on_record_ctx,
+              struct dcp_read_stats *ret_stats, struct dcp_error *err)
+{
+    struct dcp_engine_options options = {
+        .direct = load->direct,
+        .verify = load->verify,
+        .cancel = cancel,
+        .progress_bytes = progress_bytes,
+    };
+
+    return dcp_reader_run(load->io, load->dirfd, load->dir_path, plan, &options, on_record,
+                          on_record_ctx, ret_stats, err);
+}

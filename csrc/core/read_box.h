@@ -1,0 +1,58 @@
+/*
+ * read_box.h: private: an overlap of a stored payload with a target, as arithmetic on positions.
+ *
+ * Dims are in the order in which the payload is stored (a transposed tensor of stock torch is
+ * stored with its dims permuted), neighbours merged where both sides allow.  Positions are bytes in
+ * the payload.
+ */
+#ifndef DCP_READ_BOX_H
+#define DCP_READ_BOX_H
+
+#include "dcp_engine.h"
+
+struct dcp_read_box {
+    uint32_t ndim, item_bytes;
+    uint64_t payload_bytes; /* of the stored tensor */
+    uint64_t wanted_bytes;  /* of the overlap */
+    uint8_t *target;        /* the overlap's first element */
+    uint64_t sizes[DCP_MAX_DIMS];
+    uint64_t offsets[DCP_MAX_DIMS];
+    uint64_t lengths[DCP_MAX_DIMS];
+    int64_t target_strides[DCP_MAX_DIMS]; /* bytes */
+    uint64_t pitch[DCP_MAX_DIMS];         /* payload bytes from one index to the next */
+    uint64_t inner[DCP_MAX_DIMS];         /* bytes of the overlap in one index */
+    /* rows: what is read in one go, small gaps included */
+    uint64_t row_bytes;  /* span in the payload */
+    uint64_t row_wanted; /* bytes of the overlap in it */
+};
+
+/* Row-major payload.  Gaps of at most `gap_bytes` are read over.  DCP_E_CORRUPT when the chunk's
+ * numbers make no sense. */
+int dcp_read_box_init(struct dcp_read_box *box, const struct dcp_read_plan *plan,
+                      const struct dcp_read_item *item, uint64_t gap_bytes,
+                      struct dcp_error *err) DCP_MUST_CHECK;
+/* The payload as `view` says.  *ret_dense false: its memory is no permutation of a dense box, so
+ * the record must be read whole. */
+int dcp_read_box_init_view(struct dcp_read_box *box, const struct dcp_read_plan *plan,
+                           const struct dcp_read_item *item, const struct dcp_record_view *view,
+                           uint64_t gap_bytes, bool *ret_dense,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Bytes of the overlap before payload position `at`. */
+uint64_t dcp_read_box_below(const struct dcp_read_box *box, uint64_t at);
+/* Bytes before payload position `at` that rows span: wanted ones and the gaps read over. */
+uint64_t dcp_read_box_spanned(const struct dcp_read_box *box, uint64_t at);
+/* The next range at or behind `at` that holds wanted bytes, up to the end of its row; false at the
+ * end. */
+bool dcp_read_box_next(const struct dcp_read_box *box, uint64_t at, uint64_t *ret_from,
+                       uint64_t *ret_to);
+/* Where [from, to) belongs when all of it is wanted and is one run in the target; else NULL. */
+uint8_t *dcp_read_box_run(const struct dcp_read_box *box, uint64_t from, uint64_t to);
+/* Puts the wanted bytes of [from, to) where they belong; `bytes` holds that range. */
+void dcp_read_box_put(const struct dcp_read_box *box, const uint8_t *bytes, uint64_t from,
+                      uint64_t to);
+/* Where the overlap's memory begins and its strides in the item's own order of dims. */
+void dcp_read_target(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+                     uint8_t **ret_at, int64_t *ret_strides_bytes);
+
+#endif

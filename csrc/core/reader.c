@@ -1,0 +1,634 @@
+/*
+ * reader.c: the walk of a load: items in file order, cut into requests, read ahead, delivered.
+ *
+ * Items are sorted by file and offset.  Small records that lie close together share a request and
+ * are read whole, which verifies them; of large payloads only the wanted rows are read, widened to
+ * whole checksum blocks where at least half of a block has to be read anyway.  A piece that is one run in its
+ * target, and aligned where direct I/O asks for it, is read straight into the target; all else
+ * passes through the ring.  Requests are pushed in order and delivered in order, so a running CRC
+ * needs no bookkeeping.
+ *
+ * Memory: the ring (32 MiB by default), 4 bytes per MiB of the open files, and one record at a time
+ * that no ring buffer holds.
+ * Threads: the calling thread builds and delivers, one thread that lives as long as the call reads;
+ * below INLINE_MOST_BYTES none is started.
+ */
+#include "reader.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Too little to read ahead of. */
+#define INLINE_MOST_BYTES (1u << 20)
+
+struct visit {
+    uint32_t file;
+    uint64_t offset_bytes;
+    uint64_t item; /* index in plan items */
+};
+
+static int
+compare_visits(const void *left, const void *right)
+{
+    const struct visit *a = left, *b = right;
+    if (a->file != b->file) {
+        return a->file < b->file ? -1 : 1;
+    }
+    if (a->offset_bytes != b->offset_bytes) {
+        return a->offset_bytes < b->offset_bytes ? -1 : 1;
+    }
+    return a->item < b->item ? -1 : a->item > b->item;
+}
+
+/* ---- requests ---- */
+
+static void
+request_clear(struct dcp_reader *reader, struct dcp_read_request *request)
+{
+    for (uint32_t i = 0; i < request->uses_count; i++) {
+        dcp_read_part_release(request->uses[i].part);
+    }
+    request->uses_count = 0;
+    dcp_read_file_release(reader, request->file);
+    request->file = NULL;
+    if (request->big != NULL) {
+        dcp_unmap_huge(request->big, request->big_bytes);
+        request->big = NULL;
+    }
+    request->pushed = false;
+    request->in_place = false;
+}
+
+/* Waits for a request and delivers what it brought. */
+static int
+request_settle(struct dcp_reader *reader, struct dcp_read_request *request, struct dcp_error *err)
+{
+    if (!request->pushed) {
+        return 0;
+    }
+    /* The pump keeps the error; it is fetched when the pump is cleaned up. */
+    int rc = dcp_pump_wait(&reader->pump, request->job);
+    for (uint32_t i = 0; rc == 0 && i < request->uses_count; i++) {
+        const struct dcp_read_use *use = &request->uses[i];
+        DCP_ASSERT(use->at_bytes >= request->from_bytes &&
+                   use->at_bytes + use->len_bytes <= request->to_bytes);
+        rc = dcp_read_deliver(reader, request, use,
+                              request->data + (use->at_bytes - request->from_bytes), err);
+    }
+    if (rc == 0) {
+        rc = dcp_read_check_cancel(reader, err);
+    }
+    if (rc == 0) {
+        request_clear(reader, request);
+    }
+    return rc;
+}
+
+static struct dcp_read_request *
+current(struct dcp_reader *reader)
+{
+    return &reader->requests[reader->open_request];
+}
+
+/* Gives the request that is being filled to the reading thread. */
+static void
+request_push(struct dcp_reader *reader)
+{
+    struct dcp_read_request *request = current(reader);
+    if (request->pushed || request->uses_count == 0) {
+        return;
+    }
+    uint64_t align = request->in_place ? 1 : request->file->align_bytes;
+    uint64_t end = dcp_align_up(request->to_bytes, align);
+    struct dcp_job job = {.file = request->file,
+                          .data = request->data,
+                          .offset_bytes = request->from_bytes,
+                          .len_bytes = end - request->from_bytes,
+                          .flags = (uint32_t)(end - request->to_bytes)};
+    reader->stats.read_bytes += request->to_bytes - request->from_bytes;
+    reader->stats.requests_count++;
+    request->job = dcp_pump_push(&reader->pump, &job);
+    request->pushed = true;
+    reader->open_request = (reader->open_request + 1) % reader->ring->buffers_count;
+}
+
+/* Starts a new request of the current file at `from_bytes`. */
+static int
+request_begin(struct dcp_reader *reader, uint64_t from_bytes, struct dcp_error *err)
+{
+    request_push(reader);
+    struct dcp_read_request *request = current(reader);
+    int rc = request_settle(reader, request, err);
+    if (rc != 0) {
+        return rc;
+    }
+    request->file = reader->file;
+    request->file->users++;
+    request->data = dcp_ring_buffer(reader->ring, reader->open_request);
+    request->from_bytes = from_bytes & ~(reader->file->align_bytes - 1);
+    request->to_bytes = from_bytes;
+    request->capacity_bytes = reader->ring->buffer_bytes;
+    if (!reader->file->direct) {
+        request->capacity_bytes =
+            dcp_min_u64(request->capacity_bytes, DCP_READ_HOT_REQUEST_BYTES);
+    }
+    return 0;
+}
+
+static int
+request_append(struct dcp_reader *reader, const struct dcp_read_use *use, struct dcp_error *err)
+{
+    struct dcp_read_request *request = current(reader);
+    if (request->uses_count == request->uses_cap) {
+        uint32_t cap = request->uses_cap > 0 ? request->uses_cap * 2 : 16;
+        struct dcp_read_use *uses = dcp_realloc(request->uses, cap * sizeof *uses);
+        if (uses == NULL) {
+            return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a read request");
+        }
+        request->uses = uses;
+        request->uses_cap = cap;
+    }
+    request->uses[request->uses_count++] = *use;
+    request->to_bytes = dcp_max_u64(request->to_bytes, use->at_bytes + use->len_bytes);
+    if (use->part != NULL) {
+        use->part->users++;
+    }
+    return 0;
+}
+
+static uint64_t
+gap_bytes(const struct dcp_reader *reader)
+{
+    return reader->file->direct ? DCP_READ_GAP_BYTES : DCP_READ_HOT_GAP_BYTES;
+}
+
+/* Whether the open request can take bytes [at, at + len) as well. */
+static bool
+request_takes(struct dcp_reader *reader, uint64_t at_bytes, uint64_t len_bytes)
+{
+    const struct dcp_read_request *request = current(reader);
+    return !request->pushed && request->uses_count > 0 && request->file == reader->file &&
+           at_bytes >= request->from_bytes &&
+           at_bytes <= request->to_bytes + gap_bytes(reader) &&
+           at_bytes + len_bytes <= request->from_bytes + request->capacity_bytes;
+}
+
+/* Reads a use through the ring, sharing a request with its neighbours. */
+static int
+read_through_ring(struct dcp_reader *reader, const struct dcp_read_use *use,
+                  struct dcp_error *err)
+{
+    if (!request_takes(reader, use->at_bytes, use->len_bytes)) {
+        int rc = request_begin(reader, use->at_bytes, err);
+        if (rc != 0) {
+            return rc;
+        }
+        struct dcp_read_request *request = current(reader);
+        if (use->at_bytes + use->len_bytes > request->from_bytes + request->capacity_bytes) {
+            request->capacity_bytes = reader->ring->buffer_bytes;
+        }
+        DCP_ASSERT(use->at_bytes + use->len_bytes <=
+                   request->from_bytes + request->capacity_bytes);
+    }
+    return request_append(reader, use, err);
+}
+
+static int
+settle_all(struct dcp_reader *reader, struct dcp_error *err)
+{
+    request_push(reader);
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < reader->ring->buffers_count; i++) {
+        uint32_t at = (reader->open_request + i) % reader->ring->buffers_count;
+        rc = request_settle(reader, &reader->requests[at], err);
+    }
+    return rc;
+}
+
+/* A record that no ring buffer holds: alone in memory of its own. */
+static int
+read_big(struct dcp_reader *reader, const struct dcp_read_use *use, struct dcp_error *err)
+{
+    int rc = settle_all(reader, err);
+    if (rc == 0) {
+        rc = request_begin(reader, use->at_bytes, err);
+    }
+    if (rc != 0) {
+        return rc;
+    }
+    struct dcp_read_request *request = current(reader);
+    uint64_t bytes = dcp_align_up(use->at_bytes + use->len_bytes - request->from_bytes,
+                                  DCP_DIRECT_ALIGN_BYTES);
+    request->big = dcp_map_huge((size_t)bytes, err);
+    if (request->big == NULL) {
+        return DCP_E_NOMEM;
+    }
+    request->big_bytes = bytes;
+    request->data = request->big;
+    request->capacity_bytes = bytes;
+    rc = request_append(reader, use, err);
+    return rc == 0 ? settle_all(reader, err) : rc;
+}
+
+/* ---- items ---- */
+
+static int
+want_record(struct dcp_reader *reader, const struct dcp_read_item *item, struct dcp_error *err)
+{
+    const struct dcp_md_chunk *chunk = &reader->plan->md->chunks[item->chunk];
+    struct dcp_read_use use = {.kind = DCP_READ_USE_RECORD,
+                               .item = item,
+                               .at_bytes = chunk->offset_bytes,
+                               .len_bytes = chunk->length_bytes};
+    uint64_t lead = use.at_bytes & (reader->file->align_bytes - 1);
+    if (use.len_bytes > reader->ring->buffer_bytes - lead) {
+        return read_big(reader, &use, err);
+    }
+    return read_through_ring(reader, &use, err);
+}
+
+/* Reads [from, to) of a payload straight into its target, as far as alignment allows; *ret_to is
+ * where it stopped, `from` when nothing was possible. */
+static int
+read_straight(struct dcp_reader *reader, struct dcp_read_use *use, uint64_t *ret_to,
+              struct dcp_error *err)
+{
+    struct dcp_read_part *part = use->part;
+    const struct dcp_read_file *file = reader->file;
+    uint64_t to = use->to;
+    *ret_to = use->from;
+    if ((to - use->from) % file->align_bytes != 0) {
+        to -= (to - use->from) % (use->verified ? DCP_BLOCK_BYTES : file->align_bytes);
+    }
+    if (to - use->from < DCP_READ_STRAIGHT_LEAST_BYTES || to <= use->from) {
+        return 0;
+    }
+    uint8_t *run = dcp_read_box_run(&part->box, use->from, to);
+    uint64_t at = part->payload_offset_bytes + use->from;
+    if (run == NULL || at % file->align_bytes != 0 ||
+        (uintptr_t)run % file->mem_align_bytes != 0) {
+        return 0;
+    }
+    int rc = request_begin(reader, at, err);
+    if (rc != 0) {
+        return rc;
+    }
+    struct dcp_read_request *request = current(reader);
+    request->in_place = true;
+    request->data = run;
+    struct dcp_read_use straight = *use;
+    straight.to = to;
+    straight.at_bytes = at;
+    straight.len_bytes = to - use->from;
+    rc = request_append(reader, &straight, err);
+    if (rc == 0) {
+        request_push(reader);
+        *ret_to = to;
+    }
+    return rc;
+}
+
+/* The next piece of [from, to) that one request holds: whole blocks where they are verified. */
+static uint64_t
+ring_piece_end(struct dcp_reader *reader, const struct dcp_read_use *use)
+{
+    uint64_t at = use->part->payload_offset_bytes + use->from;
+    uint64_t capacity = reader->ring->buffer_bytes - (at & (reader->file->align_bytes - 1));
+    if (!reader->file->direct) {
+        capacity = dcp_min_u64(capacity, DCP_READ_HOT_REQUEST_BYTES);
+    }
+    const struct dcp_read_request *request = current(reader);
+    if (request_takes(reader, at, DCP_BLOCK_BYTES)) {
+        capacity = request->from_bytes + request->capacity_bytes - at;
+    }
+    if (use->to - use->from <= capacity) {
+        return use->to;
+    }
+    /* Block borders also keep elements whole. */
+    uint64_t end = use->from + capacity;
+    return end - end % DCP_BLOCK_BYTES;
+}
+
+/* Reads [from, to) of a payload.  `full`: all of it is wanted. */
+static int
+want_range(struct dcp_reader *reader, struct dcp_read_part *part, uint64_t from, uint64_t to,
+           bool verified, bool full, struct dcp_error *err)
+{
+    struct dcp_read_use use = {.kind = DCP_READ_USE_RANGE,
+                               .verified = verified,
+                               .item = part->item,
+                               .part = part,
+                               .from = from,
+                               .to = to};
+    int rc = 0;
+    while (rc == 0 && use.from < to) {
+        uint64_t done = use.from;
+        if (full) {
+            uint64_t limit = reader->file->direct ? DCP_RING_BUFFER_BYTES
+                                                  : DCP_READ_HOT_REQUEST_BYTES;
+            use.to = dcp_min_u64(to, use.from - use.from % DCP_BLOCK_BYTES + limit);
+            rc = read_straight(reader, &use, &done, err);
+        }
+        if (rc == 0 && done == use.from) {
+            use.to = to;
+            use.to = ring_piece_end(reader, &use);
+            use.at_bytes = part->payload_offset_bytes + use.from;
+            use.len_bytes = use.to - use.from;
+            rc = read_through_ring(reader, &use, err);
+            done = use.to;
+        }
+        use.from = done;
+        use.to = to;
+    }
+    return rc;
+}
+
+/* A piece of a payload and how it is to be read. */
+struct extent {
+    uint64_t from, to;
+    bool verified, full;
+};
+
+/* The next piece at or behind `at`: one block, or what of one block a row wants.  False at the
+ * end. */
+static bool
+next_extent(const struct dcp_reader *reader, const struct dcp_read_part *part, uint64_t at,
+            struct extent *ret)
+{
+    const struct dcp_read_box *box = &part->box;
+    if (!dcp_read_box_next(box, at, &ret->from, &ret->to)) {
+        return false;
+    }
+    uint64_t start = ret->from - ret->from % DCP_BLOCK_BYTES;
+    uint64_t end = dcp_min_u64(start + DCP_BLOCK_BYTES, box->payload_bytes);
+    uint64_t read = dcp_read_box_spanned(box, end) - dcp_read_box_spanned(box, start);
+    ret->verified = reader->options->verify && part->block_crcs != NULL &&
+                    (reader->options->verify_all || read >= (end - start + 1) / 2);
+    if (ret->verified) {
+        ret->from = start;
+        ret->to = end;
+    } else {
+        ret->to = dcp_min_u64(ret->to, end);
+    }
+    ret->full = dcp_read_box_below(box, ret->to) - dcp_read_box_below(box, ret->from) ==
+                ret->to - ret->from;
+    return true;
+}
+
+/* Reads what an item wants of a large payload: neighbouring pieces of one sort in one go. */
+static int
+want_part(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_error *err)
+{
+    struct extent open = {0}, next;
+    int rc = 0;
+    while (rc == 0 && next_extent(reader, part, open.to, &next)) {
+        if (open.to == next.from && open.verified == next.verified && open.full == next.full &&
+            open.to > open.from) {
+            open.to = next.to;
+            continue;
+        }
+        if (open.to > open.from) {
+            rc = want_range(reader, part, open.from, open.to, open.verified, open.full, err);
+        }
+        open = next;
+    }
+    if (rc == 0 && open.to > open.from) {
+        rc = want_range(reader, part, open.from, open.to, open.verified, open.full, err);
+    }
+    return rc;
+}
+
+static struct dcp_read_part *
+part_new(const struct dcp_read_item *item, struct dcp_error *err)
+{
+    struct dcp_read_part *part = dcp_malloc(sizeof *part);
+    if (part == NULL) {
+        dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a tensor to read");
+        return NULL;
+    }
+    part->item = item;
+    part->users = 1;
+    part->block_crcs = NULL;
+    part->check_whole = false;
+    part->running_crc = part->whole_crc = 0;
+    return part;
+}
+
+/* A large record that is not known to be ours: parsed from the parts that matter. */
+static int
+want_parsed(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_error *err)
+{
+    const struct dcp_read_item *item = part->item;
+    const struct dcp_md_chunk *chunk = &reader->plan->md->chunks[item->chunk];
+    struct dcp_record_view view;
+    struct dcp_error why;
+    dcp_error_clear(&why);
+    int rc = dcp_read_file_parse(reader, reader->file, chunk, &view, &why);
+    if (rc == DCP_E_UNSUPPORTED) {
+        return want_record(reader, item, err);
+    }
+    if (rc != 0) {
+        return dcp_read_fail(reader, reader->file, item, rc, chunk->offset_bytes, why.message,
+                             err);
+    }
+    bool dense;
+    rc = dcp_read_box_init_view(&part->box, reader->plan, item, &view, gap_bytes(reader), &dense,
+                                err);
+    if (rc != 0) {
+        return rc;
+    }
+    if (!dense) {
+        return want_record(reader, item, err);
+    }
+    part->payload_offset_bytes = chunk->offset_bytes + view.payload_offset_bytes;
+    part->check_whole = reader->options->verify && view.has_crc &&
+                        part->box.wanted_bytes == part->box.payload_bytes;
+    part->whole_crc = view.payload_crc;
+    return want_part(reader, part, err);
+}
+
+/* How a tensor's record is read. */
+static int
+want_tensor(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_error *err)
+{
+    const struct dcp_metadata *md = reader->plan->md;
+    const struct dcp_read_item *item = part->item;
+    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
+    const struct dcp_md_chunk *chunk = &md->chunks[item->chunk];
+    struct dcp_read_box *box = &part->box;
+    int rc = dcp_read_box_init(box, reader->plan, item, gap_bytes(reader), err);
+    if (rc != 0) {
+        return rc;
+    }
+    uint64_t payload = box->payload_bytes;
+    struct dcp_tensor_shape shape = {.dtype = entry->dtype,
+                                     .ndim = entry->ndim,
+                                     .sizes = md->dims + chunk->dims + entry->ndim,
+                                     .payload_bytes = payload};
+    uint64_t head = dcp_record_head_bytes(payload);
+    bool ours = md->is_native &&
+                chunk->length_bytes == head + payload + dcp_record_tail_bytes(&shape);
+    if (!ours) {
+        return chunk->length_bytes <= DCP_READ_WHOLE_RECORD_BYTES
+                   ? want_record(reader, item, err)
+                   : want_parsed(reader, part, err);
+    }
+    part->payload_offset_bytes = chunk->offset_bytes + head;
+    if (payload <= DCP_BLOCK_BYTES) {
+        bool whole = payload <= DCP_READ_WHOLE_PAYLOAD_BYTES || reader->options->verify_all ||
+                     box->wanted_bytes >= payload / 2;
+        return whole ? want_record(reader, item, err) : want_part(reader, part, err);
+    }
+    const struct dcp_block_entry *blocks;
+    rc = dcp_read_file_blocks(reader, reader->file, part->payload_offset_bytes, payload, &blocks,
+                              err);
+    if (rc != 0) {
+        return rc;
+    }
+    if (blocks == NULL && (reader->options->verify || reader->file->table.entries_count > 0)) {
+        return want_parsed(reader, part, err);
+    }
+    part->block_crcs = blocks != NULL ? blocks->block_crcs : NULL;
+    return want_part(reader, part, err);
+}
+
+static int
+visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct dcp_error *err)
+{
+    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
+    const struct dcp_md_chunk *chunk = &reader->plan->md->chunks[item->chunk];
+    uint64_t end;
+    if (dcp_add_overflows_u64(chunk->offset_bytes, chunk->length_bytes, &end) ||
+        end > reader->file->size_bytes) {
+        return dcp_read_fail(reader, reader->file, item, DCP_E_CORRUPT, chunk->offset_bytes,
+                             "the record ends behind the end of the file, which was cut short",
+                             err);
+    }
+    /* Quantised tensors have an element size but no record that we could know. */
+    bool opaque = entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0 ||
+                  entry->dtype >= DCP_DTYPE_QINT8;
+    if (opaque) {
+        return want_record(reader, item, err);
+    }
+    struct dcp_read_part *part = part_new(item, err);
+    if (part == NULL) {
+        return DCP_E_NOMEM;
+    }
+    int rc = want_tensor(reader, part, err);
+    dcp_read_part_release(part);
+    return rc;
+}
+
+/* ---- the walk ---- */
+
+static uint64_t
+wanted_of(const struct dcp_reader *reader, const struct dcp_read_item *item)
+{
+    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
+    if (entry->kind == DCP_ITEM_BYTES) {
+        return reader->plan->md->chunks[item->chunk].length_bytes;
+    }
+    uint64_t bytes = dcp_dtype_bytes(entry->dtype);
+    for (uint32_t d = 0; d < entry->ndim; d++) {
+        bytes *= reader->plan->dims[item->dims + 2 * (uint64_t)entry->ndim + d];
+    }
+    return bytes;
+}
+
+static int
+enter_file(struct dcp_reader *reader, const struct visit *visits, uint64_t left,
+           struct dcp_error *err)
+{
+    uint64_t wanted = 0;
+    for (uint64_t i = 0; i < left && visits[i].file == visits[0].file; i++) {
+        wanted += wanted_of(reader, &reader->plan->items[visits[i].item]);
+    }
+    request_push(reader);
+    dcp_read_file_release(reader, reader->file);
+    reader->file = NULL;
+    return dcp_read_file_open(reader, visits[0].file, wanted, &reader->file, err);
+}
+
+static int
+walk(struct dcp_reader *reader, const struct visit *visits, struct dcp_error *err)
+{
+    uint64_t count = reader->plan->items_count;
+    int rc = 0;
+    for (uint64_t i = 0; rc == 0 && i < count; i++) {
+        if (reader->file == NULL || reader->file->index != visits[i].file) {
+            rc = enter_file(reader, visits + i, count - i, err);
+        }
+        if (rc == 0) {
+            rc = visit_item(reader, &reader->plan->items[visits[i].item], err);
+        }
+    }
+    return rc == 0 ? settle_all(reader, err) : rc;
+}
+
+static int
+sort_items(const struct dcp_read_plan *plan, struct visit **ret_visits, struct dcp_error *err)
+{
+    struct visit *visits = dcp_malloc_array(plan->items_count, sizeof *visits);
+    if (visits == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a load's order");
+    }
+    bool sorted = true;
+    for (uint64_t i = 0; i < plan->items_count; i++) {
+        const struct dcp_md_chunk *chunk = &plan->md->chunks[plan->items[i].chunk];
+        visits[i] = (struct visit){chunk->file, chunk->offset_bytes, i};
+        sorted = sorted && (i == 0 || compare_visits(&visits[i - 1], &visits[i]) < 0);
+    }
+    if (!sorted) {
+        qsort(visits, plan->items_count, sizeof *visits, compare_visits);
+    }
+    *ret_visits = visits;
+    return 0;
+}
+
+int
+dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
+               const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
+               dcp_record_fn on_record, void *on_record_ctx, struct dcp_read_stats *ret_stats,
+               struct dcp_error *err)
+{
+    uint64_t start_ns = dcp_engine_now_ns();
+    struct dcp_reader reader = {.io = io,
+                                .dirfd = dirfd,
+                                .dir_path = dir_path,
+                                .plan = plan,
+                                .options = options,
+                                .on_record = on_record,
+                                .on_record_ctx = on_record_ctx};
+    struct visit *visits = NULL;
+    uint64_t buffer_bytes = options->ring_buffer_bytes != 0
+                                ? dcp_max_u64(options->ring_buffer_bytes,
+                                              DCP_READ_LEAST_BUFFER_BYTES)
+                                : 0;
+    int rc = sort_items(plan, &visits, err);
+    if (rc == 0) {
+        rc = dcp_ring_acquire(options->ring_buffers, buffer_bytes, &reader.ring, err);
+    }
+    if (rc == 0) {
+        rc = dcp_pump_init(&reader.pump, dcp_read_file_job, &reader, err);
+    }
+    if (rc == 0) {
+        if (plan->wanted_bytes > INLINE_MOST_BYTES || plan->objects_count > 0) {
+            dcp_pump_start(&reader.pump);
+        }
+        rc = walk(&reader, visits, err);
+        int pump_rc = dcp_pump_clean_up(&reader.pump, err);
+        rc = rc != 0 ? rc : pump_rc;
+    }
+    for (uint32_t i = 0; i < DCP_PUMP_JOBS; i++) {
+        request_clear(&reader, &reader.requests[i]);
+        dcp_free(reader.requests[i].uses);
+    }
+    dcp_read_file_release(&reader, reader.file);
+    dcp_ring_release(reader.ring);
+    dcp_free(visits);
+    reader.stats.wall_ns = dcp_engine_now_ns() - start_ns;
+    if (rc == 0 && ret_stats != NULL) {
+        *ret_stats = reader.stats;
+    }
+    return rc;
+}

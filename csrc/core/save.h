@@ -1,0 +1,47 @@
+/*
+ * save.h: one save in flight (private to save.c and save_plan.c).
+ */
+#ifndef DCP_CORE_SAVE_H
+#define DCP_CORE_SAVE_H
+
+#include "group.h"
+
+struct dcp_save {
+    struct dcp_group *group; /* borrows */
+    const struct dcp_io *io;
+    char *dir_path;      /* owned */
+    char *checkpoint_id; /* owned copies of dcp_storage_meta's strings */
+    char *storage_save_id;
+    char *version;
+    char *identity;
+    struct dcp_storage_meta meta; /* points at the copies */
+    uint64_t call_hash, plan_salt;
+    bool independent, to_lowest_rank, sync;
+    enum dcp_direct direct;
+
+    int dirfd;    /* -1 until dcp_save_open */
+    bool claimed; /* this process holds `claim` */
+    struct dcp_claim claim;
+    struct dcp_plan plan;
+    struct dcp_hash128 fingerprint;
+    struct dcp_installed_plan own; /* of an independent save; else the group's is used */
+    struct dcp_buf metadata;       /* coordinator: the image */
+    struct dcp_save_info info;
+    bool agreed; /* the plan in `dcp_save_installed` holds for this save */
+    bool started_writing;
+};
+
+/* The plan this save goes by, once agreed. */
+static inline struct dcp_installed_plan *
+dcp_save_installed(struct dcp_save *save)
+{
+    return save->independent ? &save->own : &save->group->installed;
+}
+
+/* The SLOW way: gather plans, decide, scatter, install. */
+int dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
+                       struct dcp_error *err) DCP_MUST_CHECK;
+/* The same for one rank on its own. */
+int dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+
+#endif

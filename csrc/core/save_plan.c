@@ -1,0 +1,228 @@
+/*
+ * save_plan.c: from local plans to an installed one: gather, decide, scatter, install (design
+ * section 3, SLOW).
+ *
+ * A rank that fails on the way sends an empty message and goes on to the install vote with its
+ * failure, so that every rank makes the same calls in the same order.  The answer to a rank is {ok,
+ * plan_id, bitmap of kept items}; its layout is a pure function of plan and bitmap, so nothing else
+ * travels.
+ */
+#include "save.h"
+
+#include <string.h>
+
+enum { ANSWER_HEADER_BYTES = 1 + 16 };
+
+static size_t
+keep_bytes(const struct dcp_plan *plan)
+{
+    return ((size_t)plan->items_count + 7) / 8;
+}
+
+/* Coordinator: decodes all plans and decides.  Fills `next`, plan id included. */
+static int
+decide(struct dcp_save *save, const struct dcp_span *messages, struct dcp_installed_plan *next,
+       struct dcp_error *err)
+{
+    uint32_t size = save->group->comm.size;
+    int rc;
+
+    next->plans = dcp_calloc(size, sizeof *next->plans);
+    if (next->plans == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the plans of %u ranks",
+                             size);
+    }
+    next->plans_count = size;
+    for (uint32_t i = 0; i < size; i++) {
+        if (messages[i].len == 0) {
+            return dcp_error_set(err, DCP_E_PEER, 0, NULL, "rank %u sent no plan", i);
+        }
+        rc = dcp_plan_decode(messages[i].data, messages[i].len, &next->plans[i], err);
+        if (rc != 0) {
+            return rc;
+        }
+        if (next->plans[i].rank != i) {
+            return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "rank %u sent the plan of rank %u",
+                                 i, next->plans[i].rank);
+        }
+    }
+    rc = dcp_global_plan_build(next->plans, size, save->to_lowest_rank, &next->global, err);
+    if (rc == 0 && dcp_random_bytes(&next->plan_id, sizeof next->plan_id) != 0) {
+        rc = dcp_error_set(err, DCP_E_IO, 0, NULL, "the system gave no random bytes for a plan id");
+    }
+    return rc;
+}
+
+/* Coordinator: the answers to all ranks, one after another in `block`; failed: {0}. */
+static int
+put_answers(const struct dcp_installed_plan *next, bool ok, uint32_t size, struct dcp_buf *block,
+            struct dcp_span *ret_spans, struct dcp_error *err)
+{
+    int rc;
+
+    for (uint32_t i = 0; i < size; i++) {
+        dcp_buf_put_u8(block, ok ? 1 : 0);
+        dcp_buf_put(block, &next->plan_id, sizeof next->plan_id);
+        if (ok) {
+            dcp_buf_put(block, next->global.keep.bits[i], keep_bytes(&next->plans[i]));
+        }
+    }
+    rc = dcp_buf_check(block, err);
+    if (rc != 0) {
+        return rc;
+    }
+    for (size_t i = 0, pos = 0; i < size; i++) {
+        size_t len = ANSWER_HEADER_BYTES + (ok ? keep_bytes(&next->plans[i]) : 0);
+        ret_spans[i] = (struct dcp_span){block->data + pos, len};
+        pos += len;
+    }
+    return 0;
+}
+
+/* Sends the answers; a coordinator that cannot even build them poisons the group, since the others
+ * wait. */
+static int
+scatter_answers(struct dcp_save *save, const struct dcp_installed_plan *next, bool ok,
+                struct dcp_buf *ret_answer, struct dcp_error *err)
+{
+    struct dcp_group *group = save->group;
+    struct dcp_buf block = {0};
+    struct dcp_span *spans = NULL;
+    int rc = 0;
+
+    if (group->comm.rank == group->coordinator) {
+        spans = dcp_calloc(group->comm.size, sizeof *spans);
+        rc = spans == NULL ? dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory to answer plans")
+                           : put_answers(next, ok, group->comm.size, &block, spans, err);
+    }
+    if (rc == 0) {
+        rc = dcp_comm_scatter_bytes(&group->comm, group->coordinator, spans, ret_answer, err);
+    }
+    if (rc != 0) {
+        group->poisoned = true;
+    }
+    dcp_free(spans);
+    dcp_buf_clean_up(&block);
+    return rc;
+}
+
+/* This rank's part of the decision: bitmap and layout. */
+static int
+take_answer(struct dcp_save *save, const struct dcp_buf *answer, struct dcp_installed_plan *next,
+            struct dcp_error *err)
+{
+    size_t want = keep_bytes(&save->plan);
+
+    if (answer->len < ANSWER_HEADER_BYTES || answer->data[0] != 1) {
+        return DCP_E_PEER; /* the coordinator has the reason and brings it to the install vote */
+    }
+    if (answer->len != ANSWER_HEADER_BYTES + want) {
+        return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL,
+                             "the coordinator answered with %zu bytes, expected %zu", answer->len,
+                             ANSWER_HEADER_BYTES + want);
+    }
+    memcpy(&next->plan_id, answer->data + 1, sizeof next->plan_id);
+    next->keep = dcp_malloc(want);
+    if (next->keep == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a plan's bitmap");
+    }
+    memcpy(next->keep, answer->data + ANSWER_HEADER_BYTES, want);
+    next->fingerprint = save->fingerprint;
+    return dcp_layout_build(&save->plan, next->keep, &next->layout, err);
+}
+
+int
+dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
+                   struct dcp_error *err)
+{
+    struct dcp_group *group = save->group;
+    bool is_coordinator = group->comm.rank == group->coordinator;
+    struct dcp_installed_plan next = {0};
+    struct dcp_buf message = {0}, answer = {0};
+    struct dcp_span *spans = NULL;
+    uint8_t *block = NULL;
+    struct dcp_error local;
+    struct dcp_failure mine;
+    struct dcp_save_id id;
+    int rc, local_rc;
+
+    dcp_error_clear(&local);
+    local_rc = dcp_plan_encode(&save->plan, &message, &local);
+    rc = dcp_comm_gather_bytes(&group->comm, group->coordinator, message.data,
+                               local_rc == 0 ? message.len : 0, &block, &spans, err);
+    if (rc != 0) {
+        group->poisoned = true;
+        goto done;
+    }
+    if (is_coordinator && local_rc == 0) {
+        local_rc = decide(save, spans, &next, &local);
+    }
+    rc = scatter_answers(save, &next, local_rc == 0, &answer, err);
+    if (rc != 0) {
+        goto done;
+    }
+    if (local_rc == 0) {
+        local_rc = take_answer(save, &answer, &next, &local);
+    }
+    mine = dcp_failure_from_error(&local, group->comm.rank);
+    memset(&id, 0, sizeof id);
+    if (local_rc == 0) {
+        memcpy(id.bytes, &next.plan_id, sizeof id.bytes);
+    }
+    /* DCP_E_PEER without a record: another rank failed, and brings its own reason. */
+    rc = dcp_group_settle_failures(group, &id, local_rc == 0 || local.code == 0 ? NULL : &mine,
+                                   ret_failures, err);
+    if (rc == 0 && local_rc != 0) {
+        rc = dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "a plan was refused without a reason");
+    }
+    if (rc == 0) {
+        next.valid = true;
+        dcp_installed_plan_clean_up(&group->installed);
+        group->installed = next;
+        memset(&next, 0, sizeof next);
+    }
+done:
+    dcp_installed_plan_clean_up(&next);
+    dcp_buf_clean_up(&message);
+    dcp_buf_clean_up(&answer);
+    dcp_free(spans);
+    dcp_free(block);
+    return rc;
+}
+
+int
+dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err)
+{
+    struct dcp_installed_plan *own = &save->own;
+    int rc;
+
+    /* The metadata is made from `plans`, the data from `plan`: one encode gives an equal copy. */
+    struct dcp_buf image = {0};
+    rc = dcp_plan_encode(&save->plan, &image, err);
+    if (rc != 0) {
+        goto done;
+    }
+    own->plans = dcp_calloc(1, sizeof *own->plans);
+    if (own->plans == NULL) {
+        rc = dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a plan");
+        goto done;
+    }
+    own->plans_count = 1;
+    rc = dcp_plan_decode(image.data, image.len, &own->plans[0], err);
+    if (rc == 0) {
+        rc = dcp_global_plan_build(own->plans, 1, save->to_lowest_rank, &own->global, err);
+    }
+    if (rc == 0) {
+        own->keep = dcp_malloc(keep_bytes(&save->plan));
+        rc = own->keep == NULL ? dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a bitmap")
+                               : 0;
+    }
+    if (rc == 0) {
+        memcpy(own->keep, own->global.keep.bits[0], keep_bytes(&save->plan));
+        rc = dcp_layout_build(&save->plan, own->keep, &own->layout, err);
+    }
+    own->valid = rc == 0;
+done:
+    dcp_buf_clean_up(&image);
+    return rc;
+}

@@ -1,0 +1,319 @@
+/*
+ * writer.c: one rank's data files, from its layout and its sources.
+ *
+ * A file is a stream: [header][records and the gaps before them][block table].  The layout has fixed
+ * every offset beforehand, so nothing is ever patched: what is known late (checksums) lies behind
+ * what it covers.  One file after another goes through the same ring; the next file is filled while
+ * the last one is written and synced.
+ *
+ * Memory: the ring (32 MiB by default) and 4 bytes per MiB of payload.
+ * Threads: the calling thread copies, one thread that lives as long as the call writes with direct
+ * I/O.  It is not started below INLINE_MOST_BYTES, where nothing overlaps, nor without direct I/O,
+ * where writing is copying by the processor: a piece that goes to the kernel right after its
+ * checksum, from the cache, beats a second thread that reads it from memory again.
+ */
+#include "writer.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* One buffer's worth: a single request, which no copy can run beside. */
+#define INLINE_MOST_BYTES DCP_RING_BUFFER_BYTES
+
+/* What is kept of a file's payloads until its block table is written. */
+struct file_blocks {
+    struct dcp_block_entry *entries;
+    uint32_t entries_count;
+    uint32_t *crcs;
+    uint64_t crcs_count; /* used */
+};
+
+/* A record that we make ourselves, from raw elements. */
+static bool
+is_raw(const struct dcp_item *item)
+{
+    return item->kind != DCP_ITEM_BYTES && item->slot_bytes == 0;
+}
+
+static bool
+has_blocks(const struct dcp_item *item, const struct dcp_placed_record *record)
+{
+    return is_raw(item) && record->payload_bytes > DCP_BLOCK_BYTES;
+}
+
+static uint64_t
+blocks_of(uint64_t payload_bytes)
+{
+    return (payload_bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
+}
+
+static void
+file_blocks_clean_up(struct file_blocks *blocks)
+{
+    dcp_free(blocks->entries);
+    dcp_free(blocks->crcs);
+    memset(blocks, 0, sizeof *blocks);
+}
+
+static int
+file_blocks_init(const struct dcp_writer *writer, const struct dcp_placed_file *placed,
+                 struct file_blocks *blocks, struct dcp_error *err)
+{
+    uint64_t crcs = 0;
+    uint32_t entries = 0;
+    for (uint32_t i = 0; i < placed->records_count; i++) {
+        const struct dcp_placed_record *record =
+            &writer->layout->records[placed->first_record + i];
+        if (has_blocks(&writer->plan->items[record->item], record)) {
+            entries++;
+            crcs += blocks_of(record->payload_bytes);
+        }
+    }
+    uint64_t table_bytes = entries > 0 ? dcp_block_table_bytes(entries, crcs) : 0;
+    if (table_bytes != placed->table_bytes) {
+        return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL,
+                             "the layout reserves %llu bytes for a block table of %llu",
+                             (unsigned long long)placed->table_bytes,
+                             (unsigned long long)table_bytes);
+    }
+    blocks->entries = dcp_malloc_array(entries, sizeof *blocks->entries);
+    blocks->crcs = dcp_malloc_array(crcs, sizeof *blocks->crcs);
+    if (blocks->entries == NULL || blocks->crcs == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for block checksums");
+    }
+    return 0;
+}
+
+static int
+check_position(const struct dcp_writer *writer, uint64_t expected, struct dcp_error *err)
+{
+    if (writer->position_bytes != expected) {
+        return dcp_error_set(err, DCP_E_INTERNAL, 0, writer->file->name,
+                             "the writer is at byte %llu where the layout says %llu",
+                             (unsigned long long)writer->position_bytes,
+                             (unsigned long long)expected);
+    }
+    return 0;
+}
+
+/* A finished record (an object, or a tensor that only torch.save can write), copied as it is. */
+static int
+write_ready(struct dcp_writer *writer, const struct dcp_placed_record *record,
+            struct dcp_write_payload *payload, struct dcp_error *err)
+{
+    payload->item_bytes = 1;
+    payload->ndim = 0;
+    payload->len_bytes = record->length_bytes;
+    struct dcp_source dense = {payload->source->data, NULL};
+    payload->source = &dense;
+    return dcp_write_stream_payload(writer, payload, err);
+}
+
+static int
+write_raw(struct dcp_writer *writer, const struct dcp_item *item,
+          const struct dcp_placed_record *record, struct dcp_write_payload *payload,
+          struct dcp_buf *scratch, struct dcp_error *err)
+{
+    payload->ndim = item->ndim;
+    payload->item_bytes = dcp_dtype_bytes(item->dtype);
+    payload->sizes = dcp_item_sizes(writer->plan, item);
+    payload->len_bytes = record->payload_bytes;
+    struct dcp_tensor_shape shape = {.dtype = item->dtype,
+                                     .ndim = item->ndim,
+                                     .sizes = payload->sizes,
+                                     .payload_bytes = record->payload_bytes};
+    dcp_buf_clear(scratch);
+    dcp_record_put_head(scratch, record->payload_bytes);
+    int rc = dcp_buf_check(scratch, err);
+    if (rc == 0) {
+        rc = dcp_write_stream_bytes(writer, scratch->data, scratch->len, err);
+    }
+    if (rc == 0) {
+        rc = check_position(writer, record->payload_offset_bytes, err);
+    }
+    if (rc == 0) {
+        rc = dcp_write_stream_payload(writer, payload, err);
+    }
+    if (rc == 0) {
+        dcp_buf_clear(scratch);
+        dcp_record_put_tail(scratch, &shape, payload->crc, payload->block_crcs);
+        rc = dcp_buf_check(scratch, err);
+    }
+    return rc == 0 ? dcp_write_stream_bytes(writer, scratch->data, scratch->len, err) : rc;
+}
+
+static int
+write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *blocks,
+             struct dcp_buf *scratch, struct dcp_error *err)
+{
+    const struct dcp_placed_record *record = &writer->layout->records[index];
+    const struct dcp_item *item = &writer->plan->items[record->item];
+    struct dcp_write_payload payload = {.source = &writer->sources[record->item]};
+    if (payload.source->data == NULL && record->payload_bytes > 0) {
+        const struct dcp_name *name = &writer->plan->names[item->name];
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
+                             (int)dcp_min_u64(name->fqn_len, 256), name->fqn);
+    }
+    int rc = dcp_write_stream_zeros_to(writer, record->offset_bytes, err);
+    if (rc == 0) {
+        rc = check_position(writer, record->offset_bytes, err);
+    }
+    if (rc != 0) {
+        return rc;
+    }
+    if (is_raw(item)) {
+        if (has_blocks(item, record)) {
+            payload.block_crcs = blocks->crcs + blocks->crcs_count;
+            blocks->crcs_count += blocks_of(record->payload_bytes);
+        }
+        rc = write_raw(writer, item, record, &payload, scratch, err);
+        if (rc == 0 && payload.block_crcs != NULL) {
+            blocks->entries[blocks->entries_count++] =
+                (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes,
+                                         payload.crc, payload.block_crcs};
+        }
+    } else {
+        rc = write_ready(writer, record, &payload, err);
+    }
+    if (rc == 0) {
+        rc = check_position(writer, record->offset_bytes + record->length_bytes, err);
+    }
+    if (rc == 0 && writer->crcs != NULL) {
+        writer->crcs[index] = payload.crc;
+    }
+    return rc;
+}
+
+static int
+write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+             struct dcp_buf *scratch, struct dcp_error *err)
+{
+    struct dcp_file_header header = {.save_id = *writer->save_id,
+                                     .rank = writer->plan->rank,
+                                     .n = (uint32_t)(writer->n0 + placed->index),
+                                     .length_bytes = placed->length_bytes,
+                                     .table_offset_bytes = placed->table_offset_bytes,
+                                     .table_bytes = placed->table_bytes};
+    dcp_buf_clear(scratch);
+    dcp_file_put_header(scratch, &header);
+    int rc = dcp_buf_check(scratch, err);
+    return rc == 0 ? dcp_write_stream_bytes(writer, scratch->data, scratch->len, err) : rc;
+}
+
+static int
+write_table(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+            const struct file_blocks *blocks, struct dcp_buf *scratch, struct dcp_error *err)
+{
+    int rc = dcp_write_stream_zeros_to(writer, placed->table_offset_bytes, err);
+    if (rc == 0 && placed->table_bytes > 0) {
+        dcp_buf_clear(scratch);
+        dcp_block_table_put(scratch, writer->save_id, blocks->entries, blocks->entries_count);
+        rc = dcp_buf_check(scratch, err);
+        if (rc == 0) {
+            rc = dcp_write_stream_bytes(writer, scratch->data, scratch->len, err);
+        }
+    }
+    return rc == 0 ? check_position(writer, placed->length_bytes, err) : rc;
+}
+
+static int
+write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+           struct dcp_buf *scratch, struct dcp_error *err)
+{
+    struct file_blocks blocks = {0};
+    struct dcp_write_file *file;
+    int rc = file_blocks_init(writer, placed, &blocks, err);
+    if (rc != 0) {
+        goto done;
+    }
+    rc = dcp_write_file_open(writer, placed, &file, err);
+    if (rc != 0) {
+        goto done;
+    }
+    if (file->direct && writer->layout->total_bytes > INLINE_MOST_BYTES) {
+        dcp_pump_start(&writer->pump);
+    }
+    dcp_write_stream_open(writer, file);
+    rc = write_header(writer, placed, scratch, err);
+    for (uint32_t i = 0; rc == 0 && i < placed->records_count; i++) {
+        rc = write_record(writer, placed->first_record + i, &blocks, scratch, err);
+    }
+    if (rc == 0) {
+        rc = write_table(writer, placed, &blocks, scratch, err);
+    }
+    if (rc == 0) {
+        rc = dcp_write_stream_close(writer, err);
+    }
+    if (rc == 0) {
+        writer->stats.files_count++;
+        writer->stats.file_bytes += placed->length_bytes;
+    }
+done:
+    file_blocks_clean_up(&blocks);
+    return rc;
+}
+
+static int
+write_files(struct dcp_writer *writer, struct dcp_error *err)
+{
+    struct dcp_buf scratch = {0};
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < writer->layout->files_count; i++) {
+        rc = write_file(writer, &writer->layout->files[i], &scratch, err);
+    }
+    if (writer->file != NULL) {
+        /* Given up half way: the job closes the file without calling it finished. */
+        struct dcp_job job = {.file = writer->file, .kind = DCP_WRITE_JOB_CLOSE, .flags = 1};
+        dcp_pump_push(&writer->pump, &job);
+    }
+    dcp_buf_clean_up(&scratch);
+    return rc;
+}
+
+int
+dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
+               const struct dcp_plan *plan, const struct dcp_layout *layout,
+               const struct dcp_source *sources, const struct dcp_save_id *save_id, uint64_t n0,
+               const struct dcp_engine_options *options, uint32_t *ret_crcs,
+               struct dcp_write_stats *ret_stats, struct dcp_error *err)
+{
+    uint64_t start_ns = dcp_engine_now_ns();
+    struct dcp_writer writer = {.io = io,
+                                .dirfd = dirfd,
+                                .dir_path = dir_path,
+                                .plan = plan,
+                                .layout = layout,
+                                .sources = sources,
+                                .save_id = save_id,
+                                .n0 = n0,
+                                .options = options,
+                                .crcs = ret_crcs};
+    if (n0 > UINT32_MAX || layout->files_count > UINT32_MAX - n0) {
+        return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
+                             "file number %llu is over 32 bits: save to a new directory",
+                             (unsigned long long)n0);
+    }
+    int rc =
+        dcp_ring_acquire(options->ring_buffers, options->ring_buffer_bytes, &writer.ring, err);
+    if (rc != 0) {
+        return rc;
+    }
+    rc = dcp_pump_init(&writer.pump, dcp_write_file_job, &writer, err);
+    if (rc == 0) {
+        rc = write_files(&writer, err);
+        uint64_t filled_ns = dcp_engine_now_ns();
+        int pump_rc = dcp_pump_clean_up(&writer.pump, err);
+        rc = rc != 0 ? rc : pump_rc;
+        struct dcp_write_stats *stats = &writer.stats;
+        uint64_t inline_ns = writer.pump.threaded ? 0 : stats->write_ns + stats->sync_ns;
+        stats->copy_ns = filled_ns - start_ns - writer.pump.wait_ns - inline_ns;
+        stats->wait_ns = writer.pump.wait_ns + (dcp_engine_now_ns() - filled_ns);
+        stats->ring_bytes = writer.ring->buffer_bytes * writer.ring->buffers_count;
+    }
+    dcp_ring_release(writer.ring);
+    writer.stats.wall_ns = dcp_engine_now_ns() - start_ns;
+    if (rc == 0 && ret_stats != NULL) {
+        *ret_stats = writer.stats;
+    }
+    return rc;
+}

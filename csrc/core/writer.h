@@ -1,0 +1,93 @@
+/*
+ * writer.h: private: what the three files of the writer share.
+ *
+ * writer.c walks the layout, writer_stream.c turns one file's bytes into jobs, writer_file.c opens
+ * files and runs the jobs.  The calling thread fills buffers; the pump's thread writes, syncs and
+ * closes.  A struct dcp_write_file belongs to the caller until its last job is pushed, which frees
+ * it.
+ */
+#ifndef DCP_WRITER_H
+#define DCP_WRITER_H
+
+#include "ring.h"
+
+enum { DCP_WRITE_NAME_BYTES = 64 };
+
+/* Files below this are written through the page cache: two system calls less, and the last block
+ * needs no padding.  Device bytes per second do not matter at this size. */
+#define DCP_WRITE_DIRECT_LEAST_BYTES (64u << 10)
+/* Without direct I/O a piece goes to the kernel while it is still in the core's own cache from its
+ * checksum. */
+#define DCP_WRITE_PIECE_BYTES (256u << 10)
+
+enum dcp_write_job { DCP_WRITE_JOB_WRITE = 1, DCP_WRITE_JOB_CLOSE = 2 };
+
+struct dcp_write_file {
+    int fd; /* -1 when closed */
+    char name[DCP_WRITE_NAME_BYTES];
+    uint64_t length_bytes; /* of the finished file */
+    uint64_t align_bytes;  /* of offsets and lengths; 1 without direct I/O */
+    bool in_memory;        /* tmpfs: nothing is ever dirty */
+    bool direct;           /* O_DIRECT is set; only the writing thread clears it */
+    /* of the writing thread */
+    uint64_t end_bytes;      /* behind the last byte written, padding included */
+    uint64_t flushing_bytes; /* [flushing, pushed) is on its way out, [pushed, end) is dirty */
+    uint64_t pushed_bytes;
+};
+
+struct dcp_writer {
+    const struct dcp_io *io;
+    int dirfd;
+    const char *dir_path;
+    const struct dcp_plan *plan;
+    const struct dcp_layout *layout;
+    const struct dcp_source *sources;
+    const struct dcp_save_id *save_id;
+    uint64_t n0;
+    const struct dcp_engine_options *options;
+    uint32_t *crcs; /* per layout record; may be NULL */
+    struct dcp_ring *ring;
+    struct dcp_pump pump;
+    struct dcp_write_stats stats; /* direct_files, write and sync time: of the writing thread */
+
+    /* the stream: where the next byte goes */
+    struct dcp_write_file *file;
+    bool in_place;           /* no direct I/O: large payloads are written from the source */
+    uint64_t position_bytes; /* in the file */
+    uint8_t *buffer;         /* the ring buffer being filled */
+    uint64_t filled_bytes;   /* of it */
+    uint64_t limit_bytes;    /* of it: the buffer is pushed when that much is in it */
+    uint32_t buffer_index;
+    uint64_t buffer_jobs[DCP_PUMP_JOBS]; /* 1 + number of the last job that used each buffer */
+};
+
+/* ---- writer_file.c ---- */
+int dcp_write_file_open(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+                        struct dcp_write_file **ret_file, struct dcp_error *err) DCP_MUST_CHECK;
+/* The pump's function; ctx is the writer. */
+int dcp_write_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
+/* DCP_E_CANCELLED when the caller asked to stop. */
+int dcp_write_check_cancel(const struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- writer_stream.c ---- */
+void dcp_write_stream_open(struct dcp_writer *writer, struct dcp_write_file *file);
+int dcp_write_stream_bytes(struct dcp_writer *writer, const uint8_t *data, uint64_t len,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+int dcp_write_stream_zeros_to(struct dcp_writer *writer, uint64_t position_bytes,
+                              struct dcp_error *err) DCP_MUST_CHECK;
+
+struct dcp_write_payload {
+    const struct dcp_source *source;
+    uint32_t ndim, item_bytes;
+    const uint64_t *sizes;
+    uint64_t len_bytes;
+    uint32_t *block_crcs; /* out, one per started block; NULL when none are kept */
+    uint32_t crc;         /* out, of the whole */
+};
+
+int dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *payload,
+                             struct dcp_error *err) DCP_MUST_CHECK;
+/* Pushes what is left, padded where direct I/O wants it, and the job that closes the file. */
+int dcp_write_stream_close(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
+
+#endif

@@ -1,0 +1,318 @@
+/*
+ * writer_file.c: data files of a save: opened once, written in requests, synced once, closed with a
+ * check.
+ *
+ * Whether a file is written with O_DIRECT is decided when it is opened, by what the file system
+ * says; one that says yes and then refuses a write (EINVAL) goes on through the page cache.  A
+ * failed fsync is final: the kernel drops the pages it could not write, so a retry would lie.
+ *
+ * Threads: dcp_write_file_open on the calling thread, dcp_write_file_job on the writing thread.
+ */
+#include "writer.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+/* "<directory>/<name>" for messages; cut when longer than an error record holds. */
+static void
+file_path(const struct dcp_writer *writer, const char *name, char path[DCP_ERROR_PATH_BYTES])
+{
+    snprintf(path, DCP_ERROR_PATH_BYTES, "%s/%s", writer->dir_path != NULL ? writer->dir_path : "",
+             name);
+}
+
+static const char *
+advice(int sys_errno)
+{
+    switch (sys_errno) {
+    case ENOSPC:
+        return "the file system is full: free some space or save elsewhere";
+    case EDQUOT:
+        return "the disk quota is used up: free some space or save elsewhere";
+    case EROFS:
+    case EACCES:
+    case EPERM:
+        return "this user may not write there";
+    case EMFILE:
+    case ENFILE:
+        return "too many open files: raise the limit (ulimit -n)";
+    default:
+        return "the save is given up";
+    }
+}
+
+static int
+fail(const struct dcp_writer *writer, const char *name, int sys_errno, const char *what,
+     uint64_t offset_bytes, struct dcp_error *err)
+{
+    char path[DCP_ERROR_PATH_BYTES];
+    file_path(writer, name, path);
+    bool first = err != NULL && err->code == 0;
+    int code = dcp_error_set(err, DCP_E_IO, sys_errno, path, "%s %s failed: %s; %s", what, path,
+                             strerror(sys_errno), advice(sys_errno));
+    if (first) {
+        err->offset_bytes = offset_bytes;
+    }
+    return code;
+}
+
+static int
+open_new(const struct dcp_writer *writer, const char *name, int *ret_fd, struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    int fd;
+    do {
+        fd = io->open_at(io->ctx, writer->dirfd, name, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    } while (fd == -EINTR);
+    if (fd >= 0) {
+        *ret_fd = fd;
+        return 0;
+    }
+    char path[DCP_ERROR_PATH_BYTES];
+    file_path(writer, name, path);
+    if (fd == -EEXIST) {
+        return dcp_error_set(err, DCP_E_EXISTS, EEXIST, path,
+                             "creating %s failed: it exists already; another writer uses this "
+                             "directory, and the next save will take higher numbers",
+                             path);
+    }
+    if (fd == -ENOENT || fd == -ESTALE || fd == -ENOTDIR) {
+        return dcp_error_set(err, DCP_E_REMOVED, -fd, path,
+                             "creating %s failed: the directory was removed during the save",
+                             path);
+    }
+    return fail(writer, name, -fd, "creating", UINT64_MAX, err);
+}
+
+/* Sets file->direct where the options and the file system allow it. */
+static int
+choose_direct(const struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error *err)
+{
+    enum dcp_direct wish = writer->options->direct;
+    const struct dcp_io *io = writer->io;
+    struct dcp_dio_align align = {0};
+    if (io->dio_align(io->ctx, file->fd, &align) == 0) {
+        file->in_memory = align.in_memory;
+    } else {
+        align.mem_bytes = 0;
+    }
+    if (wish == DCP_DIRECT_OFF ||
+        (wish == DCP_DIRECT_AUTO &&
+         (align.in_memory || file->length_bytes < DCP_WRITE_DIRECT_LEAST_BYTES))) {
+        return 0;
+    }
+    uint64_t step = align.offset_bytes;
+    if (align.mem_bytes != 0 && align.mem_bytes <= DCP_DIRECT_ALIGN_BYTES && step != 0 &&
+        (step & (step - 1)) == 0 && writer->ring->buffer_bytes % step == 0 &&
+        io->set_direct(io->ctx, file->fd, true) == 0) {
+        file->direct = true;
+        file->align_bytes = step;
+        return 0;
+    }
+    if (wish == DCP_DIRECT_ON) {
+        char path[DCP_ERROR_PATH_BYTES];
+        file_path(writer, file->name, path);
+        return dcp_error_set(err, DCP_E_UNSUPPORTED, EINVAL, path,
+                             "direct I/O was asked for, but the file system of %s does not do it; "
+                             "leave the choice to the engine",
+                             path);
+    }
+    return 0;
+}
+
+/* Meets a full disk before the data does. */
+static int
+preallocate(const struct dcp_writer *writer, const struct dcp_write_file *file,
+            struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    if (file->length_bytes < DCP_PREALLOCATE_BYTES || file->in_memory) {
+        return 0;
+    }
+    int rc;
+    do {
+        rc = io->fallocate(io->ctx, file->fd, 0, file->length_bytes);
+    } while (rc == -EINTR);
+    if (rc == -ENOSPC || rc == -EDQUOT || rc == -EFBIG || rc == -EIO) {
+        char what[96];
+        snprintf(what, sizeof what, "reserving %" PRIu64 " bytes for", file->length_bytes);
+        return fail(writer, file->name, -rc, what, UINT64_MAX, err);
+    }
+    return 0;
+}
+
+int
+dcp_write_file_open(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+                    struct dcp_write_file **ret_file, struct dcp_error *err)
+{
+    struct dcp_write_file *file = dcp_calloc(1, sizeof *file);
+    if (file == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a file to write");
+    }
+    snprintf(file->name, sizeof file->name, "__%" PRIu32 "_%" PRIu64 ".distcp", writer->plan->rank,
+             writer->n0 + placed->index);
+    file->length_bytes = placed->length_bytes;
+    file->align_bytes = 1;
+    int rc = open_new(writer, file->name, &file->fd, err);
+    if (rc != 0) {
+        dcp_free(file);
+        return rc;
+    }
+    rc = choose_direct(writer, file, err);
+    if (rc == 0) {
+        rc = preallocate(writer, file, err);
+    }
+    if (rc != 0) {
+        writer->io->close(writer->io->ctx, file->fd);
+        dcp_free(file);
+        return rc;
+    }
+    *ret_file = file;
+    return 0;
+}
+
+int
+dcp_write_check_cancel(const struct dcp_writer *writer, struct dcp_error *err)
+{
+    atomic_int *cancel = writer->options->cancel;
+    if (cancel != NULL && atomic_load_explicit(cancel, memory_order_relaxed) != 0) {
+        return dcp_error_set(err, DCP_E_CANCELLED, 0, NULL, "the save was cancelled");
+    }
+    return 0;
+}
+
+/* Goes on through the page cache.  False when that is not wanted. */
+static bool
+leave_direct(const struct dcp_writer *writer, struct dcp_write_file *file)
+{
+    if (writer->options->direct == DCP_DIRECT_ON ||
+        writer->io->set_direct(writer->io->ctx, file->fd, false) != 0) {
+        return false;
+    }
+    file->direct = false;
+    return true;
+}
+
+static int
+write_range(const struct dcp_writer *writer, struct dcp_write_file *file, const uint8_t *data,
+            uint64_t offset, uint64_t len, struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    uint64_t done = 0;
+    while (done < len) {
+        size_t want = (size_t)dcp_min_u64(len - done, DCP_MAX_REQUEST_BYTES);
+        ssize_t n = io->pwrite(io->ctx, file->fd, data + done, want, offset + done);
+        if (n == -EINTR) {
+            continue;
+        }
+        if (n == -EINVAL && file->direct && leave_direct(writer, file)) {
+            continue;
+        }
+        if (n <= 0) {
+            return fail(writer, file->name, n == 0 ? EIO : (int)-n, "writing", offset + done, err);
+        }
+        uint64_t step = (uint64_t)n;
+        if (file->direct && step < want) {
+            step -= step % file->align_bytes;
+            if (step == 0 && !leave_direct(writer, file)) {
+                return fail(writer, file->name, EIO, "writing", offset + done, err);
+            }
+        }
+        done += step;
+    }
+    file->end_bytes = dcp_max_u64(file->end_bytes, offset + len);
+    return 0;
+}
+
+/* Page cache on a disk: half of the dirty budget is being written while the other half fills. */
+static int
+limit_dirty(const struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    if (file->direct || file->in_memory ||
+        file->end_bytes - file->pushed_bytes < DCP_MAX_DIRTY_BYTES / 2) {
+        return 0;
+    }
+    int rc = io->flush_range(io->ctx, file->fd, file->pushed_bytes,
+                             file->end_bytes - file->pushed_bytes, false);
+    if (file->pushed_bytes > file->flushing_bytes && rc == 0) {
+        rc = io->flush_range(io->ctx, file->fd, file->flushing_bytes,
+                             file->pushed_bytes - file->flushing_bytes, true);
+    }
+    if (rc == -EIO || rc == -ENOSPC || rc == -EDQUOT) {
+        return fail(writer, file->name, -rc, "flushing", file->flushing_bytes, err);
+    }
+    file->flushing_bytes = file->pushed_bytes;
+    file->pushed_bytes = file->end_bytes;
+    return 0;
+}
+
+/* Exact length, on the device, then closed: 0 means that all of it happened. */
+static int
+finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    int rc = 0;
+    if (file->end_bytes > file->length_bytes) {
+        do {
+            rc = io->truncate(io->ctx, file->fd, file->length_bytes);
+        } while (rc == -EINTR);
+        if (rc < 0) {
+            return fail(writer, file->name, -rc, "truncating", file->length_bytes, err);
+        }
+    }
+    if (writer->options->sync) {
+        uint64_t start_ns = dcp_engine_now_ns();
+        do {
+            rc = io->fdatasync(io->ctx, file->fd);
+        } while (rc == -EINTR);
+        writer->stats.sync_ns += dcp_engine_now_ns() - start_ns;
+        if (rc < 0) {
+            return fail(writer, file->name, -rc, "syncing", UINT64_MAX, err);
+        }
+    }
+    int fd = file->fd;
+    file->fd = -1;
+    rc = io->close(io->ctx, fd);
+    /* Linux closes the descriptor even when a signal interrupts the call. */
+    if (rc < 0 && rc != -EINTR) {
+        return fail(writer, file->name, -rc, "closing", UINT64_MAX, err);
+    }
+    writer->stats.direct_files_count += file->direct ? 1 : 0;
+    return 0;
+}
+
+int
+dcp_write_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err)
+{
+    struct dcp_writer *writer = ctx;
+    struct dcp_write_file *file = job->file;
+    int rc = 0;
+    if (job->kind == DCP_WRITE_JOB_WRITE) {
+        if (failed) {
+            return 0;
+        }
+        rc = dcp_write_check_cancel(writer, err);
+        uint64_t start_ns = dcp_engine_now_ns();
+        if (rc == 0) {
+            rc = write_range(writer, file, job->data, job->offset_bytes, job->len_bytes, err);
+        }
+        if (rc == 0) {
+            rc = limit_dirty(writer, file, err);
+        }
+        writer->stats.write_ns += dcp_engine_now_ns() - start_ns;
+        return rc;
+    }
+    DCP_ASSERT(job->kind == DCP_WRITE_JOB_CLOSE);
+    if (!failed && job->flags == 0) {
+        rc = finish(writer, file, err);
+    }
+    if (file->fd >= 0) {
+        writer->io->close(writer->io->ctx, file->fd);
+    }
+    dcp_free(file);
+    return rc;
+}

@@ -1,0 +1,310 @@
+/*
+ * writer_stream.c: one file's bytes, in order, turned into write requests.
+ *
+ * With direct I/O all bytes pass through the ring: payloads by one fused copy and CRC, so the source
+ * is read once.  Without it large payloads are checksummed in place and handed to the kernel from
+ * the source, which saves the copy; only small things are packed.
+ *
+ * Invariants: at most limit_bytes are in the buffer; with direct I/O only full buffers are pushed
+ * before the end, so every request is aligned.  A buffer is refilled only after its job has run.
+ * Threads: all of it on the calling thread.
+ */
+#include "writer.h"
+
+#include <string.h>
+
+#include "box.h"
+#include "dcp_crc32.h"
+
+/* Strided sources whose dense runs are at least this long are gathered in pieces that stay in the
+ * cache for the CRC; shorter runs (transposes) waste less of each line when many rows are gathered at
+ * once. */
+#define DENSE_RUN_BYTES 64
+#define GATHER_PIECE_BYTES (256u << 10)
+/* Without direct I/O smaller payloads are packed: a system call costs as much as copying this. */
+#define IN_PLACE_LEAST_BYTES (32u << 10)
+/* From here on the destination is larger than what the cache should give up for it. */
+#define STREAMING_LEAST_BYTES (1u << 20)
+
+/* A running CRC that is cut into blocks. */
+struct block_crc {
+    uint32_t whole, block;
+    uint64_t done_bytes;
+    uint32_t *blocks; /* NULL: one block of any size */
+};
+
+/* How many of `n` bytes belong to the current block. */
+static uint64_t
+block_room(const struct block_crc *crc, uint64_t n)
+{
+    if (crc->blocks == NULL) {
+        return n;
+    }
+    return dcp_min_u64(n, DCP_BLOCK_BYTES - crc->done_bytes % DCP_BLOCK_BYTES);
+}
+
+/* Ends the current block when it is full or the payload is at its end. */
+static void
+block_add(struct block_crc *crc, uint64_t n, bool last)
+{
+    crc->done_bytes += n;
+    if (crc->blocks == NULL) {
+        crc->whole = crc->block;
+        return;
+    }
+    uint64_t in_block = (crc->done_bytes - 1) % DCP_BLOCK_BYTES + 1;
+    if (n > 0 && (last || in_block == DCP_BLOCK_BYTES)) {
+        crc->blocks[(crc->done_bytes - 1) / DCP_BLOCK_BYTES] = crc->block;
+        crc->whole = dcp_crc32_combine(crc->whole, crc->block, in_block);
+        crc->block = 0;
+    }
+}
+
+static int
+push_write(struct dcp_writer *writer, const uint8_t *data, uint64_t offset, uint64_t len,
+           uint64_t *ret_number, struct dcp_error *err)
+{
+    int rc = dcp_write_check_cancel(writer, err);
+    if (rc != 0) {
+        return rc;
+    }
+    struct dcp_job job = {.file = writer->file,
+                          .data = (uint8_t *)(uintptr_t)data,
+                          .offset_bytes = offset,
+                          .len_bytes = len,
+                          .kind = DCP_WRITE_JOB_WRITE};
+    *ret_number = dcp_pump_push(&writer->pump, &job);
+    return 0;
+}
+
+/* Pushes the buffer as it is. */
+static int
+push_buffer(struct dcp_writer *writer, uint64_t len, struct dcp_error *err)
+{
+    uint64_t number;
+    int rc = push_write(writer, writer->buffer, writer->position_bytes - writer->filled_bytes, len,
+                        &number, err);
+    if (rc != 0) {
+        return rc;
+    }
+    writer->buffer_jobs[writer->buffer_index] = number + 1;
+    writer->buffer_index = (writer->buffer_index + 1) % writer->ring->buffers_count;
+    writer->buffer = NULL;
+    writer->filled_bytes = 0;
+    return 0;
+}
+
+/* Where the next bytes go and how many fit; waits for a free buffer. */
+static int
+stream_room(struct dcp_writer *writer, uint8_t **ret_at, uint64_t *ret_room, struct dcp_error *err)
+{
+    if (writer->filled_bytes >= writer->limit_bytes) {
+        int rc = push_buffer(writer, writer->filled_bytes, err);
+        if (rc != 0) {
+            return rc;
+        }
+    }
+    if (writer->buffer == NULL) {
+        uint64_t job = writer->buffer_jobs[writer->buffer_index];
+        /* The pump keeps the error; it is fetched when the pump is cleaned up. */
+        int rc = job != 0 ? dcp_pump_wait(&writer->pump, job - 1) : 0;
+        if (rc != 0) {
+            return rc;
+        }
+        writer->buffer = dcp_ring_buffer(writer->ring, writer->buffer_index);
+    }
+    *ret_at = writer->buffer + writer->filled_bytes;
+    *ret_room = writer->limit_bytes - writer->filled_bytes;
+    return 0;
+}
+
+static void
+stream_took(struct dcp_writer *writer, uint64_t n)
+{
+    writer->filled_bytes += n;
+    writer->position_bytes += n;
+}
+
+static void
+count_progress(const struct dcp_writer *writer, uint64_t n)
+{
+    if (writer->options->progress_bytes != NULL) {
+        atomic_fetch_add_explicit(writer->options->progress_bytes, n, memory_order_relaxed);
+    }
+}
+
+/* Dense source into the ring, one fused pass. */
+static int
+payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
+             struct block_crc *crc, struct dcp_error *err)
+{
+    bool streaming = payload->len_bytes >= STREAMING_LEAST_BYTES;
+    while (crc->done_bytes < payload->len_bytes) {
+        uint8_t *at;
+        uint64_t room;
+        int rc = stream_room(writer, &at, &room, err);
+        if (rc != 0) {
+            return rc;
+        }
+        uint64_t left = payload->len_bytes - crc->done_bytes;
+        uint64_t n = block_room(crc, dcp_min_u64(room, left));
+        crc->block =
+            dcp_crc32_copy(crc->block, at, payload->source->data + crc->done_bytes, n, streaming);
+        block_add(crc, n, n == left);
+        stream_took(writer, n);
+        count_progress(writer, n);
+    }
+    return 0;
+}
+
+/* Dense source, no direct I/O: checksummed in place, written from where it lies. */
+static int
+payload_in_place(struct dcp_writer *writer, const struct dcp_write_payload *payload,
+                 struct block_crc *crc, struct dcp_error *err)
+{
+    int rc = writer->filled_bytes > 0 ? push_buffer(writer, writer->filled_bytes, err) : 0;
+    while (rc == 0 && crc->done_bytes < payload->len_bytes) {
+        const uint8_t *at = payload->source->data + crc->done_bytes;
+        uint64_t left = payload->len_bytes - crc->done_bytes;
+        uint64_t n = block_room(crc, dcp_min_u64(left, DCP_WRITE_PIECE_BYTES));
+        crc->block = dcp_crc32(crc->block, at, n);
+        block_add(crc, n, n == left);
+        uint64_t number;
+        rc = push_write(writer, at, writer->position_bytes, n, &number, err);
+        writer->position_bytes += n;
+        count_progress(writer, n);
+    }
+    return rc;
+}
+
+/* The longest dense run of a strided source, in bytes. */
+static uint64_t
+dense_run(const struct dcp_write_payload *payload)
+{
+    uint64_t run = payload->item_bytes;
+    for (uint32_t d = payload->ndim; d > 0; d--) {
+        if (payload->sizes[d - 1] == 1) {
+            continue;
+        }
+        if (payload->source->strides_bytes[d - 1] != (int64_t)run) {
+            break;
+        }
+        run *= payload->sizes[d - 1];
+    }
+    return run;
+}
+
+/* Strided source: gathered into the ring in row-major order, then checksummed. */
+static int
+payload_gather(struct dcp_writer *writer, const struct dcp_write_payload *payload,
+               struct block_crc *crc, struct dcp_error *err)
+{
+    bool dense = dense_run(payload) >= DENSE_RUN_BYTES;
+    while (crc->done_bytes < payload->len_bytes) {
+        uint8_t *at;
+        uint64_t room;
+        int rc = stream_room(writer, &at, &room, err);
+        if (rc != 0) {
+            return rc;
+        }
+        uint64_t left = payload->len_bytes - crc->done_bytes;
+        uint64_t n = dcp_min_u64(room, dense ? dcp_min_u64(left, GATHER_PIECE_BYTES) : left);
+        dcp_box_gather(at, payload->source->data, payload->ndim, payload->sizes,
+                       payload->source->strides_bytes, payload->item_bytes, crc->done_bytes, n);
+        for (uint64_t done = 0; done < n;) {
+            uint64_t part = block_room(crc, n - done);
+            crc->block = dcp_crc32(crc->block, at + done, part);
+            done += part;
+            block_add(crc, part, done == left);
+        }
+        stream_took(writer, n);
+        count_progress(writer, n);
+    }
+    return 0;
+}
+
+void
+dcp_write_stream_open(struct dcp_writer *writer, struct dcp_write_file *file)
+{
+    DCP_ASSERT(writer->filled_bytes == 0);
+    writer->file = file;
+    writer->position_bytes = 0;
+    writer->in_place = !file->direct;
+    writer->limit_bytes =
+        file->direct ? writer->ring->buffer_bytes
+                     : dcp_min_u64(writer->ring->buffer_bytes, DCP_WRITE_PIECE_BYTES);
+}
+
+int
+dcp_write_stream_bytes(struct dcp_writer *writer, const uint8_t *data, uint64_t len,
+                       struct dcp_error *err)
+{
+    while (len > 0) {
+        uint8_t *at;
+        uint64_t room;
+        int rc = stream_room(writer, &at, &room, err);
+        if (rc != 0) {
+            return rc;
+        }
+        uint64_t n = dcp_min_u64(room, len);
+        memcpy(at, data, n);
+        stream_took(writer, n);
+        data += n;
+        len -= n;
+    }
+    return 0;
+}
+
+int
+dcp_write_stream_zeros_to(struct dcp_writer *writer, uint64_t position_bytes,
+                          struct dcp_error *err)
+{
+    while (writer->position_bytes < position_bytes) {
+        uint8_t *at;
+        uint64_t room;
+        int rc = stream_room(writer, &at, &room, err);
+        if (rc != 0) {
+            return rc;
+        }
+        uint64_t n = dcp_min_u64(room, position_bytes - writer->position_bytes);
+        memset(at, 0, n);
+        stream_took(writer, n);
+    }
+    return 0;
+}
+
+int
+dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *payload,
+                         struct dcp_error *err)
+{
+    struct block_crc crc = {.blocks = payload->block_crcs};
+    int rc;
+    if (!dcp_box_is_row_major(payload->ndim, payload->sizes, payload->item_bytes,
+                              payload->source->strides_bytes)) {
+        rc = payload_gather(writer, payload, &crc, err);
+    } else if (writer->in_place && payload->len_bytes >= IN_PLACE_LEAST_BYTES) {
+        rc = payload_in_place(writer, payload, &crc, err);
+    } else {
+        rc = payload_copy(writer, payload, &crc, err);
+    }
+    payload->crc = crc.whole;
+    writer->stats.payload_bytes += crc.done_bytes;
+    return rc;
+}
+
+int
+dcp_write_stream_close(struct dcp_writer *writer, struct dcp_error *err)
+{
+    int rc = 0;
+    if (writer->filled_bytes > 0) {
+        uint64_t len = dcp_align_up(writer->filled_bytes, writer->file->align_bytes);
+        memset(writer->buffer + writer->filled_bytes, 0, len - writer->filled_bytes);
+        rc = push_buffer(writer, len, err);
+    }
+    if (rc == 0) {
+        struct dcp_job job = {.file = writer->file, .kind = DCP_WRITE_JOB_CLOSE};
+        dcp_pump_push(&writer->pump, &job);
+        writer->file = NULL;
+    }
+    return rc;
+}

@@ -1,0 +1,139 @@
+/*
+ * dcp_engine.h: bytes to files and back: the writer and the reader.
+ *
+ * Writing: source -> fused copy + CRC -> ring of aligned buffers -> direct writes by a second
+ * thread.  On file systems in memory, or without direct I/O: CRC in place and write() from the
+ * source.  Reading: sorted, coalesced ranges, straight into the target where dtype, strides and
+ * alignment allow, else through a bounded bounce ring.
+ */
+#ifndef DCP_ENGINE_H
+#define DCP_ENGINE_H
+
+#include <stdatomic.h>
+
+#include "dcp_io.h"
+#include "dcp_metadata.h"
+#include "dcp_plan.h"
+#include "dcp_record.h"
+
+/* Where the bytes of an item lie.  Tensors: `data` is element 0; strides in bytes per dim of the
+ * item's box, NULL when row major.  Objects: the finished record of slot_bytes. */
+struct dcp_source {
+    const uint8_t *data;
+    const int64_t *strides_bytes;
+};
+
+enum dcp_direct {
+    DCP_DIRECT_AUTO = 0,
+    DCP_DIRECT_OFF = 1,
+    DCP_DIRECT_ON = 2 /* fail where it can't be */
+};
+
+struct dcp_engine_options {
+    enum dcp_direct direct;
+    bool sync;             /* fdatasync each file before its checked close */
+    bool verify;           /* reading: check CRCs */
+    bool verify_all;       /* with verify: partial reads bring in whole blocks, however little of
+                              one is wanted ("strict") */
+    uint32_t ring_buffers; /* 0: DCP_RING_BUFFERS */
+    uint32_t ring_buffer_bytes; /* 0: DCP_RING_BUFFER_BYTES */
+    atomic_int *cancel; /* non-zero stops with DCP_E_CANCELLED at the next request; may be NULL */
+    _Atomic uint64_t *progress_bytes; /* counts payload bytes done; may be NULL */
+};
+
+/* Frees the buffers that the process keeps between saves and loads (32 MiB each by default). */
+void dcp_engine_trim(void);
+
+struct dcp_write_stats {
+    uint64_t file_bytes, payload_bytes, files_count;
+    uint64_t direct_files_count; /* written with O_DIRECT */
+    uint64_t wall_ns, copy_ns, write_ns, wait_ns, sync_ns;
+    uint64_t ring_bytes; /* memory the writer used */
+};
+
+/* Creates (O_EXCL), fills, syncs and closes every file of the layout.  `sources` is indexed like
+ * plan->items; only kept ones are read.  On failure the files that were created stay for
+ * dcp_claim_discard; DCP_E_EXISTS names a file that another writer put there.  Payload CRCs go to
+ * `ret_crcs` (one per layout record, may be NULL). */
+int dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
+                   const struct dcp_plan *plan, const struct dcp_layout *layout,
+                   const struct dcp_source *sources, const struct dcp_save_id *save_id, uint64_t n0,
+                   const struct dcp_engine_options *options, uint32_t *ret_crcs,
+                   struct dcp_write_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- reading ---- */
+
+/* Memory to fill: a box of a global tensor.  Same dtype as saved; a cast is done by the caller from
+ * a temporary. */
+struct dcp_target {
+    uint64_t entry;               /* index in metadata entries */
+    uint8_t *data;                /* element 0 of the box; objects: NULL */
+    const int64_t *strides_bytes; /* per dim; NULL when row major */
+    uint64_t dims; /* index in dcp_read_plan.dims of 2 * ndim numbers: box offsets, box sizes */
+};
+
+/* One overlap of a saved chunk with a target. */
+struct dcp_read_item {
+    uint64_t chunk;  /* index in metadata chunks */
+    uint64_t target; /* index in targets */
+    uint64_t
+        dims; /* index in dims of 3 * ndim numbers: offset in chunk, offset in target, lengths */
+};
+
+struct dcp_read_plan {
+    const struct dcp_metadata *md; /* borrows */
+    struct dcp_target *targets;    /* owned */
+    uint64_t targets_count, targets_cap;
+    struct dcp_read_item *items; /* owned */
+    uint64_t items_count, items_cap;
+    uint64_t *dims; /* owned */
+    uint64_t dims_count, dims_cap;
+    uint64_t wanted_bytes; /* payload bytes that targets ask for */
+    uint64_t objects_count;
+};
+
+void dcp_read_plan_clean_up(struct dcp_read_plan *plan);
+/* Adds a target box (or an object: ndim 0, data NULL, entry of kind DCP_ITEM_BYTES).  Strides are
+ * borrowed. */
+int dcp_read_plan_add(struct dcp_read_plan *plan, uint64_t entry, uint8_t *data,
+                      const int64_t *strides_bytes, const uint64_t *offsets, const uint64_t *sizes,
+                      uint64_t *ret_target, struct dcp_error *err) DCP_MUST_CHECK;
+/* Finds the overlaps: interval index per entry, O(hits).  A target that saved chunks do not cover
+ * is DCP_E_HOLE, named by tensor and box, or with `strict` false counted in *ret_holes (bytes). */
+int dcp_read_plan_build(struct dcp_read_plan *plan, bool strict, uint64_t *ret_hole_bytes,
+                        struct dcp_error *err) DCP_MUST_CHECK;
+
+struct dcp_read_stats {
+    uint64_t read_bytes, wanted_bytes, verified_bytes, unverified_bytes, straight_bytes,
+        requests_count, files_count;
+    uint64_t wall_ns;
+};
+
+/* What the native reader hands back: records that only Python can read (objects always; tensors
+ * whose record is DCP_E_UNSUPPORTED).  Called on the reading thread, one at a time; `bytes` is
+ * valid during the call. */
+typedef int (*dcp_record_fn)(void *ctx, const struct dcp_read_plan *plan,
+                             const struct dcp_read_item *item, const uint8_t *bytes, size_t len,
+                             struct dcp_error *err);
+
+int dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
+                   const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
+                   dcp_record_fn on_record, void *on_record_ctx, struct dcp_read_stats *ret_stats,
+                   struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- strided boxes (shared by writer and reader) ---- */
+
+/* Row-major box `sizes` of elements of `item_bytes`: copies bytes [from, from + len) of its
+ * row-major image between a contiguous buffer and strided memory.  gather: strided -> buffer;
+ * scatter: buffer -> strided. */
+void dcp_box_gather(uint8_t *dst, const uint8_t *src, uint32_t ndim, const uint64_t *sizes,
+                    const int64_t *strides_bytes, uint32_t item_bytes, uint64_t from, uint64_t len);
+void dcp_box_scatter(uint8_t *dst, const uint8_t *src, uint32_t ndim, const uint64_t *sizes,
+                     const int64_t *strides_bytes, uint32_t item_bytes, uint64_t from,
+                     uint64_t len);
+/* Strided to strided, any strides: `lengths` elements per dim. */
+void dcp_box_copy(uint8_t *dst, const int64_t *dst_strides_bytes, const uint8_t *src,
+                  const int64_t *src_strides_bytes, uint32_t ndim, const uint64_t *lengths,
+                  uint32_t item_bytes);
+
+#endif

@@ -1,0 +1,62 @@
+/*
+ * dcp_limits.h: every limit, with its unit and its reason.
+ */
+#ifndef DCP_LIMITS_H
+#define DCP_LIMITS_H
+
+/* torch allows any number; 64 dimensions is what the pickled sizes of every known model fit into
+ * many times over. */
+#define DCP_MAX_DIMS 64
+/* Ranks of one group.  Ten times the largest jobs; keeps rank * bytes products far from overflow.
+ */
+#define DCP_MAX_RANKS (1 << 17)
+/* Items of one rank's plan.  Indices are 32 bits. */
+#define DCP_MAX_ITEMS_PER_RANK (1u << 26)
+/* Items of all ranks' plans together.  Twice what a metadata file of DCP_MAX_METADATA_BYTES can
+ * list, for replicas that are dropped; group numbers are 32 bits. */
+#define DCP_MAX_GLOBAL_ITEMS (1u << 28)
+/* Bytes of one fully qualified name, and components of one path. */
+#define DCP_MAX_FQN_BYTES (1u << 20)
+#define DCP_MAX_PATH_PARTS 4096
+/* Nesting of containers in a state dict and of values in a pickle: deeper ones are refused, not
+ * recursed into. */
+#define DCP_MAX_DEPTH 256
+/* A `.metadata` file.  1M chunks take 70 MB; 8 GiB leaves room and still bounds a hostile length.
+ */
+#define DCP_MAX_METADATA_BYTES (1ull << 33)
+/* One tensor's payload: 2^56 bytes, so that sums of payloads and headers cannot overflow 64 bits.
+ */
+#define DCP_MAX_PAYLOAD_BYTES (1ull << 56)
+/* One object's record. */
+#define DCP_MAX_OBJECT_BYTES (1ull << 40)
+/* One data file.  Offsets are signed 64-bit numbers for the kernel; a quarter of their range leaves
+ * room for one more payload before a sum is checked. */
+#define DCP_MAX_FILE_BYTES (1ull << 62)
+/* Files that one rank may write in one save. */
+#define DCP_MAX_FILES_PER_RANK (1u << 26)
+/* Payloads above this get block checksums: one CRC32 for every block. */
+#define DCP_BLOCK_BYTES (1u << 20)
+/* Payloads from here on start on this multiple of the file, so that they can be read straight into
+ * a page. */
+#define DCP_LARGE_PAYLOAD_BYTES (1u << 20)
+#define DCP_LARGE_ALIGN_BYTES 4096u
+/* Payloads from here on start on the device's usual direct I/O alignment. */
+#define DCP_MEDIUM_PAYLOAD_BYTES (1u << 16)
+#define DCP_MEDIUM_ALIGN_BYTES 512u
+/* The writer's ring: buffers of 8 MiB reach the device's rate; 4 of them are 32 MiB, half of the 64
+ * MiB budget. */
+#define DCP_RING_BUFFER_BYTES (8u << 20)
+#define DCP_RING_BUFFERS 4
+/* Direct I/O needs buffers, offsets and lengths on this multiple where the file system does not say
+ * better. */
+#define DCP_DIRECT_ALIGN_BYTES 4096u
+/* One request to the kernel: it cuts longer ones at 0x7ffff000 bytes. */
+#define DCP_MAX_REQUEST_BYTES (1u << 30)
+/* Buffered fallback: dirty bytes before they are pushed out and dropped from the page cache. */
+#define DCP_MAX_DIRTY_BYTES (64u << 20)
+/* Serialised exception of one rank in a failure exchange. */
+#define DCP_MAX_FAILURE_BYTES (64u << 10)
+/* Files of this size or more are preallocated, to meet a full disk before the data does. */
+#define DCP_PREALLOCATE_BYTES (64u << 20)
+
+#endif

@@ -1,0 +1,119 @@
+/*
+ * dcp_metadata.h: `.metadata` written from a global plan and read into flat arrays.
+ *
+ * The file is a pickle of torch's Metadata that stock torch reads, then a trailer that pickle
+ * readers ignore: [pickle][index][footer: magic, version, lengths, CRCs, save id] `index` is the
+ * flat form below; when the footer's checks hold it is used instead of the pickle.
+ */
+#ifndef DCP_METADATA_H
+#define DCP_METADATA_H
+
+#include "dcp_plan.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What the writer (role) adds: torch's StorageMeta and version. */
+struct dcp_storage_meta {
+    const char *checkpoint_id;   /* NULL for None */
+    bool checkpoint_id_is_path;  /* a pathlib.PosixPath, else a str */
+    const char *storage_save_id; /* the writer's uuid text; NULL for None */
+    const char *version;         /* "1.0.0"; NULL for None */
+};
+
+/* Emits the whole image.  Chunks, index hints, dict orders as torch's planner and writer make them.
+ * File names are __{rank}_{n0 + k}.distcp. */
+int dcp_metadata_write(const struct dcp_global_plan *global, const struct dcp_storage_meta *meta,
+                       const struct dcp_save_id *save_id, uint64_t n0, struct dcp_buf *buf,
+                       struct dcp_error *err) DCP_MUST_CHECK;
+
+enum { DCP_NO_FILE = 0xFFFFFFFFu };
+
+/* One key of state_dict_metadata, in file order. */
+struct dcp_md_entry {
+    uint64_t name; /* offset in strings */
+    uint32_t name_len;
+    uint8_t kind;  /* DCP_ITEM_TENSOR for tensors (whole or sharded), DCP_ITEM_BYTES for objects */
+    uint8_t dtype; /* enum dcp_dtype */
+    uint8_t props;
+    uint8_t ndim;
+    uint64_t size;         /* index in dims of ndim numbers */
+    uint64_t first_chunk;  /* index in chunks */
+    uint64_t chunks_count; /* objects have exactly one, without dims */
+};
+
+struct dcp_md_chunk {
+    uint64_t dims;         /* index in dims: offsets, then sizes, ndim each */
+    uint64_t offset_bytes; /* of the record in the file */
+    uint64_t length_bytes;
+    uint32_t file;       /* index in files; DCP_NO_FILE when storage_data lacks it */
+    uint32_t transforms; /* 1: transform_descriptors present, only Python can read it */
+};
+
+struct dcp_md_file {
+    uint64_t name; /* offset in strings: relative_path */
+    uint32_t name_len;
+    uint32_t reserved;
+};
+
+/* Flat arrays, owned (or borrowed from a mapped image; `owned` says which).  Read only once built.
+ */
+struct dcp_metadata {
+    char *strings;
+    uint64_t strings_len;
+    struct dcp_md_entry *entries;
+    uint64_t entries_count;
+    struct dcp_md_chunk *chunks;
+    uint64_t chunks_count;
+    uint64_t *dims;
+    uint64_t dims_count;
+    struct dcp_md_file *files;
+    uint32_t files_count;
+    bool owned;
+    bool is_native;             /* written by us: footer present and valid */
+    struct dcp_save_id save_id; /* of the footer; zero when stock */
+    uint32_t *name_index;       /* hash table of entries by name, owned */
+    uint64_t name_index_cap;    /* power of two */
+};
+
+/* Reads an image: our index when the footer holds, else the pickle by an allow-listed reader.
+ * DCP_E_UNSUPPORTED: unknown globals or extra attributes (the caller may let torch unpickle it);
+ * DCP_E_CORRUPT: damaged, with what and where.  Time and memory are bounded by `len`. */
+int dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret,
+                      struct dcp_error *err) DCP_MUST_CHECK;
+/* The same from the pickle alone (tests compare the two). */
+int dcp_metadata_read_pickle(const uint8_t *image, size_t len, struct dcp_metadata *ret,
+                             struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_metadata_clean_up(struct dcp_metadata *md);
+
+/* NULL when there is no such key. */
+const struct dcp_md_entry *dcp_metadata_find(const struct dcp_metadata *md, const char *fqn,
+                                             size_t len);
+
+/* The save id of an image's footer; false when it has none (stock, truncated).  Does not check the
+ * body. */
+bool dcp_metadata_peek_save_id(const uint8_t *image, size_t len, struct dcp_save_id *ret);
+
+/* ---- data.pkl of a tensor record ---- */
+struct dcp_tensor_pickle {
+    uint8_t dtype;
+    uint8_t ndim;
+    uint64_t sizes[DCP_MAX_DIMS];
+    int64_t strides[DCP_MAX_DIMS]; /* elements */
+    uint64_t storage_offset;       /* elements */
+    uint64_t storage_bytes;        /* whole storage */
+    uint32_t storage_key_len;
+    char storage_key[32]; /* "0" */
+};
+/* _rebuild_tensor_v2 / _v3 and _rebuild_parameter of one storage; anything else is
+ * DCP_E_UNSUPPORTED. */
+int dcp_pickle_read_tensor(const uint8_t *data, size_t len, struct dcp_tensor_pickle *ret,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+/* Appends data.pkl as format.md A gives it; its length depends only on dtype, ndim and sizes. */
+void dcp_pickle_put_tensor(struct dcp_buf *buf, int dtype, uint32_t ndim, const uint64_t *sizes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

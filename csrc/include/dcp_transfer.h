@@ -1,0 +1,159 @@
+/*
+ * dcp_transfer.h: one save or load in flight: the order of agreements, bytes and commit (design
+ * sections 3, 5, 7).
+ *
+ * A group is what ranks share between saves: the comm table and the installed plan.  A save goes
+ *     open -> claim (coordinator) -> agree (vote, plan) -> write -> finish (status, commit, result)
+ * and a load
+ *     open (vote, metadata) -> status of planning -> read -> status of reading.
+ * Every step that talks to other ranks is entered by every rank exactly once, whatever failed
+ * locally before it: the failure travels with it, and the same list of failures comes back on all
+ * ranks.
+ *
+ * Thread rule: one thread at a time per object; collective steps of one group in the same order on
+ * all ranks.
+ */
+#ifndef DCP_TRANSFER_H
+#define DCP_TRANSFER_H
+
+#include "dcp_comm.h"
+#include "dcp_commit.h"
+#include "dcp_engine.h"
+
+/* ---- group ---- */
+struct dcp_group;
+
+/* Takes `comm`.  `coordinator` is a rank of the group. */
+int dcp_group_new(struct dcp_comm *comm, uint32_t coordinator, struct dcp_group **ret_group,
+                  struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_group_destroy(struct dcp_group *group);
+const struct dcp_comm *dcp_group_comm(const struct dcp_group *group);
+uint32_t dcp_group_coordinator(const struct dcp_group *group);
+/* Forgets the installed plan: the next save gathers plans again. */
+void dcp_group_forget_plan(struct dcp_group *group);
+/* After a caller left a collective early: every later call on the group is refused by name. */
+void dcp_group_poison(struct dcp_group *group);
+
+/* ---- save ---- */
+struct dcp_save;
+
+struct dcp_save_params {
+    const struct dcp_io *io;
+    const char *dir_path;
+    struct dcp_storage_meta meta; /* strings are copied */
+    const char *identity;         /* for people, stored in the claim; may be NULL */
+    uint64_t call_hash;           /* checkpoint_id, kind of save: must agree between ranks */
+    uint64_t plan_salt;           /* planner options: part of the fingerprint */
+    bool independent;    /* use_collectives=False: plan and commit alone, one status at the end */
+    bool to_lowest_rank; /* dedup */
+    bool sync;           /* sync_files */
+    enum dcp_direct direct;
+};
+
+int dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
+                 struct dcp_save **ret_save, struct dcp_error *err) DCP_MUST_CHECK;
+/* Settles an unsettled claim (abort) before it frees. */
+void dcp_save_destroy(struct dcp_save *save);
+
+/* Makes and opens the directory.  *ret_exists: a committed checkpoint is there. */
+int dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err) DCP_MUST_CHECK;
+/* Coordinator (every rank when independent): takes the claim and fences older saves.  Nothing on
+ * other ranks. */
+int dcp_save_claim(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* The plan's rank and writer options are set by the caller; `plan` is moved in. */
+void dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan);
+
+/* Collective.  `mine`: what failed on this rank so far, or NULL.  0: go on.  DCP_E_PEER:
+ * *ret_failures says what failed where (the same on all ranks), the claim is dropped.  Other codes:
+ * the exchange itself failed on this rank. */
+int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
+                   struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
+ * plan's items. */
+int dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
+                   _Atomic uint64_t *progress_bytes, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Collective: status, commit, result, sweep.  Return values as dcp_save_agree's. */
+int dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
+                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Background saves settle without collectives: the coordinator publishes after every rank said
+ * "durable". */
+int dcp_save_publish(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+/* After a commit, coordinator: removes data files that nothing references any more. */
+void dcp_save_sweep(struct dcp_save *save);
+/* Gives the save up: drops the claim and this rank's files unless it turns out to be committed. */
+enum dcp_outcome dcp_save_abandon(struct dcp_save *save);
+/* Another rank's verdict: only removes this rank's files when `outcome` is aborted. */
+void dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome);
+
+struct dcp_save_info {
+    struct dcp_save_id save_id;
+    uint64_t n0;
+    enum dcp_outcome outcome;
+    bool fast;        /* the installed plan was reused */
+    bool call_agrees; /* false: ranks named different checkpoints */
+    bool is_coordinator;
+    uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
+    uint64_t vote_ns, plan_ns, metadata_ns, write_ns, commit_ns;
+    struct dcp_write_stats write;
+    struct dcp_span metadata; /* coordinator, after dcp_save_write */
+};
+void dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret);
+const struct dcp_plan *dcp_save_plan(const struct dcp_save *save);
+/* Bitmap of kept items of this rank, after dcp_save_agree. */
+const uint8_t *dcp_save_keep(const struct dcp_save *save);
+
+/* ---- staging: a private copy of what a save will write ---- */
+struct dcp_stage {
+    struct dcp_source *sources; /* owned; parallel to the plan's items, kept ones filled */
+    uint8_t *block;             /* owned mapping; reused by the next stage */
+    size_t block_bytes;
+};
+
+/* Copies the kept items row major into memory of our own; afterwards `sources` may change or go
+ * away. */
+int dcp_stage_build(const struct dcp_plan *plan, const uint8_t *keep,
+                    const struct dcp_source *sources, struct dcp_stage *ret_stage,
+                    struct dcp_error *err) DCP_MUST_CHECK;
+/* Gives the mapping back for the next stage (one is kept). */
+void dcp_stage_release(struct dcp_stage *stage);
+/* Frees the kept mapping. */
+void dcp_stage_trim(void);
+
+/* ---- load ---- */
+struct dcp_load;
+
+struct dcp_load_params {
+    const struct dcp_io *io;
+    const char *dir_path;
+    uint64_t call_hash;
+    uint32_t rank; /* whose `__{rank}.metadata` is read when there is no `.metadata` */
+    bool verify;
+    enum dcp_direct direct;
+};
+
+int dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
+                 struct dcp_load **ret_load, struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_load_destroy(struct dcp_load *load);
+
+/* Collective: the coordinator reads `.metadata` and broadcasts it; where it is absent each rank
+ * reads its own. Return values as dcp_save_agree's.  A local failure to parse is left for
+ * dcp_load_status (*ret_local_code, `err`). */
+int dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_local_code,
+                  struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+const struct dcp_metadata *dcp_load_metadata(const struct dcp_load *load);
+struct dcp_span dcp_load_metadata_image(const struct dcp_load *load);
+bool dcp_load_rank_local(const struct dcp_load *load);
+
+/* Collective: did everybody get this far?  Return values as dcp_save_agree's. */
+int dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
+                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+
+int dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_int *cancel,
+                  _Atomic uint64_t *progress_bytes, dcp_record_fn on_record, void *on_record_ctx,
+                  struct dcp_read_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;
+
+#endif

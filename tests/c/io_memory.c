@@ -1,0 +1,708 @@
+/*
+ * io_memory.c: the calls of the file system in memory, and the faults that hit them.
+ *
+ * Every call goes the same way: hook, lock, count, fault, effect, history.  A fault may come instead of
+ * the effect or after it; after the power cut nothing has an effect any more.
+ */
+#include "io_memory_private.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* What begin() found out about a call. */
+struct call {
+    struct io_memory_process *process;
+    struct io_memory *fs;
+    enum io_call kind;
+    int before; /* not 0: this is the result, without an effect */
+    int after;  /* not 0: this is the result, after the effect */
+};
+
+static bool
+may_be_interrupted(enum io_call kind)
+{
+    return kind == IO_OPEN_AT || kind == IO_PREAD || kind == IO_PWRITE || kind == IO_FALLOCATE ||
+           kind == IO_TRUNCATE || kind == IO_FDATASYNC || kind == IO_FSYNC || kind == IO_FSTAT ||
+           kind == IO_RENAME_AT || kind == IO_UNLINK_AT || kind == IO_LIST;
+}
+
+static int
+pick(struct io_memory_process *process, int count)
+{
+    return process->choose == NULL ? 0 : process->choose(process, count);
+}
+
+/* A reply that a scheduler may lose: decided before the effect, outside of the lock. */
+static void
+choose_lost_reply(struct call *call)
+{
+    static const int results[] = {0, -ENOENT, -EIO, -EIO};
+    struct io_memory_faults *faults = &call->fs->faults;
+    int choice;
+
+    if (faults->lost_replies == 0 || (call->kind != IO_RENAME_AT && call->kind != IO_UNLINK_AT)) {
+        return;
+    }
+    choice = pick(call->process, 4);
+    if (choice > 0) {
+        faults->lost_replies--;
+        *(choice == 3 ? &call->before : &call->after) = results[choice];
+    }
+}
+
+static struct call
+begin(void *ctx, enum io_call kind, const char *name)
+{
+    struct call call = {.process = ctx, .kind = kind};
+    struct io_memory *fs = call.process->fs;
+    struct io_memory_faults *faults = &fs->faults;
+
+    call.fs = fs;
+    if (call.process->before != NULL) {
+        call.process->before(call.process, kind, name);
+    }
+    if (!fs->crashed) {
+        choose_lost_reply(&call);
+    }
+    pthread_mutex_lock(&fs->mutex);
+    fs->calls[kind]++;
+    fs->calls[IO_CALLS]++;
+    if (faults->crash_at != UINT64_MAX && faults->crash_at-- == 0) {
+        faults->crash_at = 0;
+        fs->crashed = true;
+    }
+    if (fs->crashed) {
+        call.before = -EIO;
+    } else if (faults->fail_nth != 0 &&
+               (faults->fail_call == IO_CALLS || faults->fail_call == (int)kind) &&
+               --faults->fail_nth == 0) {
+        *(faults->fail_after_effect || kind == IO_CLOSE ? &call.after : &call.before) =
+            -faults->fail_errno;
+    } else if (faults->eintr_percent != 0 && may_be_interrupted(kind) &&
+               io_random(fs) % 100 < faults->eintr_percent) {
+        call.before = -EINTR;
+    }
+    call.process->history = io_mix(call.process->history, (uint64_t)kind);
+    return call;
+}
+
+static ssize_t
+end(struct call *call, ssize_t rc)
+{
+    if (call->before != 0) {
+        rc = call->before;
+    } else if (call->after != 0) {
+        rc = call->after;
+    }
+    /* Descriptors depend on the schedule; what they lead to is in the history already. */
+    call->process->history =
+        io_mix(call->process->history, rc > 0 && call->kind == IO_OPEN_AT ? 1 : (uint64_t)rc);
+    pthread_mutex_unlock(&call->fs->mutex);
+    return rc;
+}
+
+static void
+note(struct call *call, uint64_t value)
+{
+    call->process->history = io_mix(call->process->history, value);
+}
+
+/* ---- descriptors: numbers start at 3, so that a forgotten 0 is noticed ---- */
+
+enum { FIRST_FD = 3 };
+
+static struct io_fd *
+fd_get(struct io_memory *fs, int fd)
+{
+    size_t i = (size_t)(fd - FIRST_FD);
+
+    return fd >= FIRST_FD && i < fs->fds_count && fs->fds[i].used ? &fs->fds[i] : NULL;
+}
+
+static struct io_inode *
+fd_file(struct io_memory *fs, int fd)
+{
+    struct io_fd *entry = fd_get(fs, fd);
+
+    return entry == NULL ? NULL : entry->inode;
+}
+
+static struct io_dir *
+fd_dir(struct io_memory *fs, int fd)
+{
+    struct io_fd *entry = fd_get(fs, fd);
+
+    return entry == NULL ? NULL : entry->dir;
+}
+
+static int
+fd_new(struct io_memory *fs, struct io_inode *inode, struct io_dir *dir, int flags)
+{
+    size_t i = 0;
+
+    while (i < fs->fds_count && fs->fds[i].used) {
+        i++;
+    }
+    if (i == fs->fds_count) {
+        fs->fds_count++;
+        fs->fds = realloc(fs->fds, fs->fds_count * sizeof *fs->fds);
+        if (fs->fds == NULL) {
+            abort();
+        }
+    }
+    fs->fds[i] = (struct io_fd){.used = true, .inode = inode, .dir = dir, .flags = flags};
+    if (inode != NULL) {
+        inode->opens++;
+    }
+    return FIRST_FD + (int)i;
+}
+
+/* ---- directories ---- */
+
+static int
+memory_mkdirs(void *ctx, const char *path)
+{
+    struct call call = begin(ctx, IO_MKDIRS, path);
+    int rc = 0;
+
+    if (call.before == 0 && io_dir_find(call.fs, path) == NULL) {
+        rc = -ENOSPC;
+        for (size_t i = 0; i < IO_MEMORY_DIRS; i++) {
+            if (!call.fs->dirs[i].used) {
+                call.fs->dirs[i].used = true;
+                strcpy(call.fs->dirs[i].path, path);
+                rc = 0;
+                break;
+            }
+        }
+    }
+    return (int)end(&call, rc);
+}
+
+static int
+memory_open_dir(void *ctx, const char *path)
+{
+    struct call call = begin(ctx, IO_OPEN_DIR, path);
+    int rc = -ENOENT;
+
+    if (call.before == 0) {
+        struct io_dir *dir = io_dir_find(call.fs, path);
+        rc = dir == NULL ? -ENOENT : fd_new(call.fs, NULL, dir, 0);
+    }
+    return (int)end(&call, rc);
+}
+
+static int
+memory_dup_dir(void *ctx, int dirfd)
+{
+    struct call call = begin(ctx, IO_DUP_DIR, "");
+    struct io_dir *dir = fd_dir(call.fs, dirfd);
+
+    return (int)end(&call, dir == NULL         ? -EBADF
+                           : call.before != 0 ? 0
+                                              : fd_new(call.fs, NULL, dir, 0));
+}
+
+static ssize_t
+open_file(struct call *call, struct io_dir *dir, const char *name, int flags)
+{
+    struct io_entry *entry = io_entries_find(&dir->entries, name);
+    struct io_inode *inode = entry == NULL ? NULL : entry->inode;
+
+    if (dir->removed || (inode == NULL && (flags & O_CREAT) == 0)) {
+        return -ENOENT;
+    }
+    if (inode != NULL && (flags & O_EXCL) != 0) {
+        return -EEXIST;
+    }
+    if (inode == NULL) {
+        inode = io_inode_new(call->fs, (uint64_t)(call->process->id + 1) << 16 |
+                                           call->process->files_made++);
+        io_dir_change(call->process, dir, "", name, inode);
+    }
+    if ((flags & O_TRUNC) != 0 && inode->len > 0) {
+        memset(inode->data, 0, inode->len);
+        io_inode_touch(inode, 0, inode->len);
+        inode->len = 0;
+    }
+    note(call, inode->label);
+    return fd_new(call->fs, inode, NULL, flags);
+}
+
+static int
+memory_open_at(void *ctx, int dirfd, const char *name, int flags, unsigned mode)
+{
+    struct call call = begin(ctx, IO_OPEN_AT, name);
+    struct io_dir *dir = fd_dir(call.fs, dirfd);
+    ssize_t rc;
+    (void)mode;
+
+    if (dir == NULL || strlen(name) >= IO_MEMORY_NAME_BYTES) {
+        rc = dir == NULL ? -EBADF : -ENAMETOOLONG;
+    } else if (call.before != 0) {
+        rc = 0;
+    } else if (strcmp(name, "..") == 0) {
+        rc = fd_new(call.fs, NULL, NULL, flags);
+    } else {
+        rc = open_file(&call, dir, name, flags);
+    }
+    if (rc > 0 && call.after != 0) {
+        struct io_fd *entry = fd_get(call.fs, (int)rc);
+        entry->used = false; /* the caller will never know the number */
+        if (entry->inode != NULL) {
+            entry->inode->opens--;
+        }
+    }
+    return (int)end(&call, rc);
+}
+
+static int
+memory_close(void *ctx, int fd)
+{
+    struct call call = begin(ctx, IO_CLOSE, "");
+    struct io_fd *entry = fd_get(call.fs, fd);
+
+    if (entry != NULL) {
+        entry->used = false;
+        if (entry->inode != NULL) {
+            entry->inode->opens--;
+        }
+    }
+    return (int)end(&call, entry == NULL ? -EBADF : 0);
+}
+
+static int
+change_names(struct call *call, int dirfd, const char *from, const char *to, bool keep_from)
+{
+    struct io_dir *dir = fd_dir(call->fs, dirfd);
+    struct io_entry *entry;
+
+    if (dir == NULL || call->before != 0) {
+        return dir == NULL ? -EBADF : 0;
+    }
+    entry = io_entries_find(&dir->entries, from);
+    if (dir->removed || entry == NULL) {
+        return -ENOENT;
+    }
+    if (keep_from && io_entries_find(&dir->entries, to) != NULL) {
+        return -EEXIST;
+    }
+    io_dir_change(call->process, dir, keep_from ? "" : from, to, entry->inode);
+    return 0;
+}
+
+static int
+memory_link_at(void *ctx, int dirfd, const char *from, const char *to)
+{
+    struct call call = begin(ctx, IO_LINK_AT, to);
+    return (int)end(&call, change_names(&call, dirfd, from, to, true));
+}
+
+static int
+memory_rename_at(void *ctx, int dirfd, const char *from, const char *to)
+{
+    struct call call = begin(ctx, IO_RENAME_AT, to);
+    int rc = change_names(&call, dirfd, from, to, false);
+
+    if (rc != 0) {
+        call.after = 0; /* there is no success whose reply could be lost */
+    }
+    return (int)end(&call, rc);
+}
+
+static int
+memory_unlink_at(void *ctx, int dirfd, const char *name)
+{
+    struct call call = begin(ctx, IO_UNLINK_AT, name);
+    int rc = change_names(&call, dirfd, name, "", false);
+
+    if (rc != 0) {
+        call.after = 0;
+    }
+    return (int)end(&call, rc);
+}
+
+/* Copies the names with a dot first (1), the others (2) or all (3) of the version the caller gets. */
+static size_t
+copy_names(struct call *call, struct io_dir *dir, int which, bool stale,
+           char (*names)[IO_MEMORY_NAME_BYTES], size_t cap)
+{
+    uint64_t *listed = &call->process->listed_version[dir - call->fs->dirs];
+    const struct io_entries *entries = stale ? io_dir_version(dir, *listed) : &dir->entries;
+    size_t count = 0;
+
+    for (size_t i = 0; i < entries->count && count < cap; i++) {
+        if ((which & (entries->items[i].name[0] == '.' ? 1 : 2)) != 0) {
+            strcpy(names[count++], entries->items[i].name);
+        }
+    }
+    if (!stale) {
+        *listed = dir->version;
+    }
+    return count;
+}
+
+static int
+memory_list(void *ctx, int dirfd, dcp_list_fn fn, void *fn_ctx)
+{
+    enum { MOST = 256 };
+    struct io_memory_process *process = ctx;
+    struct io_memory *fs = process->fs;
+    int halves = fs->faults.torn_lists, rc = 0;
+    char names[MOST][IO_MEMORY_NAME_BYTES];
+    size_t count = 0;
+
+    for (int half = 0; half < (halves == 0 ? 1 : 2) && rc == 0; half++) {
+        struct call call = begin(ctx, IO_LIST, "");
+        struct io_dir *dir = fd_dir(fs, dirfd);
+        bool stale = false;
+
+        rc = dir == NULL ? -EBADF : dir->removed ? -ENOENT : 0;
+        if (rc == 0 && call.before == 0) {
+            if (fs->faults.stale_lists &&
+                process->listed_version[dir - fs->dirs] < dir->version) {
+                stale = pick(process, 2) == 1;
+            }
+            count += copy_names(&call, dir, halves == 0 ? 3 : halves == 1 ? 1 + half : 2 - half,
+                                stale, names + count, MOST - count);
+        }
+        for (size_t i = 0; i < count; i++) {
+            note(&call, io_hash_bytes(names[i], strlen(names[i])));
+        }
+        rc = (int)end(&call, rc);
+    }
+    for (size_t i = 0; rc == 0 && i < count; i++) {
+        rc = fn(fn_ctx, names[i]);
+    }
+    return rc;
+}
+
+/* ---- bytes ---- */
+
+static uint64_t
+used_bytes(const struct io_memory *fs)
+{
+    uint64_t used = 0;
+
+    for (const struct io_inode *inode = fs->inodes; inode != NULL; inode = inode->next) {
+        if (inode->names > 0 || inode->opens > 0) {
+            used += inode->len > inode->allocated ? inode->len : inode->allocated;
+        }
+    }
+    return used;
+}
+
+static size_t
+cut_short(struct io_memory *fs, size_t len)
+{
+    if (len > 1 && fs->faults.short_percent != 0 &&
+        io_random(fs) % 100 < fs->faults.short_percent) {
+        return 1 + (size_t)(io_random(fs) % (len - 1));
+    }
+    return len;
+}
+
+static bool
+is_misaligned(const struct io_memory *fs, int fd, const void *buf, size_t len, uint64_t offset)
+{
+    const struct io_fd *entry = &fs->fds[fd - FIRST_FD];
+
+    return (entry->direct || (entry->flags & O_DIRECT) != 0) &&
+           (fs->dio.mem_bytes == 0 || (uintptr_t)buf % fs->dio.mem_bytes != 0 ||
+            len % fs->dio.offset_bytes != 0 || offset % fs->dio.offset_bytes != 0);
+}
+
+static ssize_t
+memory_pread(void *ctx, int fd, void *buf, size_t len, uint64_t offset)
+{
+    struct call call = begin(ctx, IO_PREAD, "");
+    struct io_inode *inode = fd_file(call.fs, fd);
+    ssize_t rc = 0;
+
+    if (inode == NULL || (call.fs->fds[fd - FIRST_FD].flags & O_ACCMODE) == O_WRONLY) {
+        rc = -EBADF;
+    } else if (is_misaligned(call.fs, fd, buf, len, offset)) {
+        rc = -EINVAL;
+    } else if (call.before == 0 && offset < inode->len) {
+        size_t n = inode->len - (size_t)offset;
+        n = cut_short(call.fs, n < len ? n : len);
+        memcpy(buf, inode->data + offset, n);
+        note(&call, io_hash_bytes(buf, n));
+        rc = (ssize_t)n;
+    }
+    return end(&call, rc);
+}
+
+static ssize_t
+memory_pwrite(void *ctx, int fd, const void *buf, size_t len, uint64_t offset)
+{
+    struct call call = begin(ctx, IO_PWRITE, "");
+    struct io_inode *inode = fd_file(call.fs, fd);
+    ssize_t rc = 0;
+
+    if (inode == NULL || (call.fs->fds[fd - FIRST_FD].flags & O_ACCMODE) == O_RDONLY) {
+        rc = -EBADF;
+    } else if (is_misaligned(call.fs, fd, buf, len, offset)) {
+        rc = -EINVAL;
+    } else if (call.before == 0 && len > 0) {
+        size_t n = cut_short(call.fs, len), at = (size_t)offset;
+        size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
+        uint64_t room = call.fs->faults.space_bytes == UINT64_MAX
+                            ? UINT64_MAX - have
+                            : call.fs->faults.space_bytes -
+                                  dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
+        uint64_t most = have + room;
+        if (most <= at) {
+            rc = -ENOSPC;
+        } else {
+            n = (size_t)dcp_min_u64(n, most - at);
+            io_inode_reserve(inode, at + n);
+            memcpy(inode->data + at, buf, n);
+            io_inode_touch(inode, at, n);
+            inode->len = at + n > inode->len ? at + n : inode->len;
+            rc = (ssize_t)n;
+        }
+    }
+    return end(&call, rc);
+}
+
+static int
+memory_fallocate(void *ctx, int fd, uint64_t offset, uint64_t len)
+{
+    struct call call = begin(ctx, IO_FALLOCATE, "");
+    struct io_inode *inode = fd_file(call.fs, fd);
+    int rc = inode == NULL ? -EBADF : 0;
+
+    if (rc == 0 && call.before == 0) {
+        size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
+        uint64_t more = offset + len > have ? offset + len - have : 0;
+        if (call.fs->faults.space_bytes != UINT64_MAX &&
+            used_bytes(call.fs) + more > call.fs->faults.space_bytes) {
+            rc = -ENOSPC;
+        } else if (more > 0) {
+            inode->allocated = (size_t)(offset + len);
+        }
+    }
+    return (int)end(&call, rc);
+}
+
+static int
+memory_truncate(void *ctx, int fd, uint64_t len)
+{
+    struct call call = begin(ctx, IO_TRUNCATE, "");
+    struct io_inode *inode = fd_file(call.fs, fd);
+
+    if (inode != NULL && call.before == 0) {
+        io_inode_reserve(inode, (size_t)len);
+        if (len < inode->len) {
+            memset(inode->data + len, 0, inode->len - (size_t)len);
+            io_inode_touch(inode, (size_t)len, inode->len - (size_t)len);
+        }
+        inode->len = (size_t)len;
+        io_inode_touch(inode, 0, 0);
+    }
+    return (int)end(&call, inode == NULL ? -EBADF : 0);
+}
+
+static int
+sync_any(void *ctx, enum io_call kind, int fd)
+{
+    struct call call = begin(ctx, kind, "");
+    struct io_fd *entry = fd_get(call.fs, fd);
+    bool fails = call.before != 0 && call.before != -EINTR;
+
+    if (entry != NULL && entry->inode != NULL && !call.fs->crashed &&
+        (call.before == 0 || fails)) {
+        io_inode_sync(call.fs, entry->inode, fails);
+    } else if (entry != NULL && entry->dir != NULL && call.before == 0) {
+        io_dir_sync(entry->dir);
+    }
+    return (int)end(&call, entry == NULL ? -EBADF : 0);
+}
+
+static int
+memory_fdatasync(void *ctx, int fd)
+{
+    return sync_any(ctx, IO_FDATASYNC, fd);
+}
+
+static int
+memory_fsync(void *ctx, int fd)
+{
+    return sync_any(ctx, IO_FSYNC, fd);
+}
+
+/* Starting to write back makes nothing durable. */
+static int
+memory_flush_range(void *ctx, int fd, uint64_t offset, uint64_t len, bool wait_and_drop)
+{
+    struct call call = begin(ctx, IO_FLUSH_RANGE, "");
+    (void)offset;
+    (void)len;
+    (void)wait_and_drop;
+    return (int)end(&call, fd_file(call.fs, fd) == NULL ? -EBADF : 0);
+}
+
+/* ---- questions ---- */
+
+static int
+memory_fstat(void *ctx, int fd, struct dcp_stat *ret)
+{
+    struct call call = begin(ctx, IO_FSTAT, "");
+    struct io_fd *entry = fd_get(call.fs, fd);
+
+    if (entry != NULL && call.before == 0) {
+        *ret = (struct dcp_stat){.is_dir = entry->inode == NULL, .links = 1};
+        if (entry->inode != NULL) {
+            ret->size_bytes = entry->inode->len;
+            ret->links = entry->inode->names;
+        } else if (entry->dir != NULL) {
+            ret->links = entry->dir->removed ? 0 : 2;
+        }
+        note(&call, ret->size_bytes << 8 | ret->links);
+    }
+    return (int)end(&call, entry == NULL ? -EBADF : 0);
+}
+
+static int
+memory_dio_align(void *ctx, int fd, struct dcp_dio_align *ret)
+{
+    struct call call = begin(ctx, IO_DIO_ALIGN, "");
+
+    if (call.before == 0) {
+        *ret = call.fs->dio;
+    }
+    return (int)end(&call, fd_file(call.fs, fd) == NULL ? -EBADF : 0);
+}
+
+static int
+memory_set_direct(void *ctx, int fd, bool on)
+{
+    struct call call = begin(ctx, IO_SET_DIRECT, "");
+    struct io_fd *entry = fd_get(call.fs, fd);
+    int rc = entry == NULL ? -EBADF : 0;
+
+    if (rc == 0 && on && call.fs->dio.mem_bytes == 0) {
+        rc = -EINVAL;
+    } else if (rc == 0 && call.before == 0) {
+        entry->direct = on;
+        entry->flags &= ~O_DIRECT;
+    }
+    return (int)end(&call, rc);
+}
+
+static int
+memory_cached(void *ctx, int fd, uint64_t offset, uint64_t len)
+{
+    struct call call = begin(ctx, IO_CACHED, "");
+    (void)offset;
+    (void)len;
+    return (int)end(&call, fd_file(call.fs, fd) == NULL ? -EBADF : 0);
+}
+
+static int
+memory_space(void *ctx, int dirfd, struct dcp_space *ret)
+{
+    struct call call = begin(ctx, IO_SPACE, "");
+
+    if (call.before == 0) {
+        ret->free_bytes = call.fs->faults.space_bytes -
+                          dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
+    }
+    return (int)end(&call, fd_get(call.fs, dirfd) == NULL ? -EBADF : 0);
+}
+
+/* ---- outside ---- */
+
+struct io_memory_process *
+io_memory_process(struct io_memory *fs, unsigned id)
+{
+    struct io_memory_process *process = &fs->processes[id];
+
+    process->fs = fs;
+    process->id = id;
+    process->io = (struct dcp_io){
+        .ctx = process,
+        .mkdirs = memory_mkdirs,
+        .open_dir = memory_open_dir,
+        .dup_dir = memory_dup_dir,
+        .open_at = memory_open_at,
+        .close = memory_close,
+        .pread = memory_pread,
+        .pwrite = memory_pwrite,
+        .fallocate = memory_fallocate,
+        .truncate = memory_truncate,
+        .fdatasync = memory_fdatasync,
+        .fsync = memory_fsync,
+        .fstat = memory_fstat,
+        .dio_align = memory_dio_align,
+        .set_direct = memory_set_direct,
+        .flush_range = memory_flush_range,
+        .cached = memory_cached,
+        .space = memory_space,
+        .link_at = memory_link_at,
+        .rename_at = memory_rename_at,
+        .unlink_at = memory_unlink_at,
+        .list = memory_list,
+    };
+    return process;
+}
+
+int
+io_memory_rmdir(struct io_memory_process *process, const char *path)
+{
+    struct call call = begin(process, IO_UNLINK_AT, path);
+    struct io_dir *dir = io_dir_find(call.fs, path);
+    int rc = dir == NULL ? -ENOENT : dir->entries.count > 0 ? -ENOTEMPTY : 0;
+
+    call.before = call.fs->crashed ? -EIO : 0;
+    call.after = 0;
+    if (rc == 0 && call.before == 0) {
+        dir->removed = true;
+        dir->version++;
+    }
+    return (int)end(&call, rc);
+}
+
+struct io_memory_faults *
+io_memory_faults(struct io_memory *fs)
+{
+    return &fs->faults;
+}
+
+void
+io_memory_set_dio(struct io_memory *fs, struct dcp_dio_align align)
+{
+    fs->dio = align;
+}
+
+uint64_t
+io_memory_calls(const struct io_memory *fs)
+{
+    return fs->calls[IO_CALLS];
+}
+
+uint64_t
+io_memory_calls_of(const struct io_memory *fs, enum io_call call)
+{
+    return fs->calls[call];
+}
+
+bool
+io_memory_crashed(const struct io_memory *fs)
+{
+    return fs->crashed;
+}
+
+unsigned
+io_memory_open_files(const struct io_memory *fs)
+{
+    unsigned open_count = 0;
+
+    for (size_t i = 0; i < fs->fds_count; i++) {
+        open_count += fs->fds[i].used;
+    }
+    return open_count;
+}

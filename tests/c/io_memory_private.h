@@ -1,0 +1,92 @@
+/*
+ * io_memory_private.h: the state behind io_memory.h (io_memory.c has the calls, io_memory_state.c the
+ * rest).
+ */
+#ifndef IO_MEMORY_PRIVATE_H
+#define IO_MEMORY_PRIVATE_H
+
+#include <pthread.h>
+
+#include "io_memory.h"
+
+/* A file.  Lives until io_memory_free: descriptors, names and logs point at it. */
+struct io_inode {
+    struct io_inode *next;
+    uint64_t label; /* which process made it as its how-manieth: the same in every schedule */
+    uint8_t *data, *durable;
+    size_t len, durable_len, cap; /* both buffers have `cap` bytes, zero behind their length */
+    size_t allocated;             /* by fallocate */
+    uint8_t *dirty;               /* per block: differs from `durable` since the last fsync */
+    unsigned names, opens;
+    uint64_t hash; /* of data; 0: not known */
+};
+
+struct io_entry {
+    char name[IO_MEMORY_NAME_BYTES];
+    struct io_inode *inode;
+};
+
+struct io_entries {
+    struct io_entry *items; /* sorted by name */
+    size_t count, cap;
+};
+
+/* A change of names that no fsync has made durable yet.  `from` or `to` is empty for creations and
+ * removals. */
+struct io_change {
+    char from[IO_MEMORY_NAME_BYTES], to[IO_MEMORY_NAME_BYTES];
+    struct io_inode *inode;
+};
+
+struct io_dir {
+    char path[IO_MEMORY_NAME_BYTES];
+    bool used, removed;
+    struct io_entries entries, durable;
+    struct io_change *changes;
+    size_t changes_count, changes_cap;
+    uint64_t version;           /* counts changes of names */
+    struct io_entries *history; /* of each version, when lists may be stale */
+    size_t history_cap;
+};
+
+struct io_fd {
+    bool used, direct;
+    struct io_inode *inode; /* NULL: a directory */
+    struct io_dir *dir;     /* NULL for the parent of all directories, and for files */
+    int flags;
+};
+
+struct io_memory {
+    pthread_mutex_t mutex;
+    uint64_t random;
+    struct io_memory_faults faults;
+    struct dcp_dio_align dio;
+    bool crashed;
+    uint64_t calls[IO_CALLS + 1]; /* the last counts all */
+    struct io_inode *inodes;
+    struct io_dir dirs[IO_MEMORY_DIRS];
+    struct io_fd *fds;
+    size_t fds_count;
+    struct io_memory_process processes[IO_MEMORY_PROCESSES];
+};
+
+uint64_t io_random(struct io_memory *fs);
+uint64_t io_mix(uint64_t hash, uint64_t value);
+uint64_t io_hash_bytes(const void *data, size_t len);
+
+struct io_inode *io_inode_new(struct io_memory *fs, uint64_t label);
+void io_inode_reserve(struct io_inode *inode, size_t len);
+void io_inode_touch(struct io_inode *inode, size_t offset, size_t len);
+void io_inode_sync(struct io_memory *fs, struct io_inode *inode, bool fails);
+uint64_t io_inode_hash(struct io_inode *inode);
+
+struct io_entry *io_entries_find(const struct io_entries *entries, const char *name);
+struct io_dir *io_dir_find(const struct io_memory *fs, const char *path);
+/* Changes the names and logs it. */
+void io_dir_change(struct io_memory_process *process, struct io_dir *dir, const char *from,
+                   const char *to, struct io_inode *inode);
+void io_dir_sync(struct io_dir *dir);
+/* The names of a version of the directory, the present one included. */
+const struct io_entries *io_dir_version(const struct io_dir *dir, uint64_t version);
+
+#endif

@@ -1,0 +1,203 @@
+/*
+ * test_file_frame.c: header and block table come back as written, and nothing else is taken for
+ * them.
+ */
+#include "ctest.h"
+#include "dcp_record.h"
+
+static const struct dcp_save_id save_id = {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}};
+
+static struct dcp_file_header
+sample_header(void)
+{
+    return (struct dcp_file_header){
+        .save_id = save_id,
+        .rank = 12,
+        .n = 34,
+        .length_bytes = 1ull << 40,
+        .table_offset_bytes = (1ull << 40) - 4096,
+        .table_bytes = 4000,
+    };
+}
+
+static void
+a_header_comes_back_as_written(void)
+{
+    struct dcp_file_header header = sample_header(), got;
+    struct dcp_buf buf = {0};
+    struct dcp_error err = {0};
+    dcp_file_put_header(&buf, &header);
+    CHECK_EQ(buf.len, DCP_FILE_HEADER_BYTES);
+    CHECK_OK(dcp_file_parse_header(buf.data, &got, &err), &err);
+    CHECK(memcmp(&got.save_id, &save_id, sizeof save_id) == 0);
+    CHECK(got.rank == 12 && got.n == 34 && got.length_bytes == header.length_bytes);
+    CHECK(got.table_offset_bytes == header.table_offset_bytes && got.table_bytes == 4000);
+    dcp_buf_clean_up(&buf);
+}
+
+static void
+every_flipped_bit_of_a_header_is_noticed(void)
+{
+    struct dcp_file_header header = sample_header(), got;
+    struct dcp_buf buf = {0};
+    dcp_file_put_header(&buf, &header);
+    for (size_t bit = 0; bit < buf.len * 8; bit++) {
+        struct dcp_error err = {0};
+        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        CHECK_EQ(dcp_file_parse_header(buf.data, &got, &err), DCP_E_CORRUPT);
+        CHECK(err.code == DCP_E_CORRUPT && err.message[0] != '\0');
+        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    dcp_buf_clean_up(&buf);
+}
+
+static void
+a_header_whose_lengths_contradict_is_refused(void)
+{
+    struct dcp_file_header headers[3] = {sample_header(), sample_header(), sample_header()};
+    headers[0].table_bytes = 5000;
+    headers[1].table_offset_bytes = UINT64_MAX;
+    headers[2].length_bytes = 63;
+    headers[2].table_offset_bytes = headers[2].table_bytes = 0;
+    for (int i = 0; i < 3; i++) {
+        struct dcp_buf buf = {0};
+        struct dcp_error err = {0};
+        struct dcp_file_header got;
+        dcp_file_put_header(&buf, &headers[i]);
+        CHECK_EQ(dcp_file_parse_header(buf.data, &got, &err), DCP_E_CORRUPT);
+        dcp_buf_clean_up(&buf);
+    }
+}
+
+enum { ENTRIES = 7 };
+
+static void
+put_sample_table(struct dcp_buf *buf, struct dcp_block_entry *entries, uint32_t *crcs)
+{
+    uint64_t offset = 64, blocks_count = 0;
+    for (int i = 0; i < ENTRIES; i++) {
+        uint64_t payload = (uint64_t)(i + 1) * DCP_BLOCK_BYTES + (uint64_t)i * 777 % 1000;
+        uint64_t blocks = (payload + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
+        entries[i] = (struct dcp_block_entry){offset, payload, 0xC0DE0000u + (uint32_t)i,
+                                              crcs + blocks_count};
+        for (uint64_t k = 0; k < blocks; k++) {
+            crcs[blocks_count++] = (uint32_t)(k * 2654435761u + (uint32_t)i);
+        }
+        offset += payload + 5000;
+    }
+    dcp_block_table_put(buf, &save_id, entries, ENTRIES);
+    CHECK_EQ(buf->len, dcp_block_table_bytes(ENTRIES, blocks_count));
+    CHECK_EQ(buf->len % 8, 0);
+}
+
+static void
+a_table_comes_back_as_written_and_finds_by_offset(void)
+{
+    struct dcp_block_entry entries[ENTRIES];
+    uint32_t crcs[100];
+    struct dcp_buf buf = {0};
+    struct dcp_error err = {0};
+    struct dcp_block_table table;
+    put_sample_table(&buf, entries, crcs);
+    CHECK_OK(dcp_block_table_parse(buf.data, buf.len, &save_id, &table, &err), &err);
+    CHECK_EQ(table.entries_count, ENTRIES);
+    for (int i = 0; i < ENTRIES; i++) {
+        uint64_t offset = entries[i].payload_offset_bytes;
+        const struct dcp_block_entry *found = dcp_block_table_find(&table, offset);
+        CHECK(found != NULL && found->payload_bytes == entries[i].payload_bytes);
+        CHECK(found->payload_crc == entries[i].payload_crc);
+        uint64_t blocks = (found->payload_bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
+        CHECK(memcmp(found->block_crcs, entries[i].block_crcs, blocks * 4) == 0);
+        CHECK(dcp_block_table_find(&table, offset + 1) == NULL);
+        CHECK(dcp_block_table_find(&table, offset - 1) == NULL);
+    }
+    dcp_block_table_clean_up(&table);
+    dcp_block_table_clean_up(&table);
+    CHECK(dcp_block_table_find(&table, 64) == NULL);
+    dcp_buf_clean_up(&buf);
+}
+
+static void
+an_empty_table_is_a_table(void)
+{
+    struct dcp_buf buf = {0};
+    struct dcp_error err = {0};
+    struct dcp_block_table table;
+    dcp_block_table_put(&buf, &save_id, NULL, 0);
+    CHECK_EQ(buf.len, dcp_block_table_bytes(0, 0));
+    CHECK_OK(dcp_block_table_parse(buf.data, buf.len, &save_id, &table, &err), &err);
+    CHECK_EQ(table.entries_count, 0);
+    CHECK(dcp_block_table_find(&table, 0) == NULL);
+    dcp_block_table_clean_up(&table);
+    dcp_buf_clean_up(&buf);
+}
+
+static void
+damaged_or_foreign_tables_are_refused(void)
+{
+    struct dcp_block_entry entries[ENTRIES];
+    uint32_t crcs[100];
+    struct dcp_buf buf = {0};
+    put_sample_table(&buf, entries, crcs);
+    struct dcp_block_table table;
+    for (size_t len = 0; len < buf.len; len++) {
+        struct dcp_error err = {0};
+        uint8_t *exact = malloc(len + (len == 0));
+        memcpy(exact, buf.data, len);
+        CHECK_EQ(dcp_block_table_parse(exact, len, &save_id, &table, &err), DCP_E_CORRUPT);
+        free(exact);
+    }
+    for (size_t bit = 0; bit < buf.len * 8; bit++) {
+        struct dcp_error err = {0};
+        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        CHECK_EQ(dcp_block_table_parse(buf.data, buf.len, &save_id, &table, &err), DCP_E_CORRUPT);
+        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    struct dcp_error err = {0};
+    struct dcp_save_id other = save_id;
+    other.bytes[15] ^= 1;
+    CHECK_EQ(dcp_block_table_parse(buf.data, buf.len, &other, &table, &err), DCP_E_CORRUPT);
+    CHECK(strstr(err.message, "another save") != NULL);
+    dcp_buf_clean_up(&buf);
+}
+
+static void
+a_table_with_contradicting_entries_is_refused_though_its_crc_holds(void)
+{
+    uint32_t crcs[8] = {0};
+    struct dcp_block_entry beyond[1] = {{UINT64_MAX - 5, 2 * DCP_BLOCK_BYTES, 0, crcs}};
+    struct dcp_block_entry overlapping[2] = {{64, 2 * DCP_BLOCK_BYTES, 0, crcs},
+                                             {65, 2 * DCP_BLOCK_BYTES, 0, crcs}};
+    for (int i = 0; i < 2; i++) {
+        struct dcp_buf buf = {0};
+        struct dcp_error err = {0};
+        struct dcp_block_table table;
+        dcp_block_table_put(&buf, &save_id, i == 0 ? beyond : overlapping, i == 0 ? 1 : 2);
+        CHECK_EQ(dcp_block_table_parse(buf.data, buf.len, &save_id, &table, &err), DCP_E_CORRUPT);
+        dcp_buf_clean_up(&buf);
+    }
+}
+
+static void
+no_memory_is_reported_and_nothing_leaks(void)
+{
+    struct dcp_block_entry entries[ENTRIES];
+    uint32_t crcs[100];
+    struct dcp_buf buf = {0};
+    struct dcp_block_table table;
+    put_sample_table(&buf, entries, crcs);
+    for (uint64_t n = 1; n <= 2; n++) {
+        struct dcp_error err = {0};
+        dcp_alloc_fail_after(n);
+        CHECK_EQ(dcp_block_table_parse(buf.data, buf.len, &save_id, &table, &err), DCP_E_NOMEM);
+        dcp_alloc_fail_after(0);
+    }
+    dcp_buf_clean_up(&buf);
+}
+
+CTEST_MAIN(RUN(a_header_comes_back_as_written); RUN(every_flipped_bit_of_a_header_is_noticed);
+           RUN(a_header_whose_lengths_contradict_is_refused);
+           RUN(a_table_comes_back_as_written_and_finds_by_offset); RUN(an_empty_table_is_a_table);
+           RUN(damaged_or_foreign_tables_are_refused);
+           RUN(a_table_with_contradicting_entries_is_refused_though_its_crc_holds);
+           RUN(no_memory_is_reported_and_nothing_leaks);)

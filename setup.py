@@ -1,0 +1,186 @@
+"""Builds the two extension modules; everything else about the package is in pyproject.toml.
+
+`_native` is C11 and needs libc alone.  `_bridge` is the one C++ source and is tied to the torch
+release whose headers it sees, so torch must be installed first and build isolation must be off:
+
+    pip install torch setuptools wheel
+    pip install --no-build-isolation -e .
+
+torch is found, not imported: importing it takes seconds and may need a GPU driver.
+
+Switches, from the environment:
+    DCP_NATIVE_SANITIZE=address,undefined   compile and link with these sanitizers
+    DCP_NATIVE_DEBUG=1                      no optimisation, debug info, core assertions on
+    DCP_NATIVE_COVERAGE=1                   count executed lines (gcov)
+
+tools/compile_commands.py reads the flags from here, so this file imports setuptools late.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+NO_TORCH = """
+dcp_native: cannot build without torch.
+
+Its C++ module is compiled against the headers of the torch release it will run with, and {python}
+has no torch{why}.
+
+  1. Install torch, setuptools and wheel there:  {python} -m pip install torch setuptools wheel
+  2. Install dcp_native without build isolation, so that the build sees that torch:
+         {python} -m pip install --no-build-isolation .
+"""
+
+
+@dataclass
+class Module:
+    """One extension module, as plain data."""
+
+    name: str
+    sources: list[str]
+    depends: list[str]
+    include_dirs: list[str]
+    compile_args: list[str]
+    link_args: list[str] = field(default_factory=list)
+    macros: list[tuple[str, str | None]] = field(default_factory=list)
+    libraries: list[str] = field(default_factory=list)
+    library_dirs: list[str] = field(default_factory=list)
+    language: str = "c"
+
+
+def find_torch() -> Path | None:
+    """The directory of the installed torch package, when it has C++ headers."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    root = Path(spec.submodule_search_locations[0])
+    return root if (root / "include" / "c10").is_dir() else None
+
+
+def paths(*patterns: str) -> list[str]:
+    """Files of the tree by glob, relative to its root, in one order on every machine."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def is_on(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def apply_switches(module: Module) -> Module:
+    """What the environment asks for.  Later flags win over Python's own -O3 and -g."""
+    sanitize = os.environ.get("DCP_NATIVE_SANITIZE", "")
+    if sanitize:
+        flags = [f"-fsanitize={sanitize}", "-fno-sanitize=vptr"]
+        module.compile_args += [*flags, "-fno-omit-frame-pointer", "-g", "-O1"]
+        module.link_args += flags
+    if is_on("DCP_NATIVE_COVERAGE"):
+        module.compile_args += ["--coverage", "-O0"]
+        module.link_args += ["--coverage"]
+    if is_on("DCP_NATIVE_DEBUG"):
+        module.compile_args += ["-O0", "-g"]
+        module.macros += [("DCP_DEBUG", "1")]
+    return module
+
+
+def torch_release(torch: Path | None) -> str:
+    """What torch/version.py says, without the local part: "2.13.0"; "" without torch."""
+    if torch is None:
+        return ""
+    found = re.search(r"__version__ = '([^'+]+)", (torch / "version.py").read_text())
+    return found[1] if found else ""
+
+
+def native_module(torch: Path | None) -> Module:
+    return apply_switches(
+        Module(
+            name="dcp_native._native",
+            sources=paths("csrc/core/*.c", "csrc/py/*.c"),
+            depends=paths("csrc/include/*.h", "csrc/core/*.h", "csrc/py/*.h"),
+            include_dirs=["csrc/include", "csrc/core", "csrc/py"],
+            compile_args=["-std=c11", "-fvisibility=hidden", "-O3", "-pthread"],
+            link_args=["-pthread"],
+            macros=[
+                ("_GNU_SOURCE", None),
+                ("DCP_BUILT_FOR_TORCH", f'"{torch_release(torch)}"'),
+            ],
+        )
+    )
+
+
+def bridge_module(torch: Path | None) -> Module:
+    """-g0: debug info of torch's headers doubles the compile time and says nothing about ours."""
+    module = Module(
+        name="dcp_native._bridge",
+        sources=paths("csrc/bridge/*.cpp"),
+        depends=paths("csrc/include/*.h", "csrc/bridge/*.h"),
+        include_dirs=["csrc/include"],
+        compile_args=["-std=c++20", "-fvisibility=hidden", "-g0"],
+        libraries=["c10", "torch_cpu", "torch_python"],
+        language="c++",
+    )
+    if torch is not None:
+        module.compile_args += ["-isystem", str(torch / "include")]
+        module.library_dirs = [str(torch / "lib")]
+        # A torch of another version under the same path must not find the old object up to date.
+        module.depends.append(str(torch / "include/torch/headeronly/version.h"))
+    return apply_switches(module)
+
+
+def modules(torch: Path | None) -> list[Module]:
+    return [bridge_module(torch), native_module(torch)]
+
+
+def main() -> None:
+    try:
+        from setuptools import Extension, setup
+        from setuptools.command.build_ext import build_ext
+    except ModuleNotFoundError:
+        sys.exit(f"dcp_native: {sys.executable} has no setuptools; install setuptools and wheel")
+
+    torch = find_torch()
+
+    class CheckedBuildExt(build_ext):
+        """The stock command, which says in words that torch is missing.
+
+        Commands that compile nothing (sdist, egg_info) run without torch.
+        """
+
+        def run(self) -> None:
+            if torch is None:
+                found = importlib.util.find_spec("torch")
+                why = "" if found is None else f" with C++ headers ({found.origin})"
+                sys.exit(NO_TORCH.format(python=sys.executable, why=why))
+            super().run()
+
+    setup(
+        ext_modules=[
+            Extension(
+                module.name,
+                sources=module.sources,
+                depends=module.depends,
+                include_dirs=module.include_dirs,
+                define_macros=module.macros,
+                extra_compile_args=module.compile_args,
+                extra_link_args=module.link_args,
+                libraries=module.libraries,
+                library_dirs=module.library_dirs,
+                language=module.language,
+            )
+            for module in modules(torch)
+        ],
+        cmdclass={"build_ext": CheckedBuildExt},
+        # The bridge is one slow file and the core many quick ones: side by side they take as long
+        # as the bridge alone.
+        options={"build_ext": {"parallel": os.cpu_count() or 1}},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+/*
+ * load_object.c: _native.Load: one load in flight.
+ *
+ * Order of calls: open (collective), targets, status (collective), read, status (collective).  What
+ * only Python can finish is handed over in lists: objects as bytes, records that only torch can
+ * parse, temporaries to copy from.
+ */
+#include "module.h"
+
+#include <stdatomic.h>
+
+#include "errors.h"
+#include "load_targets.h"
+#include "native_run.h"
+
+struct load_object {
+    PyObject_HEAD PyObject *group; /* struct group_object */
+    struct dcp_load *load;
+    struct load_targets targets;
+    struct dcp_failure mine; /* argument of the collective call in progress */
+    bool mine_given;
+    PyObject *mine_record;
+    struct dcp_failure_list failures;
+    int local_code; /* what parsing the metadata gave on this rank */
+    struct dcp_error local_err;
+    bool strict_coverage;
+    uint64_t hole_bytes;
+    struct dcp_read_stats stats;
+    PyObject *records; /* list of (target, offsets in chunk, offsets in target, lengths, bytes) */
+    atomic_int cancel;
+    _Atomic uint64_t progress_bytes;
+    PyObject *pending;
+};
+
+static struct load_object *
+as_load(PyObject *object)
+{
+    return (struct load_object *)object;
+}
+
+static PyObject *
+error_class_of(PyObject *self)
+{
+    struct module_state *state = module_state_of(Py_TYPE(self));
+
+    return state == NULL ? PyExc_RuntimeError : state->error_class;
+}
+
+static int
+raise_pending(struct load_object *self)
+{
+    if (self->pending == NULL) {
+        return 0;
+    }
+    PyErr_SetObject((PyObject *)Py_TYPE(self->pending), self->pending);
+    Py_CLEAR(self->pending);
+    return -1;
+}
+
+static PyObject *
+run_collective(PyObject *object, native_fn fn, PyObject *record)
+{
+    struct load_object *self = as_load(object);
+    struct dcp_group *group = group_object_get(self->group);
+    struct dcp_error err;
+    PyObject *result;
+    int rc = 0;
+
+    if (group == NULL || failure_from_python(record, &self->mine, &self->mine_given) != 0) {
+        return NULL;
+    }
+    Py_XSETREF(self->mine_record, Py_NewRef(record));
+    self->mine.rank = dcp_group_comm(group)->rank;
+    dcp_failure_list_clean_up(&self->failures);
+    if (native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0) {
+        dcp_group_poison(group);
+        return NULL;
+    }
+    if (rc == 0) {
+        Py_RETURN_NONE;
+    }
+    if (rc != DCP_E_PEER) {
+        return native_set_error(error_class_of(object), &err);
+    }
+    result = native_failures(error_class_of(object), &self->failures);
+    dcp_failure_list_clean_up(&self->failures);
+    return result;
+}
+
+/* ---- construction ---- */
+
+static PyObject *
+load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"group",           "path",   "rank", "call_hash", "verify",
+                            "strict_coverage", "direct", NULL};
+    struct module_state *state = module_state_of(type);
+    struct dcp_load_params params = {.io = dcp_io_posix()};
+    unsigned long long call_hash = 0;
+    unsigned int rank = 0;
+    int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO;
+    struct dcp_group *group;
+    struct load_object *self;
+    PyObject *group_arg;
+    struct dcp_error err;
+
+    if (state == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$IKppi:Load", names,
+                                                      &group_arg, &params.dir_path, &rank,
+                                                      &call_hash, &verify, &strict, &direct)) {
+        return NULL;
+    }
+    if (!Py_IS_TYPE(group_arg, state->group_type)) {
+        PyErr_SetString(PyExc_TypeError, "group must be a _native.Group");
+        return NULL;
+    }
+    group = group_object_get(group_arg);
+    self = group == NULL ? NULL : (struct load_object *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->group = Py_NewRef(group_arg);
+    self->strict_coverage = strict != 0;
+    self->records = PyList_New(0);
+    params.rank = rank;
+    params.call_hash = call_hash;
+    params.verify = verify != 0;
+    params.direct = (enum dcp_direct)direct;
+    dcp_error_clear(&err);
+    if (self->records == NULL || dcp_load_new(group, &params, &self->load, &err) != 0) {
+        Py_DECREF(self);
+        return PyErr_Occurred() != NULL ? NULL : native_set_error(state->error_class, &err);
+    }
+    return (PyObject *)self;
+}
+
+static void
+load_dealloc(PyObject *object)
+{
+    struct load_object *self = as_load(object);
+    PyTypeObject *type = Py_TYPE(object);
+
+    load_targets_clean_up(&self->targets);
+    dcp_load_destroy(self->load);
+    dcp_failure_list_clean_up(&self->failures);
+    Py_XDECREF(self->records);
+    Py_XDECREF(self->mine_record);
+    Py_XDECREF(self->pending);
+    Py_XDECREF(self->group);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+/* ---- steps ---- */
+
+PyDoc_STRVAR(open_doc, "open(failure, /)\n--\n\n"
+                       "Collective: read the metadata once and share it.  None, or the failures of "
+                       "all ranks.");
+
+static int
+step_open(void *arg, struct dcp_error *err)
+{
+    struct load_object *self = arg;
+    int rc = dcp_load_open(self->load, self->mine_given ? &self->mine : NULL, &self->local_code,
+                           &self->failures, err);
+
+    if (rc == 0 && self->local_code != 0) {
+        self->local_err = *err;
+    }
+    return rc;
+}
+
+static PyObject *
+load_open(PyObject *object, PyObject *record)
+{
+    return run_collective(object, step_open, record);
+}
+
+PyDoc_STRVAR(targets_doc, "targets(state_dict, *, flatten_state_dict=True, "
+                          "flatten_sharded_tensors=True, allow_partial_load=False)\n--\n\n"
+                          "Plan the reads that fill a state dict.");
+
+static PyObject *
+load_set_targets(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state_dict", "flatten_state_dict", "flatten_sharded_tensors",
+                            "allow_partial_load", NULL};
+    struct load_object *self = as_load(object);
+    struct module_state *state = module_state_of(Py_TYPE(object));
+    struct load_targets_options options = {0};
+    int flatten = 1, flatten_sharded = 1, partial = 0, rc;
+    PyObject *state_dict;
+    struct dcp_error err;
+
+    if (state == NULL || raise_pending(self) != 0 ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ppp:targets", names, &state_dict, &flatten,
+                                     &flatten_sharded, &partial)) {
+        return NULL;
+    }
+    if (self->local_code != 0) {
+        return native_set_error(state->error_class, &self->local_err);
+    }
+    options.flatten_state_dict = flatten != 0;
+    options.flatten_sharded_tensors = flatten_sharded != 0;
+    options.allow_partial_load = partial != 0;
+    load_targets_clean_up(&self->targets);
+    if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, &options,
+                           &self->targets) != 0) {
+        return NULL;
+    }
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc =
+        dcp_read_plan_build(&self->targets.plan, self->strict_coverage, &self->hole_bytes, &err);
+    Py_END_ALLOW_THREADS if (rc != 0)
+    {
+        return native_set_error(state->error_class, &err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(status_doc, "status(failure, /)\n--\n\n"
+                         "Collective: None when no rank failed, else the failures of all ranks.");
+
+static int
+step_status(void *arg, struct dcp_error *err)
+{
+    struct load_object *self = arg;
+
+    return dcp_load_status(self->load, self->mine_given ? &self->mine : NULL, &self->failures, err);
+}
+
+static PyObject *
+load_status(PyObject *object, PyObject *record)
+{
+    return run_collective(object, step_status, record);
+}
+
+/* Tuple of `count` numbers; returns new. */
+static PyObject *
+numbers_as_tuple(const uint64_t *numbers, uint32_t count)
+{
+    PyObject *tuple = PyTuple_New(count);
+
+    for (uint32_t i = 0; tuple != NULL && i < count; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(numbers[i]);
+        if (number == NULL) {
+            Py_CLEAR(tuple);
+        } else {
+            PyTuple_SET_ITEM(tuple, i, number);
+        }
+    }
+    return tuple;
+}
+
+/* On the reading thread: keeps the bytes for Python to finish. */
+static int
+keep_record(void *ctx, const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+            const uint8_t *bytes, size_t len, struct dcp_error *err)
+{
+    struct load_object *self = ctx;
+    uint32_t ndim = plan->md->entries[plan->targets[item->target].entry].ndim;
+    const uint64_t *dims = plan->dims + item->dims;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *record = Py_BuildValue(
+        "(KNNNy#)", (unsigned long long)item->target, numbers_as_tuple(dims, ndim),
+        numbers_as_tuple(dims + ndim, ndim), numbers_as_tuple(dims + 2 * (size_t)ndim, ndim),
+        (const char *)bytes, (Py_ssize_t)len);
+    int rc = record == NULL || PyList_Append(self->records, record) != 0 ? DCP_E_NOMEM : 0;
+
+    Py_XDECREF(record);
+    if (rc != 0) {
+        PyErr_Clear();
+    }
+    PyGILState_Release(gil);
+    return rc == 0 ? 0
+                   : dcp_error_set(err, rc, 0, NULL, "no memory for a record of %zu bytes", len);
+}
+
+PyDoc_STRVAR(read_doc, "read()\n--\n\n"
+                       "Read and verify everything that was planned.");
+
+static int
+step_read(void *arg, struct dcp_error *err)
+{
+    struct load_object *self = arg;
+
+    return dcp_load_read(self->load, &self->targets.plan, &self->cancel, &self->progress_bytes,
+                         keep_record, self, &self->stats, err);
+}
+
+static PyObject *
+load_read(PyObject *object, PyObject *unused)
+{
+    struct load_object *self = as_load(object);
+    struct dcp_error err;
+    int rc = 0;
+
+    (void)unused;
+    if (raise_pending(self) != 0 ||
+        native_run(object, step_read, self, &self->cancel, &self->pending, &rc, &err) != 0 ||
+        raise_pending(self) != 0) {
+        return NULL;
+    }
+    if (rc != 0) {
+        return native_set_error(error_class_of(object), &err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(has_meta_doc, "has_meta(state_dict, /)\n--\n\n"
+                           "Whether a state dict holds tensors on the meta device.");
+
+static PyObject *
+load_has_meta(PyObject *object, PyObject *state_dict)
+{
+    struct module_state *state = module_state_of(Py_TYPE(object));
+    int found = state == NULL ? -1 : state_dict_has_meta(&state->native, state_dict);
+
+    return found < 0 ? NULL : PyBool_FromLong(found);
+}
+
+PyDoc_STRVAR(results_doc,
+             "results()\n--\n\n"
+             "(objects, records, tensors, copies): what Python has to finish after read().");
+
+static PyObject *
+load_results(PyObject *object, PyObject *unused)
+{
+    struct load_object *self = as_load(object);
+
+    (void)unused;
+    return Py_BuildValue("(OOOO)", self->targets.objects, self->records, self->targets.tensors,
+                         self->targets.copies);
+}
+
+PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\nThe metadata image that was read, as bytes.");
+
+static PyObject *
+load_metadata(PyObject *object, PyObject *unused)
+{
+    struct dcp_span image = dcp_load_metadata_image(as_load(object)->load);
+
+    (void)unused;
+    return PyBytes_FromStringAndSize((const char *)image.data, (Py_ssize_t)image.len);
+}
+
+PyDoc_STRVAR(info_doc, "info()\n--\n\nWhat is known of the load: counts and bytes.");
+
+static PyObject *
+load_info(PyObject *object, PyObject *unused)
+{
+    struct load_object *self = as_load(object);
+    const struct dcp_read_stats *stats = &self->stats;
+    bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
+
+    (void)unused;
+    return Py_BuildValue("{szsOsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
+                         unsupported ? self->local_err.message : NULL, "rank_local",
+                         dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
+                         (unsigned long long)stats->read_bytes, "wanted_bytes",
+                         (unsigned long long)stats->wanted_bytes, "verified_bytes",
+                         (unsigned long long)stats->verified_bytes, "unverified_bytes",
+                         (unsigned long long)stats->unverified_bytes, "straight_bytes",
+                         (unsigned long long)stats->straight_bytes, "requests_count",
+                         (unsigned long long)stats->requests_count, "files_count",
+                         (unsigned long long)stats->files_count, "wall_ns",
+                         (unsigned long long)stats->wall_ns, "hole_bytes",
+                         (unsigned long long)self->hole_bytes, "cast_count",
+                         (unsigned long long)self->targets.cast_count, "copies_count",
+                         (unsigned long long)self->targets.copies_count, "missing_count",
+                         (unsigned long long)self->targets.missing_count, "replaced_count",
+                         (unsigned long long)self->targets.replaced_count);
+}
+
+static PyMethodDef load_methods[] = {
+    {"open", load_open, METH_O, open_doc},
+    {"has_meta", load_has_meta, METH_O, has_meta_doc},
+    {"targets", (PyCFunction)(void (*)(void))load_set_targets, METH_VARARGS | METH_KEYWORDS,
+     targets_doc},
+    {"status", load_status, METH_O, status_doc},
+    {"read", load_read, METH_NOARGS, read_doc},
+    {"results", load_results, METH_NOARGS, results_doc},
+    {"metadata", load_metadata, METH_NOARGS, metadata_doc},
+    {"info", load_info, METH_NOARGS, info_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+PyDoc_STRVAR(load_doc,
+             "Load(group, path, *, rank=0, call_hash=0, verify=True, strict_coverage=True, "
+             "direct=0)\n--\n\nOne load from the directory `path`.");
+
+static PyType_Slot load_slots[] = {
+    {Py_tp_doc, (void *)load_doc},
+    {Py_tp_new, load_new},
+    {Py_tp_dealloc, load_dealloc},
+    {Py_tp_methods, load_methods},
+    {0, NULL},
+};
+
+PyType_Spec load_type_spec = {
+    .name = "dcp_native._native.Load",
+    .basicsize = sizeof(struct load_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = load_slots,
+};

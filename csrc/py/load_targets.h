@@ -1,0 +1,49 @@
+/*
+ * load_targets.h: where a load puts what it reads: the targets of a read plan, from the target
+ * state dict and the checkpoint's metadata.
+ */
+#ifndef DCP_LOAD_TARGETS_H
+#define DCP_LOAD_TARGETS_H
+
+#include "native_state.h"
+
+#include "dcp_engine.h"
+
+struct load_targets_options {
+    bool flatten_state_dict;
+    bool flatten_sharded_tensors;
+    bool allow_partial_load;
+};
+
+/* Zero-initialised is valid. */
+struct load_targets {
+    struct dcp_read_plan plan; /* targets are added, overlaps not yet looked for */
+    /* Parallel to plan.targets: the tensor of exactly the target's box that its memory belongs to
+     * (records that only torch can read are copied there), or None for objects.  Keeps memory
+     * alive. */
+    PyObject *tensors;
+    PyObject *objects; /* list of (target index, fqn, path tuple or None without flattening) */
+    PyObject *copies;  /* list of (temporary, destination): after reading, destination.copy_() */
+    PyObject *scratch; /* list of bytearrays: memory that no native read fills */
+    struct dcp_bump strides;
+    /* For reports. */
+    uint64_t straight_count; /* targets read straight into the caller's memory */
+    uint64_t cast_count;     /* targets of another dtype than saved */
+    uint64_t copies_count;   /* targets filled through a temporary */
+    uint64_t missing_count;  /* wanted, not in the checkpoint (allow_partial_load) */
+    uint64_t replaced_count; /* tensor targets that a saved object replaces */
+    bool is_v_2_3;           /* the checkpoint's keys are those of torch 2.3's flattening */
+};
+
+/* As torch's create_default_local_load_plan, with its exceptions and texts.  Meta tensors have been
+ * materialised by the caller (state_dict_has_meta).  `md` must outlive the targets. */
+int load_targets_build(struct native_state *state, const struct dcp_metadata *md,
+                       PyObject *state_dict, const struct load_targets_options *options,
+                       struct load_targets *ret);
+/* Idempotent; needs the GIL. */
+void load_targets_clean_up(struct load_targets *targets);
+
+/* Whether torch's _init_state_dict has something to do: 1, 0, or -1 with an exception. */
+int state_dict_has_meta(struct native_state *state, PyObject *state_dict);
+
+#endif

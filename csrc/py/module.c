@@ -1,0 +1,208 @@
+/*
+ * module.c: the extension module `dcp_native._native`: its state, its types, its functions.
+ *
+ * Read it from the end: the definition names the slots, the slots the functions.  The module does
+ * nothing at import but make its types; torch is looked into at the first use (native_state_load).
+ */
+#include "module.h"
+
+#include <unistd.h>
+
+#include "dcp_crc32.h"
+#include "debug_plan.h"
+#include "errors.h"
+
+struct module_state *
+module_state_of(PyTypeObject *type)
+{
+    PyObject *module = PyType_GetModuleByDef(type, &native_module);
+
+    return module == NULL ? NULL : PyModule_GetState(module);
+}
+
+int
+failure_from_python(PyObject *record, struct dcp_failure *ret, bool *ret_given)
+{
+    char *bytes;
+    Py_ssize_t len;
+
+    *ret_given = record != Py_None;
+    memset(ret, 0, sizeof *ret);
+    if (!*ret_given) {
+        return 0;
+    }
+    if (PyBytes_AsStringAndSize(record, &bytes, &len) != 0) {
+        return -1;
+    }
+    if (len > DCP_MAX_FAILURE_BYTES) {
+        PyErr_Format(PyExc_ValueError, "a failure record has %zd bytes, at most %d are sent", len,
+                     DCP_MAX_FAILURE_BYTES);
+        return -1;
+    }
+    ret->kind = DCP_FAILURE_PYTHON;
+    ret->bytes = (uint8_t *)bytes;
+    ret->len = (size_t)len;
+    return 0;
+}
+
+PyDoc_STRVAR(crc32_doc, "crc32(data, crc=0, /)\n--\n\n"
+                        "CRC32 (zip's polynomial) of a buffer, continued from `crc`.");
+
+static PyObject *
+module_crc32(PyObject *module, PyObject *args)
+{
+    Py_buffer view;
+    unsigned int crc = 0;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*|I:crc32", &view, &crc)) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS crc = dcp_crc32(crc, view.buf, (size_t)view.len);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLong(crc);
+}
+
+PyDoc_STRVAR(trim_doc, "trim()\n--\n\n"
+                       "Give the memory that is kept between saves back to the system.");
+
+static PyObject *
+module_trim(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    dcp_stage_trim();
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(live_bytes_doc, "live_bytes()\n--\n\n"
+                             "Bytes that the core has allocated now, mappings included.");
+
+static PyObject *
+module_live_bytes(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(dcp_alloc_live_bytes());
+}
+
+PyDoc_STRVAR(peek_save_id_doc,
+             "peek_save_id(image, /)\n--\n\n"
+             "Save id (hex) of a `.metadata` image that dcp_native wrote, else None.");
+
+static PyObject *
+module_peek_save_id(PyObject *module, PyObject *image)
+{
+    struct dcp_save_id id;
+    char *bytes;
+    Py_ssize_t len;
+    char text[2 * sizeof id.bytes + 1];
+
+    (void)module;
+    if (PyBytes_AsStringAndSize(image, &bytes, &len) != 0) {
+        return NULL;
+    }
+    if (!dcp_metadata_peek_save_id((const uint8_t *)bytes, (size_t)len, &id)) {
+        Py_RETURN_NONE;
+    }
+    for (size_t i = 0; i < sizeof id.bytes; i++) {
+        PyOS_snprintf(text + 2 * i, 3, "%02x", id.bytes[i]);
+    }
+    return PyUnicode_FromString(text);
+}
+
+static PyMethodDef module_methods[] = {
+    {"crc32", module_crc32, METH_VARARGS, crc32_doc},
+    {"trim", module_trim, METH_NOARGS, trim_doc},
+    {"live_bytes", module_live_bytes, METH_NOARGS, live_bytes_doc},
+    {"peek_save_id", module_peek_save_id, METH_O, peek_save_id_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyTypeObject *
+add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+
+    if (type != NULL && PyModule_AddType(module, type) != 0) {
+        Py_CLEAR(type);
+    }
+    return type;
+}
+
+static int
+module_exec(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+
+    state->error_class = PyErr_NewExceptionWithDoc(
+        "dcp_native.NativeError",
+        "What only this package can report: a damaged or foreign file, a failed checksum, a save "
+        "that was superseded, a group that can no longer be used.  `dcp_code` names the kind.",
+        PyExc_RuntimeError, NULL);
+    if (state->error_class == NULL ||
+        PyModule_AddObjectRef(module, "NativeError", state->error_class) != 0 ||
+        PyModule_AddStringConstant(module, "built_for_torch", DCP_BUILT_FOR_TORCH) != 0 ||
+        PyModule_AddFunctions(module, debug_plan_methods) != 0) {
+        return -1;
+    }
+    state->group_type = add_type(module, &group_type_spec);
+    state->save_type = add_type(module, &save_type_spec);
+    state->load_type = add_type(module, &load_type_spec);
+    return state->group_type == NULL || state->save_type == NULL || state->load_type == NULL ? -1
+                                                                                             : 0;
+}
+
+static int
+module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    struct module_state *state = PyModule_GetState(module);
+
+    Py_VISIT(state->error_class);
+    Py_VISIT(state->group_type);
+    Py_VISIT(state->save_type);
+    Py_VISIT(state->load_type);
+    return native_state_traverse(&state->native, visit, arg);
+}
+
+static int
+module_clear(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+
+    Py_CLEAR(state->error_class);
+    Py_CLEAR(state->group_type);
+    Py_CLEAR(state->save_type);
+    Py_CLEAR(state->load_type);
+    native_state_clear(&state->native);
+    return 0;
+}
+
+static void
+module_free(void *module)
+{
+    module_clear(module);
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+struct PyModuleDef native_module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "dcp_native._native",
+    .m_doc = "Planner, engine, commit and file formats of dcp_native, in C.",
+    .m_size = sizeof(struct module_state),
+    .m_methods = module_methods,
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
+};
+
+PyMODINIT_FUNC
+PyInit__native(void)
+{
+    return PyModuleDef_Init(&native_module);
+}

@@ -1,0 +1,39 @@
+/*
+ * module.h: what the types of `_native` share: the module's state and how to get at it.
+ *
+ * Process-global state of the extension (there is no other):
+ *   - the writer's ring buffers and one staging mapping, kept between saves (csrc/core/ring.c,
+ * stage.c), by pid;
+ *   - the choice of the CRC32 implementation (csrc/core/crc32.c), made once.
+ */
+#ifndef DCP_PY_MODULE_H
+#define DCP_PY_MODULE_H
+
+#include "native_state.h"
+
+#include "dcp_transfer.h"
+
+struct module_state {
+    struct native_state native; /* first: native_state_load expects it there */
+    PyObject *error_class;      /* dcp_native.NativeError */
+    PyTypeObject *group_type, *save_type, *load_type;
+};
+
+extern struct PyModuleDef native_module;
+extern PyType_Spec group_type_spec, save_type_spec, load_type_spec;
+
+/* State of the module that made `type` or a subclass of it. */
+struct module_state *module_state_of(PyTypeObject *type);
+
+/* Group: the comm table of a process group and what its saves share. */
+struct group_object {
+    PyObject_HEAD struct dcp_group *group;
+    pid_t pid; /* a forked child refuses to use it */
+};
+/* NULL with an exception when the group is not usable in this process. */
+struct dcp_group *group_object_get(PyObject *group);
+
+/* Fills `ret` from a bytes object or None; borrows the bytes.  -1 with an exception. */
+int failure_from_python(PyObject *record, struct dcp_failure *ret, bool *ret_given);
+
+#endif

@@ -1,0 +1,546 @@
+/*
+ * save_object.c: _native.Save: one save in flight.
+ *
+ * Order of calls: open, claim, add, agree, (stage), write, finish; or after a background write
+ * publish / conclude / abandon.  agree and finish are collective and return None, or the failures
+ * of all ranks as a list of (rank, pickled exception or exception).  What the core touches while
+ * the GIL is dropped lives in this object, which native_run keeps alive.
+ */
+#include "module.h"
+
+#include <stdatomic.h>
+
+#include "errors.h"
+#include "native_run.h"
+#include "save_items.h"
+
+struct save_object {
+    PyObject_HEAD PyObject *group; /* struct group_object */
+    struct dcp_save *save;
+    struct save_items items;
+    struct dcp_stage stage;
+    bool staged;
+    struct dcp_failure mine; /* argument of the collective call in progress */
+    bool mine_given;
+    PyObject *mine_record; /* keeps mine.bytes alive */
+    struct dcp_failure_list failures;
+    atomic_int cancel;
+    _Atomic uint64_t progress_bytes;
+    PyObject *pending; /* exception of a signal handler, raised at the next local step */
+};
+
+static struct save_object *
+as_save(PyObject *object)
+{
+    return (struct save_object *)object;
+}
+
+static PyObject *
+error_class_of(PyObject *self)
+{
+    struct module_state *state = module_state_of(Py_TYPE(self));
+
+    return state == NULL ? PyExc_RuntimeError : state->error_class;
+}
+
+static int
+raise_pending(struct save_object *self)
+{
+    if (self->pending == NULL) {
+        return 0;
+    }
+    PyErr_SetObject((PyObject *)Py_TYPE(self->pending), self->pending);
+    Py_CLEAR(self->pending);
+    return -1;
+}
+
+/* Runs a core step off the GIL; -1 with the exception of the core, of a signal handler, or of the
+ * runner. */
+static int
+run_step(PyObject *object, native_fn fn, bool collective, int *ret_rc)
+{
+    struct save_object *self = as_save(object);
+    struct dcp_error err;
+    int rc = 0;
+
+    if (group_object_get(self->group) == NULL) {
+        return -1;
+    }
+    if (native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0) {
+        if (collective) {
+            dcp_group_poison(group_object_get(self->group));
+        }
+        return -1;
+    }
+    *ret_rc = rc;
+    if (rc == DCP_E_CANCELLED && self->pending != NULL) {
+        return raise_pending(self);
+    }
+    if (rc != 0 && !(collective && rc == DCP_E_PEER)) {
+        native_set_error(error_class_of(object), &err);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+run_collective(PyObject *object, native_fn fn, PyObject *record)
+{
+    struct save_object *self = as_save(object);
+    PyObject *result;
+    int rc = 0;
+
+    if (failure_from_python(record, &self->mine, &self->mine_given) != 0) {
+        return NULL;
+    }
+    Py_XSETREF(self->mine_record, Py_NewRef(record));
+    if (self->mine_given && group_object_get(self->group) != NULL) {
+        self->mine.rank = dcp_group_comm(group_object_get(self->group))->rank;
+    }
+    dcp_failure_list_clean_up(&self->failures);
+    if (run_step(object, fn, true, &rc) != 0) {
+        return NULL;
+    }
+    if (rc == 0) {
+        Py_RETURN_NONE;
+    }
+    result = native_failures(error_class_of(object), &self->failures);
+    dcp_failure_list_clean_up(&self->failures);
+    return result;
+}
+
+/* ---- construction ---- */
+
+static int
+parse_params(PyObject *args, PyObject *kwargs, PyObject **ret_group, struct dcp_save_params *params)
+{
+    static char *names[] = {"group",
+                            "path",
+                            "checkpoint_id",
+                            "checkpoint_id_is_path",
+                            "save_id",
+                            "version",
+                            "identity",
+                            "call_hash",
+                            "plan_salt",
+                            "use_collectives",
+                            "dedup_save_to_lowest_rank",
+                            "sync_files",
+                            "direct",
+                            NULL};
+    unsigned long long call_hash = 0, plan_salt = 0;
+    int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, direct = DCP_DIRECT_AUTO;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKpppi:Save", names, ret_group,
+                                     &params->dir_path, &params->meta.checkpoint_id, &is_path,
+                                     &params->meta.storage_save_id, &params->meta.version,
+                                     &params->identity, &call_hash, &plan_salt, &use_collectives,
+                                     &lowest, &sync, &direct)) {
+        return -1;
+    }
+    params->io = dcp_io_posix();
+    params->meta.checkpoint_id_is_path = is_path != 0;
+    params->call_hash = call_hash;
+    params->plan_salt = plan_salt;
+    params->independent = use_collectives == 0;
+    params->to_lowest_rank = lowest != 0;
+    params->sync = sync != 0;
+    params->direct = (enum dcp_direct)direct;
+    return 0;
+}
+
+static PyObject *
+save_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    struct module_state *state = module_state_of(type);
+    struct dcp_save_params params = {0};
+    struct dcp_group *group;
+    struct save_object *self;
+    PyObject *group_arg;
+    struct dcp_error err;
+
+    if (state == NULL || parse_params(args, kwargs, &group_arg, &params) != 0) {
+        return NULL;
+    }
+    if (!Py_IS_TYPE(group_arg, state->group_type)) {
+        PyErr_SetString(PyExc_TypeError, "group must be a _native.Group");
+        return NULL;
+    }
+    group = group_object_get(group_arg);
+    self = group == NULL ? NULL : (struct save_object *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->group = Py_NewRef(group_arg);
+    dcp_error_clear(&err);
+    if (dcp_save_new(group, &params, &self->save, &err) != 0) {
+        Py_DECREF(self);
+        return native_set_error(state->error_class, &err);
+    }
+    return (PyObject *)self;
+}
+
+static void
+save_dealloc(PyObject *object)
+{
+    struct save_object *self = as_save(object);
+    PyTypeObject *type = Py_TYPE(object);
+
+    dcp_save_destroy(self->save);
+    dcp_stage_release(&self->stage);
+    save_items_clean_up(&self->items);
+    dcp_failure_list_clean_up(&self->failures);
+    Py_XDECREF(self->mine_record);
+    Py_XDECREF(self->pending);
+    Py_XDECREF(self->group);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+/* ---- steps ---- */
+
+PyDoc_STRVAR(open_doc, "open()\n--\n\n"
+                       "Make and open the directory; True when a committed checkpoint is there.");
+
+static int
+step_open(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+    bool exists = false;
+    int rc = dcp_save_open(self->save, &exists, err);
+
+    return rc != 0 ? rc : (exists ? 1 : 0);
+}
+
+static PyObject *
+save_open(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+    struct dcp_error err;
+    int rc;
+
+    (void)unused;
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc = step_open(self, &err);
+    Py_END_ALLOW_THREADS if (rc < 0)
+    {
+        return native_set_error(error_class_of(object), &err);
+    }
+    return PyBool_FromLong(rc);
+}
+
+PyDoc_STRVAR(claim_doc, "claim()\n--\n\n"
+                        "Coordinator: claim the directory and fence older saves.");
+
+static PyObject *
+save_claim(PyObject *object, PyObject *unused)
+{
+    struct dcp_error err;
+    int rc;
+
+    (void)unused;
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc = dcp_save_claim(as_save(object)->save, &err);
+    Py_END_ALLOW_THREADS if (rc != 0)
+    {
+        return native_set_error(error_class_of(object), &err);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(
+    add_doc,
+    "add(state_dict, *, rank, thread_count=1, single_file_per_rank=True, "
+    "flatten_state_dict=True, flatten_sharded_tensors=True)\n--\n\n"
+    "Flatten a state dict into this rank's plan.  Tensors are borrowed until the save ends "
+    "or is staged.");
+
+static PyObject *
+save_add(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state_dict",
+                            "rank",
+                            "thread_count",
+                            "single_file_per_rank",
+                            "flatten_state_dict",
+                            "flatten_sharded_tensors",
+                            NULL};
+    struct save_object *self = as_save(object);
+    struct module_state *state = module_state_of(Py_TYPE(object));
+    struct save_items_options options = {0};
+    unsigned int rank = 0, thread_count = 1;
+    int single = 1, flatten = 1, flatten_sharded = 1;
+    PyObject *state_dict;
+
+    if (state == NULL ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$IIppp:add", names, &state_dict, &rank,
+                                     &thread_count, &single, &flatten, &flatten_sharded)) {
+        return NULL;
+    }
+    options.rank = rank;
+    options.thread_count = thread_count;
+    options.single_file_per_rank = single != 0;
+    options.flatten_state_dict = flatten != 0;
+    options.flatten_sharded_tensors = flatten_sharded != 0;
+    save_items_clean_up(&self->items);
+    if (save_items_build(&state->native, state_dict, &options, &self->items) != 0) {
+        return NULL;
+    }
+    dcp_save_set_plan(self->save, &self->items.plan);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(agree_doc,
+             "agree(failure, /)\n--\n\n"
+             "Collective: vote, and plan where needed.  None, or the failures of all ranks.");
+
+static int
+step_agree(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+
+    return dcp_save_agree(self->save, self->mine_given ? &self->mine : NULL, &self->failures, err);
+}
+
+static PyObject *
+save_agree(PyObject *object, PyObject *record)
+{
+    return run_collective(object, step_agree, record);
+}
+
+PyDoc_STRVAR(stage_doc, "stage()\n--\n\n"
+                        "Copy the items this rank keeps; afterwards the tensors may change.");
+
+static int
+step_stage(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+
+    return dcp_stage_build(dcp_save_plan(self->save), dcp_save_keep(self->save),
+                           self->items.sources, &self->stage, err);
+}
+
+static PyObject *
+save_stage(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+    int rc;
+
+    (void)unused;
+    if (raise_pending(self) != 0 || run_step(object, step_stage, false, &rc) != 0) {
+        return NULL;
+    }
+    self->staged = true;
+    save_items_clean_up(&self->items);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(write_doc, "write()\n--\n\n"
+                        "Write this rank's files, durable on return (with sync_files).");
+
+static int
+step_write(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+
+    return dcp_save_write(self->save, self->staged ? self->stage.sources : self->items.sources,
+                          &self->cancel, &self->progress_bytes, err);
+}
+
+static PyObject *
+save_write(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+    int rc;
+
+    (void)unused;
+    if (raise_pending(self) != 0 || run_step(object, step_write, false, &rc) != 0 ||
+        raise_pending(self) != 0) {
+        return NULL;
+    }
+    dcp_stage_release(&self->stage);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(finish_doc, "finish(failure, /)\n--\n\n"
+                         "Collective: commit when every rank is durable.  None, or the failures of "
+                         "all ranks; then nothing was committed.");
+
+static int
+step_finish(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+
+    return dcp_save_finish(self->save, self->mine_given ? &self->mine : NULL, &self->failures, err);
+}
+
+static PyObject *
+save_finish(PyObject *object, PyObject *record)
+{
+    PyObject *result = run_collective(object, step_finish, record);
+
+    if (result == Py_None && raise_pending(as_save(object)) != 0) {
+        Py_CLEAR(result); /* committed; the interrupt still wants to be heard */
+    }
+    return result;
+}
+
+PyDoc_STRVAR(publish_doc, "publish()\n--\n\n"
+                          "Coordinator of a background save: commit, and sweep what it replaces.");
+
+static int
+step_publish(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+    int rc = dcp_save_publish(self->save, err);
+
+    if (rc == 0) {
+        dcp_save_sweep(self->save);
+    }
+    return rc;
+}
+
+static PyObject *
+save_publish(PyObject *object, PyObject *unused)
+{
+    int rc;
+
+    (void)unused;
+    if (run_step(object, step_publish, false, &rc) != 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static const char *const outcome_names[] = {"unknown", "committed", "aborted", "superseded"};
+
+PyDoc_STRVAR(abandon_doc, "abandon()\n--\n\n"
+                          "Give the save up unless it is committed; returns what became of it.");
+
+static PyObject *
+save_abandon(PyObject *object, PyObject *unused)
+{
+    enum dcp_outcome outcome;
+
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS outcome = dcp_save_abandon(as_save(object)->save);
+    Py_END_ALLOW_THREADS return PyUnicode_FromString(outcome_names[outcome]);
+}
+
+PyDoc_STRVAR(conclude_doc, "conclude(committed, /)\n--\n\n"
+                           "Take over what the coordinator said became of a background save.");
+
+static PyObject *
+save_conclude(PyObject *object, PyObject *arg)
+{
+    int committed = PyObject_IsTrue(arg);
+
+    if (committed < 0) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS dcp_save_conclude(
+        as_save(object)->save, committed ? DCP_OUTCOME_COMMITTED : DCP_OUTCOME_ABORTED);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(cancel_doc, "cancel()\n--\n\nStop writing at the next request.");
+
+static PyObject *
+save_cancel(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    atomic_store(&as_save(object)->cancel, 1);
+    Py_RETURN_NONE;
+}
+
+/* ---- what is known about it ---- */
+
+PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\n"
+                           "The `.metadata` image as bytes; None on ranks that did not make it.");
+
+static PyObject *
+save_metadata(PyObject *object, PyObject *unused)
+{
+    struct dcp_save_info info;
+
+    (void)unused;
+    dcp_save_get_info(as_save(object)->save, &info);
+    if (info.metadata.data == NULL) {
+        Py_RETURN_NONE;
+    }
+    return PyBytes_FromStringAndSize((const char *)info.metadata.data,
+                                     (Py_ssize_t)info.metadata.len);
+}
+
+PyDoc_STRVAR(info_doc, "info()\n--\n\n"
+                       "What is known of the save: counts, bytes, nanoseconds per phase.");
+
+static PyObject *
+save_info(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+    struct dcp_save_info info;
+    char id[2 * sizeof info.save_id.bytes + 1];
+
+    (void)unused;
+    dcp_save_get_info(self->save, &info);
+    for (size_t i = 0; i < sizeof info.save_id.bytes; i++) {
+        PyOS_snprintf(id + 2 * i, 3, "%02x", info.save_id.bytes[i]);
+    }
+    return Py_BuildValue(
+        "{sssKsssOsOsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id", id, "n0",
+        (unsigned long long)info.n0, "outcome", outcome_names[info.outcome], "fast",
+        info.fast ? Py_True : Py_False, "call_agrees", info.call_agrees ? Py_True : Py_False,
+        "is_coordinator", info.is_coordinator ? Py_True : Py_False, "kept_items",
+        (unsigned long long)info.kept_items, "kept_bytes", (unsigned long long)info.kept_bytes,
+        "dropped_items", (unsigned long long)info.dropped_items, "dropped_bytes",
+        (unsigned long long)info.dropped_bytes, "swept_files", (unsigned long long)info.swept_files,
+        "vote_ns", (unsigned long long)info.vote_ns, "plan_ns", (unsigned long long)info.plan_ns,
+        "metadata_ns", (unsigned long long)info.metadata_ns, "write_ns",
+        (unsigned long long)info.write_ns, "commit_ns", (unsigned long long)info.commit_ns,
+        "file_bytes", (unsigned long long)info.write.file_bytes, "payload_bytes",
+        (unsigned long long)info.write.payload_bytes, "files_count",
+        (unsigned long long)info.write.files_count, "direct_files_count",
+        (unsigned long long)info.write.direct_files_count, "copy_ns",
+        (unsigned long long)info.write.copy_ns, "sync_ns", (unsigned long long)info.write.sync_ns,
+        "ring_bytes", (unsigned long long)info.write.ring_bytes, "progress_bytes",
+        (unsigned long long)atomic_load(&self->progress_bytes));
+}
+
+static PyMethodDef save_methods[] = {
+    {"open", save_open, METH_NOARGS, open_doc},
+    {"claim", save_claim, METH_NOARGS, claim_doc},
+    {"add", (PyCFunction)(void (*)(void))save_add, METH_VARARGS | METH_KEYWORDS, add_doc},
+    {"agree", save_agree, METH_O, agree_doc},
+    {"stage", save_stage, METH_NOARGS, stage_doc},
+    {"write", save_write, METH_NOARGS, write_doc},
+    {"finish", save_finish, METH_O, finish_doc},
+    {"publish", save_publish, METH_NOARGS, publish_doc},
+    {"abandon", save_abandon, METH_NOARGS, abandon_doc},
+    {"conclude", save_conclude, METH_O, conclude_doc},
+    {"cancel", save_cancel, METH_NOARGS, cancel_doc},
+    {"metadata", save_metadata, METH_NOARGS, metadata_doc},
+    {"info", save_info, METH_NOARGS, info_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+PyDoc_STRVAR(save_doc,
+             "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
+             "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
+             "dedup_save_to_lowest_rank=False, sync_files=True, direct=0)\n--\n\n"
+             "One save into the directory `path`.");
+
+static PyType_Slot save_slots[] = {
+    {Py_tp_doc, (void *)save_doc},
+    {Py_tp_new, save_new},
+    {Py_tp_dealloc, save_dealloc},
+    {Py_tp_methods, save_methods},
+    {0, NULL},
+};
+
+PyType_Spec save_type_spec = {
+    .name = "dcp_native._native.Save",
+    .basicsize = sizeof(struct save_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = save_slots,
+};

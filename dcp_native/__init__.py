@@ -1,0 +1,91 @@
+"""dcp_native: torch.distributed.checkpoint with planner, engine and commit in C.
+
+``import dcp_native as dcp`` and use ``dcp.save``, ``dcp.async_save`` and ``dcp.load`` as with
+``torch.distributed.checkpoint``, whose names, classes and file formats they keep.
+"""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  (first: the extensions resolve against libraries that torch loads)
+from torch.distributed.checkpoint import (
+    BytesStorageMetadata,
+    CheckpointException,
+    ChunkStorageMetadata,
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+    TensorStorageMetadata,
+    WriteItem,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+
+from . import _native
+
+if _native.built_for_torch != torch.__version__.split("+")[0]:
+    raise ImportError(
+        f"dcp_native was built for torch {_native.built_for_torch}, but torch {torch.__version__} "
+        "is installed: build it again in this environment (pip install --no-build-isolation "
+        "--force-reinstall --no-deps dcp-native, or `make build` in its tree)"
+    )
+
+from ._config import Config, config, configure
+from ._native import NativeError
+from ._report import last_report
+from .state_dict_loader import load, load_state_dict
+from .state_dict_saver import (
+    AsyncCheckpointerType,
+    AsyncSaveResponse,
+    async_save,
+    save,
+    save_state_dict,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncCheckpointerType",
+    "AsyncSaveResponse",
+    "BytesStorageMetadata",
+    "CheckpointException",
+    "ChunkStorageMetadata",
+    "Config",
+    "DefaultLoadPlanner",
+    "DefaultSavePlanner",
+    "FileSystemReader",
+    "FileSystemWriter",
+    "LoadPlan",
+    "LoadPlanner",
+    "Metadata",
+    "NativeError",
+    "ReadItem",
+    "SavePlan",
+    "SavePlanner",
+    "Stateful",
+    "StorageReader",
+    "StorageWriter",
+    "TensorStorageMetadata",
+    "WriteItem",
+    "async_save",
+    "config",
+    "configure",
+    "last_report",
+    "load",
+    "load_state_dict",
+    "save",
+    "save_state_dict",
+    "trim",
+]
+
+
+def trim() -> None:
+    """Give the memory that is kept between saves (staging) back to the system."""
+    _native.trim()

@@ -1,0 +1,94 @@
+"""Settings: one frozen dataclass, with an environment variable for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+__all__ = ["Config", "config", "configure"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of this process.  Ranks of one job should agree on them.
+
+    Attributes:
+        verify: check the CRC32 of what is loaded (payloads and blocks, ours and stock torch's).
+        strict_coverage: a target that the saved chunks do not cover is an error; torch leaves that
+            memory untouched.
+        allow_unsafe_objects: objects (and ``.metadata`` with unknown classes) that the safe loader
+            refuses are unpickled as torch does.  Off: refused by name.
+        direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
+            ``"on"`` fails where it is not possible.
+        native: False sends every call through torch's own implementation.
+    """
+
+    verify: bool = True
+    strict_coverage: bool = True
+    allow_unsafe_objects: bool = True
+    direct_io: Literal["auto", "off", "on"] = "auto"
+    native: bool = True
+
+    def __post_init__(self) -> None:
+        if self.direct_io not in DIRECT_IO:
+            raise ValueError(
+                f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
+            )
+
+
+DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
+"""Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+
+
+def _as_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"expected 0 or 1, got {text!r}")
+
+
+ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "DCP_NATIVE_VERIFY": ("verify", _as_bool),
+    "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
+    "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
+    "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE": ("native", _as_bool),
+}
+"""Environment variable -> (field, parser).  Read once, at import."""
+
+
+def _from_environment() -> Config:
+    values = {}
+    for variable, (field, parse) in ENVIRONMENT.items():
+        if (text := os.environ.get(variable)) is not None:
+            try:
+                values[field] = parse(text)
+            except ValueError as error:
+                raise ValueError(f"environment variable {variable}: {error}") from None
+    return Config(**values)
+
+
+_current = _from_environment()
+
+
+def config() -> Config:
+    """The settings in force."""
+    return _current
+
+
+def configure(**changes: Any) -> Config:
+    """Change settings for all later calls; returns the settings before, to restore them.
+
+    Example: ``before = configure(verify=False)`` ... ``configure(**dataclasses.asdict(before))``.
+
+    Raises:
+        TypeError: for a name that is no setting.
+        ValueError: for a value that is not allowed.
+    """
+    global _current
+    before = _current
+    _current = dataclasses.replace(_current, **changes)
+    return before

@@ -1,0 +1,122 @@
+"""Which implementation runs a call: the native one only when every role is stock.
+
+A role (writer, reader, planner) is native when its class and every hook looked up on the instance
+are torch's own; anything else keeps its Python hooks, through torch's implementation.  Decided at
+every call, never cached by type: tests and users patch instances.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+)
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
+
+from ._config import config
+
+_SAVE_PLANNER_HOOKS = (
+    "set_up_planner",
+    "create_local_plan",
+    "create_global_plan",
+    "finish_plan",
+    "resolve_data",
+    "lookup_object",
+    "transform_object",
+    "_dedup_save_plans",
+    "_create_global_plan",
+)
+_LOAD_PLANNER_HOOKS = (
+    "set_up_planner",
+    "create_local_plan",
+    "create_global_plan",
+    "finish_plan",
+    "load_bytes",
+    "resolve_tensor",
+    "commit_tensor",
+    "lookup_tensor",
+    "transform_tensor",
+)
+_WRITER_HOOKS = (
+    "set_up_storage_writer",
+    "prepare_local_plan",
+    "prepare_global_plan",
+    "write_data",
+    "_write_data",
+    "finish",
+    "storage_meta",
+)
+_READER_HOOKS = (
+    "read_metadata",
+    "set_up_storage_reader",
+    "prepare_local_plan",
+    "prepare_global_plan",
+    "read_data",
+    "_slice_file",
+)
+
+_STOCK_FUNCTIONS = {
+    cls: {name: getattr(cls, name) for name in names}
+    for cls, names in (
+        (DefaultSavePlanner, _SAVE_PLANNER_HOOKS),
+        (DefaultLoadPlanner, _LOAD_PLANNER_HOOKS),
+        (FileSystemWriter, _WRITER_HOOKS),
+        (FileSystemReader, _READER_HOOKS),
+    )
+}
+"""Torch's functions as they were when this module was imported: a later patch is noticed."""
+
+
+def _not_stock(role: Any, cls: type, what: str) -> str | None:
+    if type(role) is not cls:
+        return f"the {what} is a {type(role).__module__}.{type(role).__qualname__}"
+    for name, function in _STOCK_FUNCTIONS[cls].items():
+        if getattr(getattr(role, name), "__func__", None) is not function:
+            return f"the {what}'s {name} is not torch's"
+    return None
+
+
+def _storage_not_stock(storage: Any) -> str | None:
+    if type(storage.fs) is not FileSystem:
+        return f"the file system is a {type(storage.fs).__qualname__}"
+    return None
+
+
+def save_reason(writer: Any, planner: Any) -> str | None:
+    """None when a save can run natively, else why not."""
+    if not config().native:
+        return "config.native is off"
+    reason = _not_stock(writer, FileSystemWriter, "writer") or _storage_not_stock(writer)
+    if reason is None and writer.transforms.extensions:
+        reason = "the writer has stream extensions"
+    if reason is None and writer.serialization_format is not SerializationFormat.TORCH_SAVE:
+        reason = f"the serialization format is {writer.serialization_format}"
+    if reason is None and planner is not None:
+        reason = _not_stock(planner, DefaultSavePlanner, "planner")
+    return reason
+
+
+def load_reason(reader: Any, planner: Any) -> str | None:
+    """None when a load can run natively, else why not."""
+    if not config().native:
+        return "config.native is off"
+    reason = _not_stock(reader, FileSystemReader, "reader") or _storage_not_stock(reader)
+    if reason is None and planner is not None:
+        reason = _not_stock(planner, DefaultLoadPlanner, "planner")
+    return reason
+
+
+def stage_reason(stager: AsyncStager | None, writer: Any) -> str | None:
+    """None when staging can run natively, else why not."""
+    if stager is None or stager is writer:
+        if writer is not None and writer.cache_staged_state_dict:
+            return "the writer caches staged state dicts"
+        return None
+    if type(stager) is not DefaultStager:
+        return f"the stager is a {type(stager).__module__}.{type(stager).__qualname__}"
+    return None

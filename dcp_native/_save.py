@@ -1,0 +1,193 @@
+"""One native save, driven step by step: open, claim, plan, agree, write, finish."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import socket
+import warnings
+from typing import Any
+
+from torch.distributed.checkpoint.default_planner import SavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemWriter
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
+
+from . import _native
+from ._config import DIRECT_IO, config
+from ._failures import as_record, raise_alone, raise_failures
+from ._lazy_metadata import LazyMetadata
+from ._report import logger, set_report
+
+
+def hash64(*parts: object) -> int:
+    """A 64-bit number that equal parts share on every rank."""
+    text = "\0".join(map(repr, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class NativeSave:
+    """A save by stock roles.  Each step that fails here still takes part in the next agreement."""
+
+    def __init__(
+        self,
+        writer: FileSystemWriter,
+        planner: SavePlanner | None,
+        group: _native.Group,
+        *,
+        use_collectives: bool,
+        kind: str,
+    ) -> None:
+        self.writer = writer
+        self.planner = planner
+        self.group = group
+        self.use_collectives = use_collectives
+        self.kind = kind
+        self.error: BaseException | None = None
+        meta = writer.storage_meta()
+        checkpoint_id = None if meta is None else meta.checkpoint_id
+        lowest = getattr(planner, "dedup_save_to_lowest_rank", False)
+        flatten = getattr(planner, "flatten_state_dict", True)
+        self._native = _native.Save(
+            group,
+            os.fspath(writer.path),
+            checkpoint_id=None if checkpoint_id is None else os.fspath(checkpoint_id),
+            checkpoint_id_is_path=isinstance(checkpoint_id, pathlib.PurePath),
+            save_id=None if meta is None else meta.save_id,
+            version=CURRENT_DCP_VERSION,
+            identity=f"host {socket.gethostname()} pid {os.getpid()} rank {group.rank}",
+            call_hash=hash64(kind, os.fspath(writer.path), use_collectives, writer.overwrite),
+            plan_salt=hash64(lowest, flatten),
+            use_collectives=use_collectives,
+            dedup_save_to_lowest_rank=lowest,
+            sync_files=writer.sync_files,
+            direct=DIRECT_IO[config().direct_io],
+        )
+
+    # ---- local steps: errors wait for the next agreement ----
+
+    def fail(self, error: BaseException) -> None:
+        """Remember the first thing that went wrong on this rank."""
+        if self.error is None:
+            self.error = error
+
+    def plan(self, state_dict: STATE_DICT_TYPE) -> None:
+        """Open and claim the directory, flatten ``state_dict`` into this rank's plan."""
+        writer, planner = self.writer, self.planner
+        try:
+            writer.set_up_storage_writer(
+                self.group.rank == self.group.coordinator_rank,
+                rank=self.group.rank,
+                use_collectives=self.use_collectives,
+            )
+            if self._native.open():
+                self._check_overwrite()
+            self._native.claim()
+            self._native.add(
+                state_dict,
+                rank=self.group.rank,
+                thread_count=writer.thread_count,
+                single_file_per_rank=writer.single_file_per_rank,
+                flatten_state_dict=getattr(planner, "flatten_state_dict", True),
+                flatten_sharded_tensors=getattr(planner, "flatten_sharded_tensors", True),
+            )
+        except BaseException as error:
+            self.fail(error)
+
+    def _check_overwrite(self) -> None:
+        overwrite = self.writer.overwrite
+        if not overwrite:
+            raise RuntimeError(f"Checkpoint already exists and self.{overwrite=}.")
+        warnings.warn(
+            f"Detected an existing checkpoint in {self.writer.path}, overwriting since "
+            f"self.{overwrite=}. Past version 2.5 of PyTorch, `overwrite` will default to False. "
+            "Set this variable to True to maintain this functionality or False to raise when an "
+            "existing checkpoint is found.",
+            stacklevel=6,
+        )
+
+    def write(self) -> None:
+        """Write this rank's files; from here on nothing but the commit is missing."""
+        if self.error is None:
+            try:
+                self._native.write()
+            except BaseException as error:
+                self.fail(error)
+
+    def stage(self) -> None:
+        """Copy what this rank keeps, so that the caller may go on."""
+        if self.error is None:
+            try:
+                self._native.stage()
+            except BaseException as error:
+                self.fail(error)
+
+    # ---- agreements ----
+
+    def agree(self) -> None:
+        """Collective: every rank has a plan and knows what it keeps, or every rank raises."""
+        if not self.use_collectives:
+            if self.error is None:
+                try:
+                    self._native.agree(None)
+                except BaseException as error:
+                    self.fail(error)
+            return
+        try:
+            failures = self._native.agree(as_record(self.error))
+        except BaseException as error:
+            raise_alone("plan", self.group.rank, error)
+        raise_failures("plan", failures, self.group.rank, self.error)
+        if not self._native.info()["call_agrees"]:
+            warnings.warn(
+                "the ranks of this save were given different checkpoint ids; this rank's is "
+                f"{self.writer.path}. Only the coordinator's directory is committed.",
+                stacklevel=5,
+            )
+
+    def tell(self, error: BaseException) -> None:
+        """Let the other ranks fail by name while this rank raises ``error`` itself."""
+        self.fail(error)
+        try:
+            if self.use_collectives:
+                self._native.agree(as_record(error))
+            else:
+                self._native.finish(as_record(error))
+        except Exception as exchange_error:
+            logger.warning("the other ranks could not be told of %r: %s", error, exchange_error)
+
+    def finish(self) -> Metadata:
+        """Collective: commit, or every rank raises and the previous checkpoint is what it was."""
+        try:
+            failures = self._native.finish(as_record(self.error))
+        except BaseException as error:
+            raise_alone("write", self.group.rank, error)
+        if failures is not None and not self.use_collectives and self.error is not None:
+            raise self.error
+        raise_failures("write", failures, self.group.rank, self.error)
+        return self.result()
+
+    def result(self) -> Metadata:
+        """Report a committed save; its Metadata, not yet read."""
+        info = self._native.info()
+        set_report({"kind": self.kind, "path": "native", "reason": None, **info})
+        name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
+        return LazyMetadata(
+            self._native.metadata(), os.path.join(self.writer.path, name), info["save_id"]
+        )
+
+    def info(self) -> dict[str, Any]:
+        """Facts of the native save."""
+        return self._native.info()
+
+    def publish(self) -> None:
+        """Coordinator of a background save, after every rank is durable: commit."""
+        self._native.publish()
+
+    def conclude(self, committed: bool) -> None:
+        """Another rank's verdict on a background save."""
+        self._native.conclude(committed)
+
+    def abandon(self) -> str:
+        """Give the save up; what became of it: ``"aborted"``, ``"committed"``, ``"superseded"``."""
+        return self._native.abandon()

@@ -1,0 +1,241 @@
+"""save, async_save: torch's signatures and semantics over the native planner, engine and commit.
+
+Mirrors torch/distributed/checkpoint/state_dict_saver.py.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import Future
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_saver as _torch
+from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.logger import _dcp_method_logger
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import (
+    AsyncCheckpointerType,
+    AsyncSaveResponse,
+    _stateful_to_state_dict,
+)
+from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.utils import _api_bc_check, _profile
+from typing_extensions import deprecated
+
+from . import _async, _roles
+from ._groups import group_for
+from ._report import note_path
+from ._save import NativeSave
+
+__all__ = [
+    "AsyncCheckpointerType",
+    "AsyncSaveResponse",
+    "async_save",
+    "save",
+    "save_state_dict",
+]
+
+_NO_DIST_TEXT = (
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to save "
+    "in a single process."
+)
+
+
+@deprecated(
+    "`save_state_dict` is deprecated and will be removed in future versions."
+    "Please use `save` instead.",
+    category=FutureWarning,
+)
+def save_state_dict(
+    state_dict: STATE_DICT_TYPE,
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Deprecated by torch; use :func:`save`."""
+    storage_writer.reset()
+    with _profile():
+        return _save_state_dict(
+            state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
+        )
+
+
+@_dcp_method_logger(log_exceptions=True)
+@_api_bc_check
+def save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: str | os.PathLike | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save a state dict, each rank its own shards; mirrors ``torch.distributed.checkpoint.save``.
+
+    Args:
+        state_dict: nested dicts and lists of tensors, DTensors, objects and ``Stateful`` values.
+        checkpoint_id: directory of the checkpoint (or what ``storage_writer`` takes).
+        storage_writer: default ``FileSystemWriter(checkpoint_id)``.
+        planner: default ``DefaultSavePlanner()``.
+        process_group: ranks that save together; default: all.
+        no_dist: save this process's state alone.
+        use_collectives: False lets every rank write its own ``__{rank}.metadata``.
+
+    Returns:
+        The checkpoint's metadata; it is read from memory or disk when first looked at.
+
+    Raises:
+        CheckpointException: on every rank when any rank failed; ``failures`` maps group ranks to
+            exceptions.  What was loadable before still is.
+    """
+    torch._C._log_api_usage_once("dcp_native.save")
+    no_dist = no_dist or (not dist.is_available()) or (not dist.is_initialized())
+    if no_dist:
+        warnings.warn(_NO_DIST_TEXT, stacklevel=2)
+    with _profile():
+        writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
+        return _save(state_dict, writer, process_group, 0, no_dist, planner, use_collectives, True)
+
+
+@_dcp_method_logger(log_exceptions=True)
+def async_save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: str | os.PathLike | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Future | AsyncSaveResponse:
+    """Save in the background; mirrors ``torch.distributed.checkpoint.async_save``.
+
+    Plans (a collective call) and copies what this rank keeps before it returns; after that the
+    caller may change every tensor.  Writing and committing need no Python and no collectives.
+
+    Returns:
+        A future of the Metadata, or AsyncSaveResponse when the stager stages asynchronously.
+
+    Raises:
+        AssertionError: the group has no CPU backend (as torch).  Errors of planning, staging and
+            writing are on the future.
+    """
+    torch._C._log_api_usage_once("dcp_native.async_save")
+    alone = no_dist or (not dist.is_available()) or (not dist.is_initialized())
+    if dist.is_available() and dist.is_initialized():
+        group = process_group or dist.distributed_c10d._get_default_group()
+        if torch.device("cpu") not in group._device_types:
+            raise AssertionError(
+                "A CPU backend must be enabled for async save; try initializing process group "
+                "with 'cpu:gloo,cuda:nccl'"
+            )
+    reason = _roles.stage_reason(async_stager, storage_writer)
+    if reason is None:
+        writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
+        reason = _roles.save_reason(writer, planner)
+    if reason is None and not use_collectives and not alone:
+        reason = "use_collectives is False"
+    note_path("async_save", reason)
+    if reason is not None:
+        return _torch.async_save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            async_checkpointer_type=async_checkpointer_type,
+            async_stager=async_stager,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+    _async.wait_for_save_in_flight()
+    save_ = NativeSave(
+        writer,
+        planner,
+        group_for(process_group, alone),
+        use_collectives=use_collectives,
+        kind="async_save",
+    )
+    upload = _async.start(save_, state_dict, None if alone else process_group, alone)
+    if async_stager is not None and _async.stages_asynchronously(async_stager):
+        staged: Future[None] = Future()
+        staged.set_result(None)
+        return AsyncSaveResponse(staging_completion=staged, upload_completion=upload)
+    return upload
+
+
+def _save_state_dict(
+    state_dict: STATE_DICT_TYPE,
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+    use_collectives: bool = True,
+) -> Metadata:
+    """As torch's private function of this name: no Stateful calls, no reset."""
+    torch._C._log_api_usage_once("dcp_native.save_state_dict")
+    return _save(
+        state_dict,
+        storage_writer,
+        process_group,
+        coordinator_rank,
+        no_dist,
+        planner,
+        use_collectives,
+        False,
+    )
+
+
+def _save(
+    state_dict: STATE_DICT_TYPE,
+    writer: StorageWriter,
+    process_group: dist.ProcessGroup | None,
+    coordinator_rank: int,
+    no_dist: bool,
+    planner: SavePlanner | None,
+    use_collectives: bool,
+    call_stateful: bool,
+) -> Metadata:
+    reason = _roles.save_reason(writer, planner)
+    note_path("save", reason)
+    if reason is not None:
+        return _torch._save_state_dict(
+            _stateful_to_state_dict(state_dict) if call_stateful else state_dict,
+            writer,
+            process_group,
+            coordinator_rank,
+            no_dist,
+            planner,
+            use_collectives,
+        )
+    _async.wait_for_save_in_flight()
+    alone = no_dist or not (dist.is_available() and dist.is_initialized())
+    group = group_for(process_group, alone, 0 if alone else coordinator_rank)
+    save_ = NativeSave(writer, planner, group, use_collectives=use_collectives, kind="save")
+    if call_stateful:
+        state_dict = _call_stateful(save_, state_dict)
+    save_.plan(state_dict)
+    save_.agree()
+    save_.write()
+    return save_.finish()
+
+
+def _call_stateful(save_: NativeSave, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
+    """Each Stateful's state_dict(); an exception is raised raw here and told to the other ranks."""
+    try:
+        return _stateful_to_state_dict(state_dict)
+    except BaseException as error:
+        save_.tell(error)
+        raise

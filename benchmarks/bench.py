@@ -1,0 +1,216 @@
+"""bench.py: times save and load of dcp_native beside stock torch and the machine's own limits.
+
+    python benchmarks/bench.py                   # all: about 25 minutes on 2 cores, 5 GB of disk
+    python benchmarks/bench.py --size small      # seconds; the test suite runs this
+    python benchmarks/bench.py --cases llama --dir /mnt/nvme --repeats 9
+
+All contenders run in one set of processes, in turn: dcp_native, torch with 1 and with 4 threads,
+the limits, and again in another order. A figure is the median of the rounds. wall: from a barrier
+to the end of the slowest rank. CPU: user and system time of all ranks; kernel write-back threads
+are not in it, which favours buffered writers. extra: the largest growth of resident memory on a
+rank over all rounds, the first included; the page cache does not count. Loads are cold: the page
+cache is dropped before. Every load is compared bit for bit with what was saved, and each side reads
+the other's checkpoint once. Exits with 1 if anything differs.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import limits
+from ranks import BenchError, Ranks
+from report import summarize, table
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+CASES = ("llama", "many_dtensor", "many_plain")
+PLACES = ("disk", "tmpfs")
+CONTENDERS = {
+    "dcp_native": {"module": "dcp_native", "threads": 1},
+    "torch1": {"module": "torch.distributed.checkpoint", "threads": 1},
+    "torch4": {"module": "torch.distributed.checkpoint", "threads": 4},
+}
+RIVALS = ["torch1", "torch4"]
+WRONG_SHOWN = 20
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _counterpart(name: str, names: list[str]) -> str | None:
+    """Who reads what `name` saved once at the end: the other module's first contender."""
+    if CONTENDERS[name]["threads"] != 1:
+        return None
+    module = CONTENDERS[name]["module"]
+    return next((n for n in names if CONTENDERS[n]["module"] != module), None)
+
+
+def run_case(
+    ranks: Ranks, case: str, size: str, where: pathlib.Path, names: list[str], repeats: int
+) -> dict:
+    """Runs all rounds of one case in the directory `where`; returns samples and what was wrong."""
+    built = ranks.do("build", case=case, size=size)
+    checkpoint, limit = str(where / "checkpoint"), where / "limit"
+    total_bytes = sum(b["own_bytes"] for b in built)
+    samples, wrong, on_disk = {}, [], {}
+
+    def measure(label: str, operation: str, command: str, **arguments) -> None:
+        result = ranks.measure(command, **arguments)
+        samples.setdefault(label, {}).setdefault(operation, []).append(result)
+        wrong.extend(f"{case} in {where}, {label} {operation}: {w}" for w in result["wrong"])
+
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:  # no one always goes first
+            measure(name, "save", "save", contender=CONTENDERS[name], path=checkpoint)
+            on_disk[name] = limits.directory_bytes(checkpoint)
+            measure(name, "load", "load", contender=CONTENDERS[name], path=checkpoint)
+            other = _counterpart(name, names) if turn == repeats - 1 else None
+            if other:
+                label = f"{other} reads {name}"
+                measure(label, "load", "load", contender=CONTENDERS[other], path=checkpoint)
+            shutil.rmtree(checkpoint)
+        limit.mkdir()
+        share = -(-total_bytes // len(built))
+        measure("limit", "save", "limit_write", path=str(limit), total_bytes=share)
+        measure("limit", "load", "limit_read", path=str(limit), total_bytes=share)
+        measure("memcpy", "save", "limit_memcpy", path=str(limit), total_bytes=share)
+        shutil.rmtree(limit)
+        say(f"  {case}: round {turn + 1} of {repeats} done")
+    return {
+        "bytes": total_bytes,
+        "checkpoint_bytes": on_disk,
+        "tensors_per_rank": built[0]["tensors"],
+        "loads_verified": sum(
+            len(ops.get("load", ())) for label, ops in samples.items() if label != "limit"
+        ),
+        "wrong": wrong,
+        "samples": samples,
+        "summary": summarize(samples),
+    }
+
+
+def run_all(args: argparse.Namespace, places: dict, scratch: pathlib.Path) -> dict:
+    """Starts the ranks, runs and prints every case; returns the results by title."""
+    results = {}
+    ranks = Ranks(args.ranks, scratch)
+    try:
+        ranks.wait_ready()
+        # Once on a small state, unmeasured: imports, thread pools and buffers of every contender.
+        run_case(ranks, "llama", "small", places["disk"], args.contenders, 1)
+        for case in args.cases:
+            for place in args.where:
+                if place == "tmpfs" and case != "llama":
+                    continue  # with many small tensors the medium decides nothing
+                title = f"{case} on {place}"
+                say(f"{title} ...")
+                results[title] = run_case(
+                    ranks, case, args.size, places[place], args.contenders, args.repeats
+                )
+                print(table(title, results[title], RIVALS), flush=True)
+    finally:
+        ranks.close()
+    return results
+
+
+def machine() -> dict:
+    """What the figures were taken on; the load average tells whether it was quiet."""
+    model = "unknown processor"
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_average_before": os.getloadavg(),
+        "time_utc": time.strftime("%Y-%m-%dT%H%M%S", time.gmtime()),
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def some_of(known):
+        def convert(text: str) -> list[str]:
+            unknown = sorted(set(text.split(",")) - set(known))
+            if unknown:
+                names = ", ".join(known)
+                raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {names}")
+            return text.split(",")
+
+        return convert
+
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--size", choices=("full", "small"), default="full")
+    p.add_argument("--repeats", type=int, help="rounds; 5, with --size small 1")
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--cases", type=some_of(CASES), default=list(CASES), metavar="A,B")
+    p.add_argument("--where", type=some_of(PLACES), default=list(PLACES), metavar="A,B")
+    p.add_argument(
+        "--contenders", type=some_of(CONTENDERS), default=list(CONTENDERS), metavar="A,B"
+    )
+    p.add_argument(
+        "--dir", type=pathlib.Path, default=ROOT / "build", help="on the disk to measure"
+    )
+    p.add_argument("--tmpfs", type=pathlib.Path, default=pathlib.Path("/dev/shm"))
+    p.add_argument("--json", type=pathlib.Path, help="the results; default: benchmarks/results/...")
+    args = p.parse_args(argv)
+    args.repeats = args.repeats or (5 if args.size == "full" else 1)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    args.dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
+    about = machine()
+    print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python", end=" ")
+    print(f"{about['python']}; {args.ranks} ranks over gloo; median of {args.repeats}")
+    with contextlib.ExitStack() as stack:
+        places = {
+            place: pathlib.Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp-bench-", dir=base))
+            )
+            for place, base in (("disk", args.dir), ("tmpfs", args.tmpfs))
+            if place == "disk" or place in args.where
+        }
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp-bench-"))
+        try:
+            results = run_all(args, places, pathlib.Path(scratch))
+        except BenchError as e:
+            say(f"bench: {e}")
+            return 1
+    wrong = [w for result in results.values() for w in result["wrong"]]
+    loads = sum(result["loads_verified"] for result in results.values())
+    print(f"\nverified: {loads} loads compared bit for bit, {len(wrong)} values differ")
+    for text in wrong[:WRONG_SHOWN]:
+        print(f"  WRONG {text}")
+    about["load_average_after"] = os.getloadavg()
+    path = args.json or HERE / "results" / f"{about['time_utc']}-{args.size}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "machine": about,
+        "args": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()},
+        "loads_verified": loads,
+        "wrong": wrong,
+        "cases": results,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"results: {path}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

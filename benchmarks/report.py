@@ -1,0 +1,70 @@
+"""report.py: turns the samples of a benchmark into medians, tables and ratios."""
+
+import statistics
+
+OPERATIONS = ("save", "load")
+
+
+def summarize(samples: dict) -> dict:
+    """Medians by contender and operation; of the memory the largest, first call included."""
+    out = {}
+    for contender, operations in samples.items():
+        for operation, results in operations.items():
+            walls = [r["wall_s"] for r in results]
+            out.setdefault(contender, {})[operation] = {
+                "wall_s": statistics.median(walls),
+                "best_s": min(walls),
+                "first_s": walls[0],
+                "cpu_s": statistics.median(r["cpu_s"] for r in results),
+                "extra_bytes": max(r["extra_bytes"] for r in results),
+            }
+    return out
+
+
+def _row(name: str, operations: dict, total_bytes: int) -> str:
+    cells = [f"  {name:<24}"]
+    for operation in OPERATIONS:
+        s = operations.get(operation)
+        if s is None:
+            cells.append(" " * 34)
+            continue
+        rate = total_bytes / 1e9 / s["wall_s"]
+        extra = s["extra_bytes"] / 1e6
+        cells.append(f"{s['wall_s']:8.3f} {rate:7.2f} {s['cpu_s']:7.2f} {extra:9.0f}")
+    return " |".join(cells).rstrip(" |")
+
+
+def ratios(summary: dict, rivals: list[str]) -> list[str]:
+    """ours : torch : limit, in units of the limit's wall time; torch at its better setting."""
+    lines = []
+    rivals = [name for name in rivals if name in summary]
+    if "dcp_native" not in summary or not rivals:
+        return lines
+    for operation in OPERATIONS:
+        ours, limit = summary["dcp_native"][operation], summary["limit"][operation]
+        best = min((summary[name][operation] for name in rivals), key=lambda s: s["wall_s"])
+        lines.append(
+            f"  {operation}: ours : torch : limit = {ours['wall_s'] / limit['wall_s']:.2f}"
+            f" : {best['wall_s'] / limit['wall_s']:.2f} : 1"
+            f"   ({best['wall_s'] / ours['wall_s']:.1f}x faster than torch,"
+            f" CPU 1 : {best['cpu_s'] / max(ours['cpu_s'], 0.001):.1f})"
+        )
+    return lines
+
+
+def _order(name: str) -> tuple:
+    return (" reads " in name, name == "memcpy", name == "limit")
+
+
+def table(title: str, case: dict, rivals: list[str]) -> str:
+    """The table of one case as text."""
+    head = f"{'wall s':>8} {'GB/s':>7} {'CPU s':>7} {'extra MB':>9}"
+    size = f"{case['bytes'] / 1e9:.3f} GB of tensors"
+    lines = [
+        f"\n{title}: {size}, {case['tensors_per_rank']} tensors per rank",
+        f"  {'':<24} |{head} |{head}",
+        f"  {'':<24} |{'-- save --':^34} |{'-- load --':^34}".rstrip(),
+    ]
+    summary = case["summary"]
+    lines += [_row(name, summary[name], case["bytes"]) for name in sorted(summary, key=_order)]
+    return "\n".join(lines + ratios(summary, rivals))

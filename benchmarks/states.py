@@ -1,0 +1,155 @@
+"""states.py: the state dicts that the benchmark saves and loads, and the digests that prove what
+came back.
+
+`llama`: the shapes of a Llama (grouped-query attention, SwiGLU, untied head), bf16 parameters and
+fp32 AdamW moments, DTensors sharded by rows over all ranks, with the scalars and objects an
+optimizer carries: few large tensors. `many_dtensor` and `many_plain`: many small tensors, where the
+cost per tensor is everything. Plain ones are the same on every rank, so a save writes each of them
+once.
+
+Values are random bits from a fixed seed. Every tensor owns its storage, as those of a real model
+do.
+"""
+
+import ctypes
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+POISON = 0x5C
+
+
+def _llama_shapes(
+    dim: int, layers: int, ffn: int, vocab: int, kv_dim: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "tok_embeddings.weight", (vocab, dim)
+    for i in range(layers):
+        p = f"layers.{i}."
+        yield p + "attention.wq.weight", (dim, dim)
+        yield p + "attention.wk.weight", (kv_dim, dim)
+        yield p + "attention.wv.weight", (kv_dim, dim)
+        yield p + "attention.wo.weight", (dim, dim)
+        yield p + "feed_forward.w1.weight", (ffn, dim)
+        yield p + "feed_forward.w2.weight", (dim, ffn)
+        yield p + "feed_forward.w3.weight", (ffn, dim)
+        yield p + "attention_norm.weight", (dim,)
+        yield p + "ffn_norm.weight", (dim,)
+    yield "norm.weight", (dim,)
+    yield "output.weight", (vocab, dim)
+
+
+LLAMA = {
+    "full": {
+        "dim": 1024,
+        "layers": 12,
+        "ffn": 2816,
+        "vocab": 32000,
+        "kv_dim": 256,
+    },  # 201 M parameters, 2.0 GB
+    "small": {"dim": 64, "layers": 2, "ffn": 176, "vocab": 512, "kv_dim": 16},
+}
+MANY = {"full": 20_000, "small": 200}
+
+
+def _sharded(
+    mesh: DeviceMesh, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> DTensor:
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    rows = -(-shape[0] // ranks)
+    mine = max(0, min(rows, shape[0] - rank * rows))
+    local = torch.empty((mine, *shape[1:]), dtype=dtype)
+    local.view(torch.int16 if dtype is torch.bfloat16 else torch.int32).random_(generator=generator)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def build(case: str, size: str, mesh: DeviceMesh) -> dict:
+    """Returns the state dict of `case` ("llama", "many_dtensor", "many_plain") in `size`
+    ("full", "small").
+    """
+    generator = torch.Generator().manual_seed(
+        1000 if case == "many_plain" else 2000 + mesh.get_local_rank()
+    )
+    if case == "many_plain":
+        new = {}
+        for i in range(MANY[size]):
+            new[f"block.{i}.weight"] = torch.empty(64, 8).uniform_(generator=generator)
+        return {"model": new}
+    if case == "many_dtensor":
+        shape = (64 * mesh.size(), 8)
+        return {
+            "model": {
+                f"block.{i}.weight": _sharded(mesh, shape, torch.float32, generator)
+                for i in range(MANY[size])
+            }
+        }
+    model, state = {}, {}
+    for name, shape in _llama_shapes(**LLAMA[size]):
+        model[name] = _sharded(mesh, shape, torch.bfloat16, generator)
+        state[name] = {
+            "step": torch.tensor(1000.0),
+            "exp_avg": _sharded(mesh, shape, torch.float32, generator),
+            "exp_avg_sq": _sharded(mesh, shape, torch.float32, generator),
+        }
+    groups = [
+        {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": list(model)}
+    ]
+    return {"model": model, "optim": {"state": state, "param_groups": groups}, "step": 1000}
+
+
+def _leaves(tree: dict | list, prefix: str = "") -> Iterator[tuple]:
+    """Yields (container, key in it, full name, value) of every leaf.
+
+    As in DCP, a list is a leaf unless it holds a dict or a tensor.
+    """
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        inner = isinstance(value, list) and any(isinstance(v, (dict, torch.Tensor)) for v in value)
+        if isinstance(value, dict) or inner:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield tree, key, f"{prefix}{key}", value
+
+
+def _local(value: object) -> torch.Tensor | None:
+    if isinstance(value, DTensor):
+        return value.to_local()
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def local_bytes(tree: dict, replicas: bool = True) -> int:
+    """The bytes of this rank's tensors, with or without those that every rank holds."""
+    values = [value for *_, value in _leaves(tree) if replicas or isinstance(value, DTensor)]
+    return sum(t.nbytes for t in map(_local, values) if t is not None)
+
+
+def count_tensors(tree: dict) -> int:
+    return sum(_local(value) is not None for *_, value in _leaves(tree))
+
+
+def digests(tree: dict) -> dict[str, str]:
+    """SHA-256 of every local tensor's bytes and the text of every other value, by name."""
+    out = {}
+    for _, _, name, value in _leaves(tree):
+        t = _local(value)
+        if t is None:
+            out[name] = repr(value)
+            continue
+        assert t.is_contiguous(), name
+        data = (ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
+        out[name] = hashlib.sha256(data).hexdigest()
+    return out
+
+
+def poison(tree: dict) -> None:
+    """Spoils every leaf, so that a load that leaves one untouched is caught."""
+    for container, key, _, value in _leaves(tree):
+        t = _local(value)
+        if t is None:
+            container[key] = None
+        elif t.nbytes:
+            ctypes.memset(t.data_ptr(), POISON, t.nbytes)

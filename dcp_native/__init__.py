@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (first: the extensions resolve against libraries that torch loads)
+import torch
 from torch.distributed.checkpoint import (
     BytesStorageMetadata,
     CheckpointException,

@@ -13,20 +13,24 @@ RECORD_BYTES = 64 << 10
 
 
 def as_record(error: BaseException | None) -> bytes | None:
-    """Pickle ``error`` with its traceback's summary; one that can not be pickled keeps its text."""
+    """Pickle ``error`` with its traceback's summary; one that can not be pickled keeps its text.
+
+    Raises nothing: a rank without a record would leave the others waiting for it.
+    """
     if error is None:
         return None
-    wrapped = _wrap_exception(error)
     try:
-        record = pickle.dumps(wrapped)
+        record = pickle.dumps(_wrap_exception(error))
         pickle.loads(record)  # an exception may pickle and still not come back
+        if len(record) <= RECORD_BYTES:
+            return record
     except Exception:
-        text = "".join(traceback.format_exception_only(type(error), error)).strip()
-        record = pickle.dumps((RuntimeError(text[:4096]), wrapped[1]))
-    if len(record) > RECORD_BYTES:
-        text = "".join(traceback.format_exception_only(type(error), error)).strip()
-        record = pickle.dumps((RuntimeError(text[:4096]), traceback.StackSummary()))
-    return record
+        record = b""
+    try:
+        text = "".join(traceback.format_exception_only(type(error), error)).strip()[:4096]
+    except Exception:
+        text = f"a {type(error).__name__} that can not be described"
+    return pickle.dumps((RuntimeError(text), traceback.StackSummary()))
 
 
 def _from_payload(payload: Any) -> tuple[BaseException, traceback.StackSummary]:
@@ -40,28 +44,44 @@ def _from_payload(payload: Any) -> tuple[BaseException, traceback.StackSummary]:
         )
 
 
+def codes_of(failures: list[tuple[int, Any]] | None) -> set[str | None]:
+    """Names of the core's error codes in an exchanged list; None for what has no code."""
+    causes = (_from_payload(payload)[0] for _, payload in failures or ())
+    return {getattr(cause, "dcp_code", None) for cause in causes}
+
+
 def raise_failures(
     step: str,
     failures: list[tuple[int, Any]] | None,
     rank: int,
     mine: BaseException | None,
+    interrupt: BaseException | None = None,
 ) -> None:
     """Raise CheckpointException(step, {rank: (exception, stack)}) when any rank failed.
 
-    An interrupt of this rank (Ctrl-C) is raised as itself.
+    An interrupt of this rank (Ctrl-C, or what a signal handler raised) is raised as itself.
     """
     if failures is None:
         return
+    if interrupt is not None:
+        raise interrupt
+    if isinstance(mine, (KeyboardInterrupt, SystemExit)):
+        raise mine
     wrapped = {peer: _from_payload(payload) for peer, payload in failures}
     if mine is not None:
         wrapped[rank] = _wrap_exception(mine)
-        if isinstance(mine, (KeyboardInterrupt, SystemExit)):
-            raise mine
+    elif not wrapped:
+        unknown = RuntimeError("a rank failed that could not say why, for want of memory")
+        wrapped[rank] = _wrap_exception(unknown)
     raise CheckpointException(step, wrapped) from mine
 
 
-def raise_alone(step: str, rank: int, error: BaseException) -> None:
+def raise_alone(
+    step: str, rank: int, error: BaseException, interrupt: BaseException | None = None
+) -> None:
     """The exchange itself failed: this rank knows only its own side of it."""
+    if interrupt is not None:
+        raise interrupt
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         raise error
     raise CheckpointException(step, {rank: _wrap_exception(error)}) from error

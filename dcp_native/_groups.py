@@ -18,6 +18,14 @@ _alone: _native.Group | None = None
 _alone_pid = 0  # a forked child makes its own
 
 
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # its holder may be a thread of the parent
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
 def group_for(
     process_group: dist.ProcessGroup | None, no_dist: bool, coordinator_rank: int = 0
 ) -> _native.Group:

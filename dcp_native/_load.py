@@ -18,12 +18,14 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict, _iter
 
 from . import _native
 from ._config import DIRECT_IO, config
-from ._failures import as_record, raise_alone, raise_failures
+from ._failures import as_record, codes_of, raise_alone, raise_failures
 from ._report import logger, set_report
 from ._save import hash64
 
-_RETRY_CODES = ("NOENT", "STALE")
+_RETRY_CODES = {"NOENT", "STALE"}
 """What a reader meets when a newer save committed and swept while it was reading."""
+_TRIES = 10
+"""How many checkpoints in a row may be replaced under a reader before it gives up."""
 
 
 class UnsupportedCheckpoint(Exception):
@@ -42,22 +44,37 @@ class NativeLoad:
         self.flatten_sharded = getattr(planner, "flatten_sharded_tensors", True)
         self.allow_partial = getattr(planner, "allow_partial_load", False)
         self.error: BaseException | None = None
+        self.may_be_replaced = False  # says the last agreement, to all ranks alike
 
     def run(self, state_dict: dict[str, Any]) -> None:
-        """Collective.  A checkpoint that was replaced under the reader is read once more."""
-        try:
-            self._run(state_dict)
-        except CheckpointException as error:
-            codes = [getattr(exc, "dcp_code", None) for exc, _ in error.failures.values()]
-            if error.args[0] != "read" or not all(code in _RETRY_CODES for code in codes):
+        """Collective.  A checkpoint that was replaced under the reader is read anew."""
+        seen = None
+        for tries_left in reversed(range(_TRIES)):
+            native = self._start()
+            try:
+                self._run(native, state_dict)
+                return
+            except UnsupportedCheckpoint:
                 raise
+            except BaseException as error:
+                self._leave(native, error)
+                if tries_left == 0 or not self.may_be_replaced:
+                    raise
+                # As the failures, the image that decides now is the same on every rank.
+                image = None if native.info()["rank_local"] else native.metadata()
+                if image is not None and image == seen:
+                    raise
+                seen = image
+                self.error = native.interrupt()  # the others hear of it when they try again
             logger.info("the checkpoint was replaced while it was read; reading the new one")
-            self.error = None
-            self._run(state_dict)
 
-    def _run(self, state_dict: dict[str, Any]) -> None:
+    def tell(self, error: BaseException) -> None:
+        """Let the other ranks fail by name while this rank raises ``error`` itself."""
+        self._leave(self._start(), error)
+
+    def _start(self) -> _native.Load:
         settings = config()
-        native = _native.Load(
+        return _native.Load(
             self.group,
             os.fspath(self.reader.path),
             rank=self.group.rank,
@@ -66,7 +83,17 @@ class NativeLoad:
             strict_coverage=settings.strict_coverage,
             direct=DIRECT_IO[settings.direct_io],
         )
-        self._agree("plan", native.open)
+
+    def _leave(self, native: _native.Load, error: BaseException) -> None:
+        try:
+            native.leave(as_record(error))
+        except Exception as exchange_error:
+            logger.warning("the other ranks could not be told of %r: %s", error, exchange_error)
+        self.error = None  # its traceback holds this object
+
+    def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
+        settings = config()
+        self._agree("plan", native, native.open)
         info = native.info()
         if info["unsupported"] is not None and not info["rank_local"]:
             if not settings.allow_unsafe_objects:
@@ -93,21 +120,25 @@ class NativeLoad:
             )
         except BaseException as error:
             self.error = error
-        self._agree("plan", native.status)
+        self._agree("plan", native, native.status)
         try:
             native.read()
             self._finish_in_python(native, state_dict)
         except BaseException as error:
             self.error = error
-        self._agree("read", native.status)
+        self._agree("read", native, native.status)
+        if (interrupt := native.interrupt()) is not None:  # it came with the last agreement
+            raise interrupt
         set_report({"kind": "load", "path": "native", "reason": None, **native.info()})
 
-    def _agree(self, step: str, collective: Any) -> None:
+    def _agree(self, step: str, native: _native.Load, collective: Any) -> None:
         try:
             failures = collective(as_record(self.error))
         except BaseException as error:
-            raise_alone(step, self.group.rank, error)
-        raise_failures(step, failures, self.group.rank, self.error)
+            raise_alone(step, self.group.rank, error, native.interrupt())
+        codes = codes_of(failures)
+        self.may_be_replaced = step == "read" and bool(codes) and codes <= _RETRY_CODES
+        raise_failures(step, failures, self.group.rank, self.error, native.interrupt())
 
     def _finish_in_python(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         objects, records, tensors, copies = native.results()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
@@ -12,6 +13,14 @@ logger = logging.getLogger("dcp_native")
 
 _lock = threading.Lock()
 _last: dict[str, Any] | None = None
+
+
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # its holder may be a thread of the parent
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def set_report(report: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
@@ -109,6 +111,16 @@ def load_reason(reader: Any, planner: Any) -> str | None:
     if reason is None and planner is not None:
         reason = _not_stock(planner, DefaultLoadPlanner, "planner")
     return reason
+
+
+def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str | None:
+    """None when the ranks can talk over the group's CPU backend, else why not."""
+    if no_dist or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = process_group or dist.distributed_c10d._get_default_group()
+    if torch.device("cpu") not in group._device_types:
+        return "the process group has no CPU backend"
+    return None
 
 
 def stage_reason(stager: AsyncStager | None, writer: Any) -> str | None:

@@ -136,8 +136,8 @@ class NativeSave:
         try:
             failures = self._native.agree(as_record(self.error))
         except BaseException as error:
-            raise_alone("plan", self.group.rank, error)
-        raise_failures("plan", failures, self.group.rank, self.error)
+            raise_alone("plan", self.group.rank, error, self._native.interrupt())
+        raise_failures("plan", failures, self.group.rank, self.error, self._native.interrupt())
         if not self._native.info()["call_agrees"]:
             warnings.warn(
                 "the ranks of this save were given different checkpoint ids; this rank's is "
@@ -145,26 +145,27 @@ class NativeSave:
                 stacklevel=5,
             )
 
-    def tell(self, error: BaseException) -> None:
-        """Let the other ranks fail by name while this rank raises ``error`` itself."""
+    def leave(self, error: BaseException) -> None:
+        """This rank breaks off with ``error``: let the others fail by name where they wait for it.
+
+        Nothing is to be told after an agreement that failed: then all have heard of it.
+        """
         self.fail(error)
         try:
-            if self.use_collectives:
-                self._native.agree(as_record(error))
-            else:
-                self._native.finish(as_record(error))
+            self._native.leave(as_record(error))
         except Exception as exchange_error:
             logger.warning("the other ranks could not be told of %r: %s", error, exchange_error)
+        self.error = None  # its traceback holds this object
 
     def finish(self) -> Metadata:
         """Collective: commit, or every rank raises and the previous checkpoint is what it was."""
         try:
             failures = self._native.finish(as_record(self.error))
         except BaseException as error:
-            raise_alone("write", self.group.rank, error)
+            raise_alone("write", self.group.rank, error, self._native.interrupt())
         if failures is not None and not self.use_collectives and self.error is not None:
             raise self.error
-        raise_failures("write", failures, self.group.rank, self.error)
+        raise_failures("write", failures, self.group.rank, self.error, self._native.interrupt())
         return self.result()
 
     def result(self) -> Metadata:
@@ -180,14 +181,20 @@ class NativeSave:
         """Facts of the native save."""
         return self._native.info()
 
+    def interrupt(self) -> BaseException | None:
+        """What a signal handler raised during a step of this save, if any."""
+        if isinstance(self.error, (KeyboardInterrupt, SystemExit)):
+            return self.error
+        return self._native.interrupt()
+
     def publish(self) -> None:
         """Coordinator of a background save, after every rank is durable: commit."""
         self._native.publish()
 
-    def conclude(self, committed: bool) -> None:
-        """Another rank's verdict on a background save."""
-        self._native.conclude(committed)
+    def conclude(self, outcome: str) -> None:
+        """The coordinator's verdict on a background save."""
+        self._native.conclude(outcome)
 
     def abandon(self) -> str:
-        """Give the save up; what became of it: ``"aborted"``, ``"committed"``, ``"superseded"``."""
+        """Give the save up unless it is committed; ``"unknown"`` alone is not certain."""
         return self._native.abandon()

@@ -90,16 +90,33 @@ def load(
     with _profile():
         reader = cast(StorageReader, _storage_setup(storage_reader, checkpoint_id, reader=True))
         keys = sorted(state_dict.keys())
-        loaded = {
-            key: value.state_dict() if isinstance(value, Stateful) else value
-            for key, value in ((key, state_dict[key]) for key in keys)
-        }
+        try:
+            loaded = {
+                key: value.state_dict() if isinstance(value, Stateful) else value
+                for key, value in ((key, state_dict[key]) for key in keys)
+            }
+        except BaseException as error:
+            _tell(error, reader, planner, process_group, no_dist)
+            raise
         _load_state_dict(loaded, reader, process_group, 0, no_dist, planner)
         for key in keys:
             if isinstance(value := state_dict[key], Stateful):
                 value.load_state_dict(loaded[key])
             else:
                 state_dict[key] = loaded[key]
+
+
+def _tell(
+    error: BaseException,
+    reader: StorageReader,
+    planner: LoadPlanner | None,
+    process_group: dist.ProcessGroup | None,
+    no_dist: bool,
+) -> None:
+    """Let the other ranks of a load fail by name while this one raises ``error``."""
+    if _roles.load_reason(reader, planner) is None:
+        _async.wait_for_save_in_flight()
+        NativeLoad(reader, planner, group_for(process_group, no_dist)).tell(error)
 
 
 def _load_state_dict(
@@ -114,6 +131,7 @@ def _load_state_dict(
     torch._C._log_api_usage_once("dcp_native.load_state_dict")
     _async.wait_for_save_in_flight()
     reason = _roles.load_reason(storage_reader, planner)
+    reason = reason or _roles.group_reason(process_group, no_dist)
     if reason is None:
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
         group = group_for(process_group, alone, 0 if alone else coordinator_rank)

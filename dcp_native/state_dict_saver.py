@@ -208,7 +208,7 @@ def _save(
     use_collectives: bool,
     call_stateful: bool,
 ) -> Metadata:
-    reason = _roles.save_reason(writer, planner)
+    reason = _roles.save_reason(writer, planner) or _roles.group_reason(process_group, no_dist)
     note_path("save", reason)
     if reason is not None:
         return _torch._save_state_dict(
@@ -224,18 +224,13 @@ def _save(
     alone = no_dist or not (dist.is_available() and dist.is_initialized())
     group = group_for(process_group, alone, 0 if alone else coordinator_rank)
     save_ = NativeSave(writer, planner, group, use_collectives=use_collectives, kind="save")
-    if call_stateful:
-        state_dict = _call_stateful(save_, state_dict)
-    save_.plan(state_dict)
-    save_.agree()
-    save_.write()
-    return save_.finish()
-
-
-def _call_stateful(save_: NativeSave, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
-    """Each Stateful's state_dict(); an exception is raised raw here and told to the other ranks."""
     try:
-        return _stateful_to_state_dict(state_dict)
-    except BaseException as error:
-        save_.tell(error)
+        if call_stateful:
+            state_dict = _stateful_to_state_dict(state_dict)
+        save_.plan(state_dict)
+        save_.agree()
+        save_.write()
+        return save_.finish()
+    except BaseException as error:  # of state_dict(), or an interrupt between the steps
+        save_.leave(error)
         raise

@@ -56,44 +56,59 @@ store(uint8_t *at, __m128i v)
     _mm_storeu_si128((__m128i *)(void *)at, v);
 }
 
-/* 16 x 16 bytes: four rounds of interleaving row i with row i + 8. */
+static __m128i
+load_half(const uint8_t *at)
+{
+    return _mm_loadl_epi64((const __m128i *)(const void *)at);
+}
+
+static void
+store_halves(uint8_t *low, uint8_t *high, __m128i v)
+{
+    _mm_storel_epi64((__m128i *)(void *)low, v);
+    _mm_storel_epi64((__m128i *)(void *)high, _mm_unpackhi_epi64(v, v));
+}
+
+/* 8 x 8 bytes: three rounds of interleaving row i with row i + 4; two columns end in a register. */
 static void
 fast_1(uint8_t *dst, int64_t dst_pitch, const uint8_t *src, int64_t src_pitch)
 {
-    __m128i x[16], y[16];
-    for (int i = 0; i < 16; i++) {
-        x[i] = load(src + i * src_pitch);
-    }
-    for (int round = 0; round < 4; round++) {
-        for (int i = 0; i < 8; i++) {
-            y[2 * i] = _mm_unpacklo_epi8(x[i], x[i + 8]);
-            y[2 * i + 1] = _mm_unpackhi_epi8(x[i], x[i + 8]);
-        }
-        memcpy(x, y, sizeof x);
-    }
-    for (int i = 0; i < 16; i++) {
-        store(dst + i * dst_pitch, x[i]);
-    }
+    __m128i a0 = _mm_unpacklo_epi8(load_half(src), load_half(src + 4 * src_pitch));
+    __m128i a1 = _mm_unpacklo_epi8(load_half(src + src_pitch), load_half(src + 5 * src_pitch));
+    __m128i a2 = _mm_unpacklo_epi8(load_half(src + 2 * src_pitch), load_half(src + 6 * src_pitch));
+    __m128i a3 = _mm_unpacklo_epi8(load_half(src + 3 * src_pitch), load_half(src + 7 * src_pitch));
+    __m128i b0 = _mm_unpacklo_epi8(a0, a2), b1 = _mm_unpackhi_epi8(a0, a2);
+    __m128i b2 = _mm_unpacklo_epi8(a1, a3), b3 = _mm_unpackhi_epi8(a1, a3);
+    store_halves(dst, dst + dst_pitch, _mm_unpacklo_epi8(b0, b2));
+    store_halves(dst + 2 * dst_pitch, dst + 3 * dst_pitch, _mm_unpackhi_epi8(b0, b2));
+    store_halves(dst + 4 * dst_pitch, dst + 5 * dst_pitch, _mm_unpacklo_epi8(b1, b3));
+    store_halves(dst + 6 * dst_pitch, dst + 7 * dst_pitch, _mm_unpackhi_epi8(b1, b3));
 }
 
-/* 8 x 8 elements of 2 bytes: three rounds of interleaving row i with row i + 4. */
+/* 8 x 8 elements of 2 bytes, in the same way; one column ends in a register. */
 static void
 fast_2(uint8_t *dst, int64_t dst_pitch, const uint8_t *src, int64_t src_pitch)
 {
-    __m128i x[8], y[8];
-    for (int i = 0; i < 8; i++) {
-        x[i] = load(src + i * src_pitch);
-    }
-    for (int round = 0; round < 3; round++) {
-        for (int i = 0; i < 4; i++) {
-            y[2 * i] = _mm_unpacklo_epi16(x[i], x[i + 4]);
-            y[2 * i + 1] = _mm_unpackhi_epi16(x[i], x[i + 4]);
-        }
-        memcpy(x, y, sizeof x);
-    }
-    for (int i = 0; i < 8; i++) {
-        store(dst + i * dst_pitch, x[i]);
-    }
+    __m128i r0 = load(src), r1 = load(src + src_pitch);
+    __m128i r2 = load(src + 2 * src_pitch), r3 = load(src + 3 * src_pitch);
+    __m128i r4 = load(src + 4 * src_pitch), r5 = load(src + 5 * src_pitch);
+    __m128i r6 = load(src + 6 * src_pitch), r7 = load(src + 7 * src_pitch);
+    __m128i a0 = _mm_unpacklo_epi16(r0, r4), a1 = _mm_unpackhi_epi16(r0, r4);
+    __m128i a2 = _mm_unpacklo_epi16(r1, r5), a3 = _mm_unpackhi_epi16(r1, r5);
+    __m128i a4 = _mm_unpacklo_epi16(r2, r6), a5 = _mm_unpackhi_epi16(r2, r6);
+    __m128i a6 = _mm_unpacklo_epi16(r3, r7), a7 = _mm_unpackhi_epi16(r3, r7);
+    r0 = _mm_unpacklo_epi16(a0, a4), r1 = _mm_unpackhi_epi16(a0, a4);
+    r2 = _mm_unpacklo_epi16(a1, a5), r3 = _mm_unpackhi_epi16(a1, a5);
+    r4 = _mm_unpacklo_epi16(a2, a6), r5 = _mm_unpackhi_epi16(a2, a6);
+    r6 = _mm_unpacklo_epi16(a3, a7), r7 = _mm_unpackhi_epi16(a3, a7);
+    store(dst, _mm_unpacklo_epi16(r0, r4));
+    store(dst + dst_pitch, _mm_unpackhi_epi16(r0, r4));
+    store(dst + 2 * dst_pitch, _mm_unpacklo_epi16(r1, r5));
+    store(dst + 3 * dst_pitch, _mm_unpackhi_epi16(r1, r5));
+    store(dst + 4 * dst_pitch, _mm_unpacklo_epi16(r2, r6));
+    store(dst + 5 * dst_pitch, _mm_unpackhi_epi16(r2, r6));
+    store(dst + 6 * dst_pitch, _mm_unpacklo_epi16(r3, r7));
+    store(dst + 7 * dst_pitch, _mm_unpackhi_epi16(r3, r7));
 }
 
 /* 4 x 4 elements of 4 bytes. */
@@ -132,7 +147,7 @@ fast_4(uint8_t *dst, int64_t dst_pitch, const uint8_t *src, int64_t src_pitch)
         }                                                                                          \
     }
 
-DEFINE_TILE(1, 16)
+DEFINE_TILE(1, 8)
 DEFINE_TILE(2, 8)
 DEFINE_TILE(4, 4)
 #else

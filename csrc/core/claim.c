@@ -187,9 +187,8 @@ create(struct dcp_claim *claim, uint64_t n0, const char *identity, struct dcp_er
 }
 
 static int
-fence(const struct dcp_claim *claim, struct survey *survey, struct dcp_error *err)
+fence(const struct dcp_claim *claim, const struct survey *survey, struct dcp_error *err)
 {
-    survey->vanished = false;
     for (size_t i = 0; i < dcp_dir_scan_claims_count(&survey->scan); i++) {
         const struct dcp_claim_name *other = dcp_dir_scan_claim(&survey->scan, i);
         int rc;
@@ -200,9 +199,7 @@ fence(const struct dcp_claim *claim, struct survey *survey, struct dcp_error *er
         do {
             rc = claim->io->unlink_at(claim->io->ctx, claim->dirfd, other->text);
         } while (rc == -EINTR);
-        if (rc == -ENOENT) {
-            survey->vanished = true;
-        } else if (rc != 0) {
+        if (rc != 0 && rc != -ENOENT) {
             return dcp_claim_error(claim, -rc, "removing the older claim", other->text, err);
         }
     }
@@ -223,9 +220,6 @@ try_claim(struct dcp_claim *claim, uint64_t *next, const char *identity, struct 
     rc = look(claim, true, survey, err);
     if (rc == 0 && survey->next <= claim->n0) {
         rc = fence(claim, survey, err);
-        if (rc == 0 && survey->vanished) {
-            rc = look(claim, true, survey, err);
-        }
     }
     *ret_taken = rc == 0 && survey->next <= claim->n0;
     if (!*ret_taken) {

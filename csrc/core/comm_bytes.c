@@ -12,8 +12,8 @@
  * is kept is the sum of the lengths, not the longest times the ranks.
  *
  * What can still fail on one rank after step 2 is the block for received bytes, whose size is known
- * only then.  That rank takes part in all rounds and returns its error afterwards; its next vote
- * tells the others.
+ * only then.  That rank takes part in all rounds, and a last agreement after a gather lets all
+ * ranks fail together: the others would wait in their next call for one that has left.
  *
  * Threads: the comm table's rule, one caller at a time.
  */
@@ -234,7 +234,8 @@ collect(const struct dcp_comm *comm, const char *what, bool to_all, uint32_t roo
             read_round(comm, pieces, &rounds, offset, spans, block);
         }
     }
-    rc = receive_rc;
+    uint64_t unused = 0;
+    rc = agree(comm, what, receive_rc, 0, &unused, err);
     if (rc == 0 && receives) {
         *ret_block = block;
         *ret_spans = spans;

@@ -46,6 +46,17 @@ dcp_group_check(const struct dcp_group *group, struct dcp_error *err)
     return 0;
 }
 
+int
+dcp_group_give_up(struct dcp_group *group, int rc, struct dcp_error *err)
+{
+    group->poisoned = true;
+    if (rc == DCP_E_PEER) {
+        rc = DCP_E_COMM;
+        err->code = rc;
+    }
+    return rc;
+}
+
 struct dcp_failure
 dcp_failure_from_error(const struct dcp_error *err, uint32_t rank)
 {
@@ -75,8 +86,7 @@ dcp_group_settle_failures(struct dcp_group *group, const struct dcp_save_id *id,
         rc = dcp_failure_exchange(&group->comm, mine, ret_list, err);
     }
     if (rc != 0) {
-        group->poisoned = true;
-        return rc;
+        return dcp_group_give_up(group, rc, err);
     }
     return dcp_error_set(err, DCP_E_PEER, 0, NULL, "%zu rank(s) failed", ret_list->count);
 }

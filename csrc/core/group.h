@@ -32,6 +32,10 @@ uint64_t dcp_now_ns(void);
 /* Turns a local error record into a failure that can be exchanged; borrows `err`. */
 struct dcp_failure dcp_failure_from_error(const struct dcp_error *err, uint32_t rank);
 
+/* An exchange failed half way, and the ranks may be anywhere in it: the group is of no more use.
+ * Returns `rc`, but never DCP_E_PEER, which promises a list of failures. */
+int dcp_group_give_up(struct dcp_group *group, int rc, struct dcp_error *err);
+
 /* Collective tail of every agreement: `mine` travels to everybody.  0 when nobody failed,
  * DCP_E_PEER with the list, or what the exchange itself died of. */
 int dcp_group_settle_failures(struct dcp_group *group, const struct dcp_save_id *id,

@@ -203,8 +203,7 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
         rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &load->image, err);
     }
     if (rc != 0) {
-        group->poisoned = true;
-        return rc;
+        return dcp_group_give_up(group, rc, err);
     }
     *ret_local_code = parse_image(load, err);
     return 0;

@@ -25,8 +25,7 @@ out_of_memory(struct dcp_error *err)
 
 /* Makes room for `more` elements of `size` bytes. */
 static int
-grow(void **array, uint64_t count, uint64_t *cap, uint64_t more, size_t size,
-     struct dcp_error *err)
+grow(void **array, uint64_t count, uint64_t *cap, uint64_t more, size_t size, struct dcp_error *err)
 {
     uint64_t need, bytes;
     if (dcp_add_overflows_u64(count, more, &need)) {
@@ -105,8 +104,8 @@ check_target(const struct dcp_metadata *md, const struct dcp_md_entry *entry,
                                  name_len(entry), md->strings + entry->name, d, offsets[d],
                                  offsets[d], sizes[d], global[d]);
         }
-        if (!empty && (dcp_mul_overflows_u64(bytes, sizes[d], &bytes) ||
-                       bytes > DCP_MAX_PAYLOAD_BYTES)) {
+        if (!empty &&
+            (dcp_mul_overflows_u64(bytes, sizes[d], &bytes) || bytes > DCP_MAX_PAYLOAD_BYTES)) {
             return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
                                  "%.*s: a target of more than 2^56 bytes", name_len(entry),
                                  md->strings + entry->name);
@@ -249,8 +248,8 @@ add_overlap(struct builder *builder, uint64_t target_index, uint64_t chunk_index
     if (rc == 0) {
         plan->dims_count += 3 * (uint64_t)ndim;
         void *boxes = builder->boxes;
-        rc = grow(&boxes, builder->boxes_count * 2 * ndim, &builder->boxes_cap,
-                  2 * (uint64_t)ndim, sizeof *builder->boxes, err);
+        rc = grow(&boxes, builder->boxes_count * 2 * ndim, &builder->boxes_cap, 2 * (uint64_t)ndim,
+                  sizeof *builder->boxes, err);
         builder->boxes = boxes;
     }
     if (rc == 0) {

@@ -3,10 +3,10 @@
  *
  * Items are sorted by file and offset.  Small records that lie close together share a request and
  * are read whole, which verifies them; of large payloads only the wanted rows are read, widened to
- * whole checksum blocks where at least half of a block has to be read anyway.  A piece that is one run in its
- * target, and aligned where direct I/O asks for it, is read straight into the target; all else
- * passes through the ring.  Requests are pushed in order and delivered in order, so a running CRC
- * needs no bookkeeping.
+ * whole checksum blocks where at least half of a block has to be read anyway.  A piece that is one
+ * run in its target, and aligned where direct I/O asks for it, is read straight into the target;
+ * all else passes through the ring.  Requests are pushed in order and delivered in order, so a
+ * running CRC needs no bookkeeping.
  *
  * Memory: the ring (32 MiB by default), 4 bytes per MiB of the open files, and one record at a time
  * that no ring buffer holds.
@@ -40,196 +40,6 @@ compare_visits(const void *left, const void *right)
     return a->item < b->item ? -1 : a->item > b->item;
 }
 
-/* ---- requests ---- */
-
-static void
-request_clear(struct dcp_reader *reader, struct dcp_read_request *request)
-{
-    for (uint32_t i = 0; i < request->uses_count; i++) {
-        dcp_read_part_release(request->uses[i].part);
-    }
-    request->uses_count = 0;
-    dcp_read_file_release(reader, request->file);
-    request->file = NULL;
-    if (request->big != NULL) {
-        dcp_unmap_huge(request->big, request->big_bytes);
-        request->big = NULL;
-    }
-    request->pushed = false;
-    request->in_place = false;
-}
-
-/* Waits for a request and delivers what it brought. */
-static int
-request_settle(struct dcp_reader *reader, struct dcp_read_request *request, struct dcp_error *err)
-{
-    if (!request->pushed) {
-        return 0;
-    }
-    /* The pump keeps the error; it is fetched when the pump is cleaned up. */
-    int rc = dcp_pump_wait(&reader->pump, request->job);
-    for (uint32_t i = 0; rc == 0 && i < request->uses_count; i++) {
-        const struct dcp_read_use *use = &request->uses[i];
-        DCP_ASSERT(use->at_bytes >= request->from_bytes &&
-                   use->at_bytes + use->len_bytes <= request->to_bytes);
-        rc = dcp_read_deliver(reader, request, use,
-                              request->data + (use->at_bytes - request->from_bytes), err);
-    }
-    if (rc == 0) {
-        rc = dcp_read_check_cancel(reader, err);
-    }
-    if (rc == 0) {
-        request_clear(reader, request);
-    }
-    return rc;
-}
-
-static struct dcp_read_request *
-current(struct dcp_reader *reader)
-{
-    return &reader->requests[reader->open_request];
-}
-
-/* Gives the request that is being filled to the reading thread. */
-static void
-request_push(struct dcp_reader *reader)
-{
-    struct dcp_read_request *request = current(reader);
-    if (request->pushed || request->uses_count == 0) {
-        return;
-    }
-    uint64_t align = request->in_place ? 1 : request->file->align_bytes;
-    uint64_t end = dcp_align_up(request->to_bytes, align);
-    struct dcp_job job = {.file = request->file,
-                          .data = request->data,
-                          .offset_bytes = request->from_bytes,
-                          .len_bytes = end - request->from_bytes,
-                          .flags = (uint32_t)(end - request->to_bytes)};
-    reader->stats.read_bytes += request->to_bytes - request->from_bytes;
-    reader->stats.requests_count++;
-    request->job = dcp_pump_push(&reader->pump, &job);
-    request->pushed = true;
-    reader->open_request = (reader->open_request + 1) % reader->ring->buffers_count;
-}
-
-/* Starts a new request of the current file at `from_bytes`. */
-static int
-request_begin(struct dcp_reader *reader, uint64_t from_bytes, struct dcp_error *err)
-{
-    request_push(reader);
-    struct dcp_read_request *request = current(reader);
-    int rc = request_settle(reader, request, err);
-    if (rc != 0) {
-        return rc;
-    }
-    request->file = reader->file;
-    request->file->users++;
-    request->data = dcp_ring_buffer(reader->ring, reader->open_request);
-    request->from_bytes = from_bytes & ~(reader->file->align_bytes - 1);
-    request->to_bytes = from_bytes;
-    request->capacity_bytes = reader->ring->buffer_bytes;
-    if (!reader->file->direct) {
-        request->capacity_bytes =
-            dcp_min_u64(request->capacity_bytes, DCP_READ_HOT_REQUEST_BYTES);
-    }
-    return 0;
-}
-
-static int
-request_append(struct dcp_reader *reader, const struct dcp_read_use *use, struct dcp_error *err)
-{
-    struct dcp_read_request *request = current(reader);
-    if (request->uses_count == request->uses_cap) {
-        uint32_t cap = request->uses_cap > 0 ? request->uses_cap * 2 : 16;
-        struct dcp_read_use *uses = dcp_realloc(request->uses, cap * sizeof *uses);
-        if (uses == NULL) {
-            return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a read request");
-        }
-        request->uses = uses;
-        request->uses_cap = cap;
-    }
-    request->uses[request->uses_count++] = *use;
-    request->to_bytes = dcp_max_u64(request->to_bytes, use->at_bytes + use->len_bytes);
-    if (use->part != NULL) {
-        use->part->users++;
-    }
-    return 0;
-}
-
-static uint64_t
-gap_bytes(const struct dcp_reader *reader)
-{
-    return reader->file->direct ? DCP_READ_GAP_BYTES : DCP_READ_HOT_GAP_BYTES;
-}
-
-/* Whether the open request can take bytes [at, at + len) as well. */
-static bool
-request_takes(struct dcp_reader *reader, uint64_t at_bytes, uint64_t len_bytes)
-{
-    const struct dcp_read_request *request = current(reader);
-    return !request->pushed && request->uses_count > 0 && request->file == reader->file &&
-           at_bytes >= request->from_bytes &&
-           at_bytes <= request->to_bytes + gap_bytes(reader) &&
-           at_bytes + len_bytes <= request->from_bytes + request->capacity_bytes;
-}
-
-/* Reads a use through the ring, sharing a request with its neighbours. */
-static int
-read_through_ring(struct dcp_reader *reader, const struct dcp_read_use *use,
-                  struct dcp_error *err)
-{
-    if (!request_takes(reader, use->at_bytes, use->len_bytes)) {
-        int rc = request_begin(reader, use->at_bytes, err);
-        if (rc != 0) {
-            return rc;
-        }
-        struct dcp_read_request *request = current(reader);
-        if (use->at_bytes + use->len_bytes > request->from_bytes + request->capacity_bytes) {
-            request->capacity_bytes = reader->ring->buffer_bytes;
-        }
-        DCP_ASSERT(use->at_bytes + use->len_bytes <=
-                   request->from_bytes + request->capacity_bytes);
-    }
-    return request_append(reader, use, err);
-}
-
-static int
-settle_all(struct dcp_reader *reader, struct dcp_error *err)
-{
-    request_push(reader);
-    int rc = 0;
-    for (uint32_t i = 0; rc == 0 && i < reader->ring->buffers_count; i++) {
-        uint32_t at = (reader->open_request + i) % reader->ring->buffers_count;
-        rc = request_settle(reader, &reader->requests[at], err);
-    }
-    return rc;
-}
-
-/* A record that no ring buffer holds: alone in memory of its own. */
-static int
-read_big(struct dcp_reader *reader, const struct dcp_read_use *use, struct dcp_error *err)
-{
-    int rc = settle_all(reader, err);
-    if (rc == 0) {
-        rc = request_begin(reader, use->at_bytes, err);
-    }
-    if (rc != 0) {
-        return rc;
-    }
-    struct dcp_read_request *request = current(reader);
-    uint64_t bytes = dcp_align_up(use->at_bytes + use->len_bytes - request->from_bytes,
-                                  DCP_DIRECT_ALIGN_BYTES);
-    request->big = dcp_map_huge((size_t)bytes, err);
-    if (request->big == NULL) {
-        return DCP_E_NOMEM;
-    }
-    request->big_bytes = bytes;
-    request->data = request->big;
-    request->capacity_bytes = bytes;
-    rc = request_append(reader, use, err);
-    return rc == 0 ? settle_all(reader, err) : rc;
-}
-
 /* ---- items ---- */
 
 static int
@@ -242,9 +52,9 @@ want_record(struct dcp_reader *reader, const struct dcp_read_item *item, struct 
                                .len_bytes = chunk->length_bytes};
     uint64_t lead = use.at_bytes & (reader->file->align_bytes - 1);
     if (use.len_bytes > reader->ring->buffer_bytes - lead) {
-        return read_big(reader, &use, err);
+        return dcp_read_big(reader, &use, err);
     }
-    return read_through_ring(reader, &use, err);
+    return dcp_read_through_ring(reader, &use, err);
 }
 
 /* Reads [from, to) of a payload straight into its target, as far as alignment allows; *ret_to is
@@ -265,24 +75,23 @@ read_straight(struct dcp_reader *reader, struct dcp_read_use *use, uint64_t *ret
     }
     uint8_t *run = dcp_read_box_run(&part->box, use->from, to);
     uint64_t at = part->payload_offset_bytes + use->from;
-    if (run == NULL || at % file->align_bytes != 0 ||
-        (uintptr_t)run % file->mem_align_bytes != 0) {
+    if (run == NULL || at % file->align_bytes != 0 || (uintptr_t)run % file->mem_align_bytes != 0) {
         return 0;
     }
-    int rc = request_begin(reader, at, err);
+    int rc = dcp_read_request_begin(reader, at, err);
     if (rc != 0) {
         return rc;
     }
-    struct dcp_read_request *request = current(reader);
+    struct dcp_read_request *request = dcp_read_current(reader);
     request->in_place = true;
     request->data = run;
     struct dcp_read_use straight = *use;
     straight.to = to;
     straight.at_bytes = at;
     straight.len_bytes = to - use->from;
-    rc = request_append(reader, &straight, err);
+    rc = dcp_read_request_append(reader, &straight, err);
     if (rc == 0) {
-        request_push(reader);
+        dcp_read_request_push(reader);
         *ret_to = to;
     }
     return rc;
@@ -297,8 +106,8 @@ ring_piece_end(struct dcp_reader *reader, const struct dcp_read_use *use)
     if (!reader->file->direct) {
         capacity = dcp_min_u64(capacity, DCP_READ_HOT_REQUEST_BYTES);
     }
-    const struct dcp_read_request *request = current(reader);
-    if (request_takes(reader, at, DCP_BLOCK_BYTES)) {
+    const struct dcp_read_request *request = dcp_read_current(reader);
+    if (dcp_read_request_takes(reader, at, DCP_BLOCK_BYTES)) {
         capacity = request->from_bytes + request->capacity_bytes - at;
     }
     if (use->to - use->from <= capacity) {
@@ -324,8 +133,8 @@ want_range(struct dcp_reader *reader, struct dcp_read_part *part, uint64_t from,
     while (rc == 0 && use.from < to) {
         uint64_t done = use.from;
         if (full) {
-            uint64_t limit = reader->file->direct ? DCP_RING_BUFFER_BYTES
-                                                  : DCP_READ_HOT_REQUEST_BYTES;
+            uint64_t limit =
+                reader->file->direct ? DCP_RING_BUFFER_BYTES : DCP_READ_HOT_REQUEST_BYTES;
             use.to = dcp_min_u64(to, use.from - use.from % DCP_BLOCK_BYTES + limit);
             rc = read_straight(reader, &use, &done, err);
         }
@@ -334,7 +143,7 @@ want_range(struct dcp_reader *reader, struct dcp_read_part *part, uint64_t from,
             use.to = ring_piece_end(reader, &use);
             use.at_bytes = part->payload_offset_bytes + use.from;
             use.len_bytes = use.to - use.from;
-            rc = read_through_ring(reader, &use, err);
+            rc = dcp_read_through_ring(reader, &use, err);
             done = use.to;
         }
         use.from = done;
@@ -428,12 +237,11 @@ want_parsed(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
         return want_record(reader, item, err);
     }
     if (rc != 0) {
-        return dcp_read_fail(reader, reader->file, item, rc, chunk->offset_bytes, why.message,
-                             err);
+        return dcp_read_fail(reader, reader->file, item, rc, chunk->offset_bytes, why.message, err);
     }
     bool dense;
-    rc = dcp_read_box_init_view(&part->box, reader->plan, item, &view, gap_bytes(reader), &dense,
-                                err);
+    rc = dcp_read_box_init_view(&part->box, reader->plan, item, &view, dcp_read_gap_bytes(reader),
+                                &dense, err);
     if (rc != 0) {
         return rc;
     }
@@ -456,7 +264,7 @@ want_tensor(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
     const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
     const struct dcp_md_chunk *chunk = &md->chunks[item->chunk];
     struct dcp_read_box *box = &part->box;
-    int rc = dcp_read_box_init(box, reader->plan, item, gap_bytes(reader), err);
+    int rc = dcp_read_box_init(box, reader->plan, item, dcp_read_gap_bytes(reader), err);
     if (rc != 0) {
         return rc;
     }
@@ -466,12 +274,11 @@ want_tensor(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
                                      .sizes = md->dims + chunk->dims + entry->ndim,
                                      .payload_bytes = payload};
     uint64_t head = dcp_record_head_bytes(payload);
-    bool ours = md->is_native &&
-                chunk->length_bytes == head + payload + dcp_record_tail_bytes(&shape);
+    bool ours =
+        md->is_native && chunk->length_bytes == head + payload + dcp_record_tail_bytes(&shape);
     if (!ours) {
-        return chunk->length_bytes <= DCP_READ_WHOLE_RECORD_BYTES
-                   ? want_record(reader, item, err)
-                   : want_parsed(reader, part, err);
+        return chunk->length_bytes <= DCP_READ_WHOLE_RECORD_BYTES ? want_record(reader, item, err)
+                                                                  : want_parsed(reader, part, err);
     }
     part->payload_offset_bytes = chunk->offset_bytes + head;
     if (payload <= DCP_BLOCK_BYTES) {
@@ -543,7 +350,7 @@ enter_file(struct dcp_reader *reader, const struct visit *visits, uint64_t left,
     for (uint64_t i = 0; i < left && visits[i].file == visits[0].file; i++) {
         wanted += wanted_of(reader, &reader->plan->items[visits[i].item]);
     }
-    request_push(reader);
+    dcp_read_request_push(reader);
     dcp_read_file_release(reader, reader->file);
     reader->file = NULL;
     return dcp_read_file_open(reader, visits[0].file, wanted, &reader->file, err);
@@ -562,7 +369,7 @@ walk(struct dcp_reader *reader, const struct visit *visits, struct dcp_error *er
             rc = visit_item(reader, &reader->plan->items[visits[i].item], err);
         }
     }
-    return rc == 0 ? settle_all(reader, err) : rc;
+    return rc == 0 ? dcp_read_settle_all(reader, err) : rc;
 }
 
 static int
@@ -600,10 +407,10 @@ dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                                 .on_record = on_record,
                                 .on_record_ctx = on_record_ctx};
     struct visit *visits = NULL;
-    uint64_t buffer_bytes = options->ring_buffer_bytes != 0
-                                ? dcp_max_u64(options->ring_buffer_bytes,
-                                              DCP_READ_LEAST_BUFFER_BYTES)
-                                : 0;
+    uint64_t buffer_bytes =
+        options->ring_buffer_bytes != 0
+            ? dcp_max_u64(options->ring_buffer_bytes, DCP_READ_LEAST_BUFFER_BYTES)
+            : 0;
     int rc = sort_items(plan, &visits, err);
     if (rc == 0) {
         rc = dcp_ring_acquire(options->ring_buffers, buffer_bytes, &reader.ring, err);
@@ -620,7 +427,7 @@ dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
         rc = rc != 0 ? rc : pump_rc;
     }
     for (uint32_t i = 0; i < DCP_PUMP_JOBS; i++) {
-        request_clear(&reader, &reader.requests[i]);
+        dcp_read_request_clear(&reader, &reader.requests[i]);
         dcp_free(reader.requests[i].uses);
     }
     dcp_read_file_release(&reader, reader.file);

@@ -1,9 +1,9 @@
 /*
  * reader.h: private: what the files of the reader share.
  *
- * reader.c walks the items and builds requests, reader_file.c opens files and runs the requests,
- * reader_record.c checks and delivers what was read.  The calling thread builds and delivers in
- * order; the pump's thread reads ahead.
+ * reader.c walks the items, reader_request.c builds requests, reader_file.c opens files and runs
+ * the requests, reader_record.c checks and delivers what was read.  The calling thread builds and
+ * delivers in order; the pump's thread reads ahead.
  */
 #ifndef DCP_READER_H
 #define DCP_READER_H
@@ -62,24 +62,24 @@ enum dcp_read_use_kind {
 };
 
 struct dcp_read_use {
-    uint8_t kind;    /* enum dcp_read_use_kind */
-    bool verified;   /* ranges: made of whole blocks, whose CRCs are checked */
+    uint8_t kind;  /* enum dcp_read_use_kind */
+    bool verified; /* ranges: made of whole blocks, whose CRCs are checked */
     const struct dcp_read_item *item;
     struct dcp_read_part *part; /* ranges */
-    uint64_t at_bytes;   /* in the file */
-    uint64_t from, to;   /* ranges: in the payload */
+    uint64_t at_bytes;          /* in the file */
+    uint64_t from, to;          /* ranges: in the payload */
     uint64_t len_bytes;
 };
 
 struct dcp_read_request {
     bool pushed;
     bool in_place; /* `data` is the target's own memory */
-    uint64_t job; /* number in the pump */
+    uint64_t job;  /* number in the pump */
     struct dcp_read_file *file;
-    uint8_t *data;                /* what was read: a ring buffer, the target, or `big` */
+    uint8_t *data;                 /* what was read: a ring buffer, the target, or `big` */
     uint64_t from_bytes, to_bytes; /* in the file */
-    uint64_t capacity_bytes; /* of `data`, from from_bytes on */
-    void *big; /* owned: a record that no ring buffer holds */
+    uint64_t capacity_bytes;       /* of `data`, from from_bytes on */
+    void *big;                     /* owned: a record that no ring buffer holds */
     uint64_t big_bytes;
     struct dcp_read_use *uses; /* owned array, reused */
     uint32_t uses_count, uses_cap;
@@ -95,9 +95,9 @@ struct dcp_reader {
     void *on_record_ctx;
     struct dcp_ring *ring;
     struct dcp_pump pump;
-    struct dcp_read_file *file; /* where the walk is */
+    struct dcp_read_file *file;                      /* where the walk is */
     struct dcp_read_request requests[DCP_PUMP_JOBS]; /* one per ring buffer, used in turn */
-    uint32_t open_request;      /* the one being filled or the next to fill */
+    uint32_t open_request;                           /* the one being filled or the next to fill */
     struct dcp_read_stats stats;
 };
 
@@ -118,6 +118,36 @@ int dcp_read_file_parse(struct dcp_reader *reader, struct dcp_read_file *file,
 /* The pump's function; ctx is the reader. */
 int dcp_read_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
 int dcp_read_check_cancel(const struct dcp_reader *reader, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- reader_request.c ---- */
+/* The request that is being filled, or the next to fill. */
+static inline struct dcp_read_request *
+dcp_read_current(struct dcp_reader *reader)
+{
+    return &reader->requests[reader->open_request];
+}
+
+/* Unwanted bytes that one request may read over, in the current file. */
+uint64_t dcp_read_gap_bytes(const struct dcp_reader *reader);
+/* Starts a new request of the current file at `from_bytes`, its memory a ring buffer. */
+int dcp_read_request_begin(struct dcp_reader *reader, uint64_t from_bytes,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+int dcp_read_request_append(struct dcp_reader *reader, const struct dcp_read_use *use,
+                            struct dcp_error *err) DCP_MUST_CHECK;
+/* Whether the open request can take bytes [at, at + len) as well. */
+bool dcp_read_request_takes(struct dcp_reader *reader, uint64_t at_bytes, uint64_t len_bytes);
+/* Gives the request that is being filled to the reading thread. */
+void dcp_read_request_push(struct dcp_reader *reader);
+/* Forgets what it holds; also of a load that failed. */
+void dcp_read_request_clear(struct dcp_reader *reader, struct dcp_read_request *request);
+/* Reads a use through the ring, sharing a request with its neighbours. */
+int dcp_read_through_ring(struct dcp_reader *reader, const struct dcp_read_use *use,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+/* A record that no ring buffer holds: alone, in memory of its own. */
+int dcp_read_big(struct dcp_reader *reader, const struct dcp_read_use *use,
+                 struct dcp_error *err) DCP_MUST_CHECK;
+/* Waits for all that was pushed and delivers it. */
+int dcp_read_settle_all(struct dcp_reader *reader, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- reader_record.c ---- */
 /* Checks and delivers one use of a request that has been read; `bytes` are the use's own. */

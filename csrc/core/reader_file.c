@@ -195,11 +195,11 @@ read_table(struct dcp_reader *reader, struct dcp_read_file *file, struct dcp_err
     if (rc == 0) {
         struct dcp_error why;
         dcp_error_clear(&why);
-        int parsed = dcp_block_table_parse(bytes, (size_t)header->table_bytes,
-                                           &header->save_id, &file->table, &why);
+        int parsed = dcp_block_table_parse(bytes, (size_t)header->table_bytes, &header->save_id,
+                                           &file->table, &why);
         if (parsed == DCP_E_NOMEM || (parsed != 0 && reader->options->verify)) {
-            rc = dcp_error_set(err, parsed, 0, file->path, "the block table of %s: %s",
-                               file->path, why.message);
+            rc = dcp_error_set(err, parsed, 0, file->path, "the block table of %s: %s", file->path,
+                               why.message);
         }
     }
     dcp_free(bytes);
@@ -274,7 +274,9 @@ dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_by
                            gone ? "; the checkpoint names it, so it was removed or replaced" : "");
         goto failed;
     }
-    rc = reader->io->fstat(reader->io->ctx, file->fd, &stat);
+    do {
+        rc = reader->io->fstat(reader->io->ctx, file->fd, &stat);
+    } while (rc == -EINTR);
     if (rc < 0) {
         rc = fail_io(file, -rc, "fstat of", UINT64_MAX, err);
         goto failed;
@@ -367,7 +369,7 @@ dcp_read_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_
     }
     int rc = dcp_read_check_cancel(reader, err);
     bool direct = file->direct_fd >= 0;
-    /* Rounding up to the alignment may reach behind the end of the file: `flags` bytes are slack. */
+    /* Rounding up to the alignment may reach behind the end of the file: by `flags` bytes. */
     uint64_t need = job->len_bytes - job->flags;
     uint64_t done = 0;
     while (rc == 0 && done < need) {

@@ -1,10 +1,10 @@
 /*
  * reader_record.c: checks what was read and puts it where it belongs.
  *
- * Bytes are verified in the pass that moves them: a block that is wanted whole and is one run in the
- * target goes through the fused copy and CRC.  A mismatch fails the load, so it does not matter that
- * the target was written before it was known.  Records of ours are recognised by their head and
- * length and need no parsing; all others go through the zip parser.
+ * Bytes are verified in the pass that moves them: a block that is wanted whole and is one run in
+ * the target goes through the fused copy and CRC.  A mismatch fails the load, so it does not matter
+ * that the target was written before it was known.  Records of ours are recognised by their head
+ * and length and need no parsing; all others go through the zip parser.
  *
  * Threads: the calling thread.
  */
@@ -30,8 +30,8 @@ dcp_read_fail(const struct dcp_reader *reader, const struct dcp_read_file *file,
     const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
     bool first = err != NULL && err->code == 0;
     dcp_error_set(err, code, 0, file->path, "%.*s in %s at byte %" PRIu64 ": %s",
-                  (int)dcp_min_u64(entry->name_len, 256),
-                  reader->plan->md->strings + entry->name, file->path, offset_bytes, what);
+                  (int)dcp_min_u64(entry->name_len, 256), reader->plan->md->strings + entry->name,
+                  file->path, offset_bytes, what);
     if (first) {
         err->offset_bytes = offset_bytes;
     }
@@ -110,8 +110,8 @@ deliver_whole(struct dcp_reader *reader, const struct dcp_read_request *request,
     struct dcp_read_part *part = use->part;
     for (uint64_t from = use->from; from < use->to; from += DCP_BLOCK_BYTES) {
         uint64_t to = dcp_min_u64(from + DCP_BLOCK_BYTES, use->to);
-        part->running_crc = move_with_crc(part, bytes + (from - use->from), part->running_crc,
-                                          from, to, in_place);
+        part->running_crc =
+            move_with_crc(part, bytes + (from - use->from), part->running_crc, from, to, in_place);
     }
     if (use->to == part->box.payload_bytes && part->running_crc != part->whole_crc) {
         return dcp_read_fail(reader, request->file, use->item, DCP_E_CHECKSUM,
@@ -128,8 +128,7 @@ deliver_range(struct dcp_reader *reader, const struct dcp_read_request *request,
               const struct dcp_read_use *use, const uint8_t *bytes, struct dcp_error *err)
 {
     const struct dcp_read_box *box = &use->part->box;
-    uint64_t wanted =
-        dcp_read_box_below(box, use->to) - dcp_read_box_below(box, use->from);
+    uint64_t wanted = dcp_read_box_below(box, use->to) - dcp_read_box_below(box, use->from);
     bool in_place = request->in_place;
     int rc = 0;
     if (use->verified) {
@@ -184,11 +183,10 @@ is_own_record(const struct dcp_reader *reader, const struct dcp_read_item *item,
     }
     const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
     const struct dcp_md_chunk *chunk = &reader->plan->md->chunks[item->chunk];
-    struct dcp_tensor_shape shape = {
-        .dtype = entry->dtype,
-        .ndim = entry->ndim,
-        .sizes = reader->plan->md->dims + chunk->dims + entry->ndim,
-        .payload_bytes = box->payload_bytes};
+    struct dcp_tensor_shape shape = {.dtype = entry->dtype,
+                                     .ndim = entry->ndim,
+                                     .sizes = reader->plan->md->dims + chunk->dims + entry->ndim,
+                                     .payload_bytes = box->payload_bytes};
     uint64_t head_bytes = dcp_record_head_bytes(box->payload_bytes);
     if (box->payload_bytes == 0 ||
         len_bytes != head_bytes + box->payload_bytes + dcp_record_tail_bytes(&shape)) {
@@ -282,8 +280,7 @@ deliver_parsed(struct dcp_reader *reader, const struct dcp_read_request *request
         return hand_over(reader, request, use, record, err);
     }
     if (rc != 0) {
-        return dcp_read_fail(reader, request->file, use->item, rc, use->at_bytes, why.message,
-                             err);
+        return dcp_read_fail(reader, request->file, use->item, rc, use->at_bytes, why.message, err);
     }
     bool dense;
     rc = dcp_read_box_init_view(box, reader->plan, use->item, &view, 0, &dense, err);

@@ -96,7 +96,7 @@ find_end(struct window *w, struct zip_end *ret_end, struct dcp_error *err)
 {
     uint64_t length = w->input->length_bytes;
     for (uint64_t want = TAIL_BYTES;; want = TAIL_MAX_BYTES) {
-        const uint8_t *tail;
+        const uint8_t *tail = NULL;
         uint64_t len = dcp_min_u64(length, want);
         int rc = fetch(w, length - len, len, &tail, err);
         if (rc == 0) {

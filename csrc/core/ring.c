@@ -3,8 +3,8 @@
  *
  * The kernel takes 4 ms to hand out 32 MiB of huge pages: as long as writing 10 MB.  Finished rings
  * are therefore kept in two slots (a save and a load at once), each swapped atomically.  No lock: a
- * fork at any instant leaves the child with slots that are empty or hold a ring of its parent, which
- * its pid gives away; such a ring is forgotten, because its mapping was never inherited.
+ * fork at any instant leaves the child with slots that are empty or hold a ring of its parent,
+ * which its pid gives away; such a ring is forgotten, because its mapping was never inherited.
  *
  * Threads: the ring functions from any thread; one pump belongs to the thread that made it.
  */

@@ -1,9 +1,9 @@
 /*
  * ring.h: private: the engine's aligned buffers and the one thread that moves them.
  *
- * dcp_ring is memory: a few aligned buffers on huge pages, kept between saves.  dcp_pump is a thread
- * with a first-in first-out queue of jobs; without a thread a job runs inside dcp_pump_push, so
- * small work goes through the same code.
+ * dcp_ring is memory: a few aligned buffers on huge pages, kept between saves.  dcp_pump is a
+ * thread with a first-in first-out queue of jobs; without a thread a job runs inside dcp_pump_push,
+ * so small work goes through the same code.
  */
 #ifndef DCP_RING_H
 #define DCP_RING_H
@@ -37,16 +37,15 @@ dcp_ring_buffer(const struct dcp_ring *ring, uint32_t index)
 /* ---- the thread ---- */
 
 struct dcp_job {
-    void *file;    /* for the run function */
-    uint8_t *data; /* memory to write from or to read into */
+    void *file;                       /* for the run function */
+    uint8_t *data;                    /* memory to write from or to read into */
     uint64_t offset_bytes, len_bytes; /* in the file */
-    uint32_t kind;  /* for the run function */
-    uint32_t flags; /* for the run function */
+    uint32_t kind;                    /* for the run function */
+    uint32_t flags;                   /* for the run function */
 };
 
 /* `failed` is true once a job failed: the run function then only cleans up. */
-typedef int (*dcp_job_fn)(void *ctx, const struct dcp_job *job, bool failed,
-                          struct dcp_error *err);
+typedef int (*dcp_job_fn)(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
 
 enum { DCP_PUMP_JOBS = 16 };
 

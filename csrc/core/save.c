@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 static char *
 copy_text(const char *text)
@@ -23,6 +24,12 @@ copy_text(const char *text)
         memcpy(copy, text, len);
     }
     return copy;
+}
+
+static bool
+is_ours(const struct dcp_save *save)
+{
+    return save->pid == getpid();
 }
 
 static bool
@@ -61,6 +68,7 @@ dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a save");
     }
     save->group = group;
+    save->pid = getpid();
     save->dirfd = -1;
     save->info.is_coordinator = params->independent || group->comm.rank == group->coordinator;
     save->info.call_agrees = true;
@@ -240,7 +248,7 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                 rc = dcp_error_set(err, DCP_E_PEER, 0, NULL, "%zu rank(s) failed",
                                    ret_failures->count);
             } else {
-                save->group->poisoned = true;
+                rc = dcp_group_give_up(save->group, rc, err);
             }
         } else if (rc == 0 && verdict == DCP_VERDICT_SLOW) {
             rc = dcp_save_plan_slow(save, ret_failures, err);
@@ -300,6 +308,7 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         .sync = save->sync,
         .cancel = cancel,
         .progress_bytes = progress_bytes,
+        .created_files = &save->created_files,
     };
     uint64_t start_ns = dcp_now_ns();
     int rc = 0;
@@ -315,7 +324,6 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         rc = check_space(save, installed->layout.total_bytes, err);
     }
     if (rc == 0) {
-        save->started_writing = true;
         rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, &installed->layout,
                             sources, &save->info.save_id, save->info.n0, &options, NULL,
                             &save->info.write, err);
@@ -341,6 +349,11 @@ dcp_save_publish(struct dcp_save *save, struct dcp_error *err)
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
+    if (!is_ours(save) || !save->claimed || save->info.outcome != DCP_OUTCOME_UNKNOWN) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, save->dir_path,
+                             "a save of %s was to be published that has no claim in this process",
+                             save->dir_path);
+    }
     rc = dcp_claim_publish(&save->claim, save->metadata.data, save->metadata.len, &outcome, err);
     if (rc != 0 && outcome == DCP_OUTCOME_UNKNOWN) {
         struct dcp_error ignored;
@@ -368,6 +381,24 @@ dcp_save_sweep(struct dcp_save *save)
     }
 }
 
+/* Collective, when the coordinator could not publish: what became of the save.  A rank that removed
+ * its files on a guess could take them from a checkpoint that everybody sees already. */
+static void
+learn_outcome(struct dcp_save *save)
+{
+    struct dcp_group *group = save->group;
+    uint8_t outcome = (uint8_t)save->info.outcome;
+    struct dcp_error ignored;
+
+    dcp_error_clear(&ignored);
+    if (group->comm.broadcast(group->comm.ctx, group->coordinator, &outcome, sizeof outcome,
+                              &ignored) != 0) {
+        group->poisoned = true;
+    } else if (!save->info.is_coordinator && outcome <= DCP_OUTCOME_SUPERSEDED) {
+        dcp_save_conclude(save, (enum dcp_outcome)outcome);
+    }
+}
+
 int
 dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
                 struct dcp_failure_list *ret_failures, struct dcp_error *err)
@@ -392,13 +423,13 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
         mine = &publishing;
     }
     rc = dcp_group_settle_failures(save->group, id, mine, ret_failures, err);
-    if (rc != 0 && !save->info.is_coordinator) {
-        /* The commit may have happened and only its reply failed: files that may be referenced
-         * stay. If it did not, the next commit sweeps them. */
-        return rc;
+    if (rc != 0 && save->info.is_coordinator) {
+        dcp_save_abandon(save); /* nothing is undone where it is committed */
+    }
+    if (rc == DCP_E_PEER && !save->independent) {
+        learn_outcome(save);
     }
     if (rc != 0 && save->info.outcome != DCP_OUTCOME_COMMITTED) {
-        dcp_save_abandon(save);
         return rc;
     }
     save->info.outcome = DCP_OUTCOME_COMMITTED;
@@ -408,34 +439,24 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
     return rc;
 }
 
-/* Removes this rank's files, each only if its header says that this save wrote it. */
+/* Removes the files that this save created, finished or not: a full disk must not stay full.  One
+ * whose header tells of another save is left. */
 static void
 discard_files(struct dcp_save *save)
 {
     const struct dcp_layout *layout = &dcp_save_installed(save)->layout;
-    const struct dcp_io *io = save->io;
-    uint8_t bytes[DCP_FILE_HEADER_BYTES];
-    struct dcp_file_header header;
-    struct dcp_error ignored;
+    struct dcp_claim files = {
+        .io = save->io, .dirfd = save->dirfd, .save_id = save->info.save_id};
 
-    for (uint32_t i = 0; i < layout->files_count; i++) {
-        char name[DCP_CLAIM_NAME_BYTES];
-        int fd;
+    for (uint32_t i = 0; i < save->created_files; i++) {
+        char text[DCP_CLAIM_NAME_BYTES];
+        const char *name = text;
 
-        dcp_error_clear(&ignored);
-        dcp_data_file_name(name, sizeof name, save->plan.rank,
+        dcp_data_file_name(text, sizeof text, save->plan.rank,
                            save->info.n0 + layout->files[i].index);
-        fd = io->open_at(io->ctx, save->dirfd, name, O_RDONLY, 0);
-        if (fd < 0) {
-            continue;
-        }
-        if (dcp_io_read_all(io, fd, bytes, sizeof bytes, 0, name, &ignored) == 0 &&
-            dcp_file_parse_header(bytes, &header, &ignored) == 0 &&
-            memcmp(&header.save_id, &save->info.save_id, sizeof header.save_id) == 0) {
-            io->unlink_at(io->ctx, save->dirfd, name);
-        }
-        io->close(io->ctx, fd);
+        dcp_claim_discard(&files, &name, 1);
     }
+    save->created_files = 0;
 }
 
 enum dcp_outcome
@@ -443,7 +464,7 @@ dcp_save_abandon(struct dcp_save *save)
 {
     struct dcp_error ignored;
 
-    if (save->info.outcome != DCP_OUTCOME_UNKNOWN) {
+    if (save->info.outcome != DCP_OUTCOME_UNKNOWN || !is_ours(save)) {
         return save->info.outcome;
     }
     dcp_error_clear(&ignored);
@@ -460,9 +481,11 @@ dcp_save_abandon(struct dcp_save *save)
 void
 dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome)
 {
+    if (!is_ours(save)) {
+        return;
+    }
     save->info.outcome = outcome;
-    if (save->started_writing &&
-        (outcome == DCP_OUTCOME_ABORTED || outcome == DCP_OUTCOME_SUPERSEDED)) {
+    if (outcome == DCP_OUTCOME_ABORTED || outcome == DCP_OUTCOME_SUPERSEDED) {
         discard_files(save);
     }
 }

@@ -4,6 +4,8 @@
 #ifndef DCP_CORE_SAVE_H
 #define DCP_CORE_SAVE_H
 
+#include <sys/types.h>
+
 #include "group.h"
 
 struct dcp_save {
@@ -19,6 +21,7 @@ struct dcp_save {
     bool independent, to_lowest_rank, sync;
     enum dcp_direct direct;
 
+    pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
     int dirfd;    /* -1 until dcp_save_open */
     bool claimed; /* this process holds `claim` */
     struct dcp_claim claim;
@@ -28,7 +31,7 @@ struct dcp_save {
     struct dcp_buf metadata;       /* coordinator: the image */
     struct dcp_save_info info;
     bool agreed; /* the plan in `dcp_save_installed` holds for this save */
-    bool started_writing;
+    uint32_t created_files; /* by this save: the first ones of the layout */
 };
 
 /* The plan this save goes by, once agreed. */

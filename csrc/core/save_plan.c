@@ -79,29 +79,25 @@ put_answers(const struct dcp_installed_plan *next, bool ok, uint32_t size, struc
     return 0;
 }
 
-/* Sends the answers; a coordinator that cannot even build them poisons the group, since the others
- * wait. */
+/* Sends the answers.  A coordinator that has no memory for them takes part with a failed buffer:
+ * the first agreement of the scatter then fails on all ranks, and nobody waits for one that left.
+ * `spans`: the coordinator's, room for one per rank. */
 static int
 scatter_answers(struct dcp_save *save, const struct dcp_installed_plan *next, bool ok,
-                struct dcp_buf *ret_answer, struct dcp_error *err)
+                struct dcp_span *spans, struct dcp_buf *ret_answer, struct dcp_error *err)
 {
     struct dcp_group *group = save->group;
     struct dcp_buf block = {0};
-    struct dcp_span *spans = NULL;
-    int rc = 0;
+    int rc;
 
-    if (group->comm.rank == group->coordinator) {
-        spans = dcp_calloc(group->comm.size, sizeof *spans);
-        rc = spans == NULL ? dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory to answer plans")
-                           : put_answers(next, ok, group->comm.size, &block, spans, err);
+    if (group->comm.rank == group->coordinator &&
+        put_answers(next, ok, group->comm.size, &block, spans, err) != 0) {
+        ret_answer->failed = true;
     }
-    if (rc == 0) {
-        rc = dcp_comm_scatter_bytes(&group->comm, group->coordinator, spans, ret_answer, err);
-    }
+    rc = dcp_comm_scatter_bytes(&group->comm, group->coordinator, spans, ret_answer, err);
     if (rc != 0) {
-        group->poisoned = true;
+        rc = dcp_group_give_up(group, rc, err);
     }
-    dcp_free(spans);
     dcp_buf_clean_up(&block);
     return rc;
 }
@@ -151,13 +147,14 @@ dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
     rc = dcp_comm_gather_bytes(&group->comm, group->coordinator, message.data,
                                local_rc == 0 ? message.len : 0, &block, &spans, err);
     if (rc != 0) {
-        group->poisoned = true;
+        rc = dcp_group_give_up(group, rc, err);
         goto done;
     }
     if (is_coordinator && local_rc == 0) {
         local_rc = decide(save, spans, &next, &local);
     }
-    rc = scatter_answers(save, &next, local_rc == 0, &answer, err);
+    /* The messages have been decoded: their spans serve for the answers. */
+    rc = scatter_answers(save, &next, local_rc == 0, spans, &answer, err);
     if (rc != 0) {
         goto done;
     }

@@ -8,43 +8,45 @@
  */
 #include "dcp_transfer.h"
 
-#include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <unistd.h>
 
 enum { STAGE_ALIGN_BYTES = 64 };
 
-/* The kept mapping; guarded by `spare_lock`; valid only in the process `spare_pid`. */
-static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
-static uint8_t *spare_block;
-static size_t spare_bytes;
-static pid_t spare_pid;
-
-static uint8_t *
-take_spare(size_t *ret_bytes)
-{
+/* A mapping that waits for the next stage. */
+struct spare {
     uint8_t *block;
+    size_t bytes;
+    int64_t pid;
+};
 
-    pthread_mutex_lock(&spare_lock);
-    block = spare_pid == getpid() ? spare_block : NULL; /* a child never had the mapping */
-    *ret_bytes = spare_bytes;
-    spare_block = NULL;
-    pthread_mutex_unlock(&spare_lock);
-    return block;
+/* The kept mapping or NULL.  No lock: one that another thread holds during a fork stays locked in
+ * the child. */
+static _Atomic(struct spare *) kept_spare;
+
+static void
+spare_destroy(struct spare *spare)
+{
+    if (spare != NULL && spare->pid == (int64_t)getpid()) {
+        dcp_unmap_huge(spare->block, spare->bytes);
+    }
+    dcp_free(spare);
 }
 
 static int
 take_block(size_t need, struct dcp_stage *stage, struct dcp_error *err)
 {
-    size_t spare_size = 0;
-    uint8_t *spare = take_spare(&spare_size);
+    struct spare *spare = atomic_exchange(&kept_spare, NULL);
 
-    if (spare != NULL && spare_size >= need) {
-        stage->block = spare;
-        stage->block_bytes = spare_size;
+    stage->pid = (int64_t)getpid();
+    if (spare != NULL && spare->pid == stage->pid && spare->bytes >= need) {
+        stage->block = spare->block;
+        stage->block_bytes = spare->bytes;
+        dcp_free(spare);
         return 0;
     }
-    dcp_unmap_huge(spare, spare_size);
+    spare_destroy(spare);
     stage->block = dcp_map_huge(need, err);
     stage->block_bytes = need;
     return stage->block == NULL ? DCP_E_NOMEM : 0;
@@ -111,20 +113,14 @@ dcp_stage_build(const struct dcp_plan *plan, const uint8_t *keep, const struct d
 void
 dcp_stage_release(struct dcp_stage *stage)
 {
-    uint8_t *old = NULL;
-    size_t old_bytes = 0;
-
-    if (stage->block != NULL) {
-        pthread_mutex_lock(&spare_lock);
-        if (spare_pid == getpid()) {
-            old = spare_block;
-            old_bytes = spare_bytes;
+    if (stage->block != NULL && stage->pid == (int64_t)getpid()) {
+        struct spare *spare = dcp_malloc(sizeof *spare);
+        if (spare == NULL) {
+            dcp_unmap_huge(stage->block, stage->block_bytes);
+        } else {
+            *spare = (struct spare){stage->block, stage->block_bytes, stage->pid};
+            spare_destroy(atomic_exchange(&kept_spare, spare));
         }
-        spare_block = stage->block;
-        spare_bytes = stage->block_bytes;
-        spare_pid = getpid();
-        pthread_mutex_unlock(&spare_lock);
-        dcp_unmap_huge(old, old_bytes);
     }
     dcp_free(stage->sources);
     memset(stage, 0, sizeof *stage);
@@ -133,8 +129,5 @@ dcp_stage_release(struct dcp_stage *stage)
 void
 dcp_stage_trim(void)
 {
-    size_t bytes = 0;
-    uint8_t *block = take_spare(&bytes);
-
-    dcp_unmap_huge(block, bytes);
+    spare_destroy(atomic_exchange(&kept_spare, NULL));
 }

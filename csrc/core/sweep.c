@@ -5,13 +5,14 @@
  * nothing can need it: no metadata file references it, and no claim covers it (a claim covers every
  * number from its own upwards, of its rank or of all).  The order of the looks makes that hold
  * while other saves come and go, although a walk over a directory is not a snapshot:
- *   1. list: candidates.
- *   2. list again: claims.  A save claims before it makes files, so whoever owns a candidate has
- * its claim in this listing, unless it has committed or is gone for good.
- *   3. read the metadata files by name.  Whoever has committed before is found here; `.metadata`
- *      that is no longer ours ends the sweep, for then the sweep is the other's business.
- * What is left belongs to no one.  A save that is older than ours was fenced before we wrote a
- * byte.
+ *   1. list names: candidates and claims.  A number below ours that is still alive can only belong
+ *      to a rank's own save, for we fenced the global ones; and its claim is older than ours, for a
+ *      later one would number above.  So the claim is listed, unless it has committed since.
+ *   2. read the metadata files by name: whoever has committed by now is found here.
+ *   3. `.metadata` must still be ours.  If it is not, the sweep is another save's business; and if
+ *      the directory was emptied and numbers began again, this is where we learn it.
+ * One thing is beyond any order of looks: a directory that somebody empties and saves to again
+ * between step 3 and the unlink, which knows only names.
  *
  * Threads: no state.
  */
@@ -101,9 +102,8 @@ check_target(const struct dcp_claim *claim, bool *ret_ours, struct dcp_error *er
  * Files of ranks that have candidates are opened by name: a rename during the walk hides both names
  * from it. */
 static int
-gather_references(const struct dcp_claim *claim, const struct dcp_buf *candidates,
-                  const struct dcp_dir_scan *scan, struct dcp_reference_set *set,
-                  struct dcp_error *err)
+gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
+                  struct dcp_reference_set *set, struct dcp_error *err)
 {
     char name[DCP_CLAIM_NAME_BYTES];
     struct dcp_buf ranks = {0};
@@ -115,8 +115,8 @@ gather_references(const struct dcp_claim *claim, const struct dcp_buf *candidate
         dcp_metadata_name(name, -1);
         return dcp_reference_set_add(claim, name, set, err);
     }
-    for (size_t i = 0; i < keys_count(candidates); i++) {
-        uint64_t rank = key_at(candidates, i) >> 32;
+    for (size_t i = 0; i < keys_count(&scan->files); i++) {
+        uint64_t rank = key_at(&scan->files, i) >> 32;
         if (rank <= INT32_MAX) {
             dcp_buf_put(&ranks, &rank, sizeof rank);
         }
@@ -143,16 +143,15 @@ gather_references(const struct dcp_claim *claim, const struct dcp_buf *candidate
 }
 
 static int
-remove_files(const struct dcp_claim *claim, const struct dcp_buf *candidates,
-             const struct dcp_dir_scan *scan, struct dcp_reference_set *set, uint64_t *ret_swept,
-             struct dcp_error *err)
+remove_files(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
+             struct dcp_reference_set *set, uint64_t *ret_swept, struct dcp_error *err)
 {
     char name[DCP_CLAIM_NAME_BYTES];
     int first = 0;
 
     sort_keys(&set->files);
-    for (size_t i = 0; i < keys_count(candidates); i++) {
-        uint64_t key = key_at(candidates, i);
+    for (size_t i = 0; i < keys_count(&scan->files); i++) {
+        uint64_t key = key_at(&scan->files, i);
         int rc;
 
         if (is_claimed(scan, claim, key) ||
@@ -176,7 +175,7 @@ remove_files(const struct dcp_claim *claim, const struct dcp_buf *candidates,
 int
 dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *err)
 {
-    struct dcp_dir_scan first = {0}, second = {0};
+    struct dcp_dir_scan scan = {0};
     struct dcp_reference_set set = {0};
     bool ours = false;
     int rc;
@@ -185,24 +184,20 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
     if (claim->outcome != DCP_OUTCOME_COMMITTED || !claim->durable) {
         return 0;
     }
-    rc = dcp_dir_scan_run(claim, &first, err);
+    rc = dcp_dir_scan_run(claim, &scan, err);
     if (rc == 0) {
-        keep_candidates(claim, &first.files);
+        keep_candidates(claim, &scan.files);
     }
-    if (rc == 0 && first.files.len > 0) {
-        rc = dcp_dir_scan_run(claim, &second, err);
-        if (rc == 0) {
-            rc = gather_references(claim, &first.files, &second, &set, err);
-        }
+    if (rc == 0 && scan.files.len > 0) {
+        rc = gather_references(claim, &scan, &set, err);
         if (rc == 0) {
             rc = check_target(claim, &ours, err);
         }
         if (rc == 0 && ours && !set.incomplete) {
-            rc = remove_files(claim, &first.files, &second, &set, ret_swept, err);
+            rc = remove_files(claim, &scan, &set, ret_swept, err);
         }
     }
-    dcp_dir_scan_clean_up(&first);
-    dcp_dir_scan_clean_up(&second);
+    dcp_dir_scan_clean_up(&scan);
     dcp_reference_set_clean_up(&set);
     return rc;
 }

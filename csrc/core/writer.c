@@ -1,10 +1,10 @@
 /*
  * writer.c: one rank's data files, from its layout and its sources.
  *
- * A file is a stream: [header][records and the gaps before them][block table].  The layout has fixed
- * every offset beforehand, so nothing is ever patched: what is known late (checksums) lies behind
- * what it covers.  One file after another goes through the same ring; the next file is filled while
- * the last one is written and synced.
+ * A file is a stream: [header][records and the gaps before them][block table].  The layout has
+ * fixed every offset beforehand, so nothing is ever patched: what is known late (checksums) lies
+ * behind what it covers.  One file after another goes through the same ring; the next file is
+ * filled while the last one is written and synced.
  *
  * Memory: the ring (32 MiB by default) and 4 bytes per MiB of payload.
  * Threads: the calling thread copies, one thread that lives as long as the call writes with direct
@@ -62,8 +62,7 @@ file_blocks_init(const struct dcp_writer *writer, const struct dcp_placed_file *
     uint64_t crcs = 0;
     uint32_t entries = 0;
     for (uint32_t i = 0; i < placed->records_count; i++) {
-        const struct dcp_placed_record *record =
-            &writer->layout->records[placed->first_record + i];
+        const struct dcp_placed_record *record = &writer->layout->records[placed->first_record + i];
         if (has_blocks(&writer->plan->items[record->item], record)) {
             entries++;
             crcs += blocks_of(record->payload_bytes);
@@ -217,8 +216,8 @@ write_table(struct dcp_writer *writer, const struct dcp_placed_file *placed,
 }
 
 static int
-write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
-           struct dcp_buf *scratch, struct dcp_error *err)
+write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, struct dcp_buf *scratch,
+           struct dcp_error *err)
 {
     struct file_blocks blocks = {0};
     struct dcp_write_file *file;
@@ -293,8 +292,7 @@ dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                              "file number %llu is over 32 bits: save to a new directory",
                              (unsigned long long)n0);
     }
-    int rc =
-        dcp_ring_acquire(options->ring_buffers, options->ring_buffer_bytes, &writer.ring, err);
+    int rc = dcp_ring_acquire(options->ring_buffers, options->ring_buffer_bytes, &writer.ring, err);
     if (rc != 0) {
         return rc;
     }

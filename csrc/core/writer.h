@@ -16,9 +16,9 @@ enum { DCP_WRITE_NAME_BYTES = 64 };
 /* Files below this are written through the page cache: two system calls less, and the last block
  * needs no padding.  Device bytes per second do not matter at this size. */
 #define DCP_WRITE_DIRECT_LEAST_BYTES (64u << 10)
-/* Without direct I/O a piece goes to the kernel while it is still in the core's own cache from its
+/* Without direct I/O a piece goes to the kernel while it is still in the cache from its
  * checksum. */
-#define DCP_WRITE_PIECE_BYTES (256u << 10)
+#define DCP_WRITE_PIECE_BYTES (512u << 10)
 
 enum dcp_write_job { DCP_WRITE_JOB_WRITE = 1, DCP_WRITE_JOB_CLOSE = 2 };
 

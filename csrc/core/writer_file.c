@@ -68,6 +68,9 @@ open_new(const struct dcp_writer *writer, const char *name, int *ret_fd, struct 
         fd = io->open_at(io->ctx, writer->dirfd, name, O_WRONLY | O_CREAT | O_EXCL, 0666);
     } while (fd == -EINTR);
     if (fd >= 0) {
+        if (writer->options->created_files != NULL) {
+            ++*writer->options->created_files;
+        }
         *ret_fd = fd;
         return 0;
     }
@@ -81,8 +84,7 @@ open_new(const struct dcp_writer *writer, const char *name, int *ret_fd, struct 
     }
     if (fd == -ENOENT || fd == -ESTALE || fd == -ENOTDIR) {
         return dcp_error_set(err, DCP_E_REMOVED, -fd, path,
-                             "creating %s failed: the directory was removed during the save",
-                             path);
+                             "creating %s failed: the directory was removed during the save", path);
     }
     return fail(writer, name, -fd, "creating", UINT64_MAX, err);
 }

@@ -1,9 +1,9 @@
 /*
  * writer_stream.c: one file's bytes, in order, turned into write requests.
  *
- * With direct I/O all bytes pass through the ring: payloads by one fused copy and CRC, so the source
- * is read once.  Without it large payloads are checksummed in place and handed to the kernel from
- * the source, which saves the copy; only small things are packed.
+ * With direct I/O all bytes pass through the ring: payloads by one fused copy and CRC, so the
+ * source is read once.  Without it large payloads are checksummed in place and handed to the kernel
+ * from the source, which saves the copy; only small things are packed.
  *
  * Invariants: at most limit_bytes are in the buffer; with direct I/O only full buffers are pushed
  * before the end, so every request is aligned.  A buffer is refilled only after its job has run.
@@ -17,8 +17,8 @@
 #include "dcp_crc32.h"
 
 /* Strided sources whose dense runs are at least this long are gathered in pieces that stay in the
- * cache for the CRC; shorter runs (transposes) waste less of each line when many rows are gathered at
- * once. */
+ * cache for the CRC; shorter runs (transposes) waste less of each line when many rows are gathered
+ * at once. */
 #define DENSE_RUN_BYTES 64
 #define GATHER_PIECE_BYTES (256u << 10)
 /* Without direct I/O smaller payloads are packed: a system call costs as much as copying this. */
@@ -230,9 +230,9 @@ dcp_write_stream_open(struct dcp_writer *writer, struct dcp_write_file *file)
     writer->file = file;
     writer->position_bytes = 0;
     writer->in_place = !file->direct;
-    writer->limit_bytes =
-        file->direct ? writer->ring->buffer_bytes
-                     : dcp_min_u64(writer->ring->buffer_bytes, DCP_WRITE_PIECE_BYTES);
+    writer->limit_bytes = file->direct
+                              ? writer->ring->buffer_bytes
+                              : dcp_min_u64(writer->ring->buffer_bytes, DCP_WRITE_PIECE_BYTES);
 }
 
 int
@@ -256,8 +256,7 @@ dcp_write_stream_bytes(struct dcp_writer *writer, const uint8_t *data, uint64_t 
 }
 
 int
-dcp_write_stream_zeros_to(struct dcp_writer *writer, uint64_t position_bytes,
-                          struct dcp_error *err)
+dcp_write_stream_zeros_to(struct dcp_writer *writer, uint64_t position_bytes, struct dcp_error *err)
 {
     while (writer->position_bytes < position_bytes) {
         uint8_t *at;

@@ -111,6 +111,7 @@ struct dcp_stage {
     struct dcp_source *sources; /* owned; parallel to the plan's items, kept ones filled */
     uint8_t *block;             /* owned mapping; reused by the next stage */
     size_t block_bytes;
+    int64_t pid; /* whose mapping it is: a forked child has no copy of it */
 };
 
 /* Copies the kept items row major into memory of our own; afterwards `sources` may change or go

@@ -3,7 +3,7 @@
  *
  * Order of calls: open (collective), targets, status (collective), read, status (collective).  What
  * only Python can finish is handed over in lists: objects as bytes, records that only torch can
- * parse, temporaries to copy from.
+ * parse, temporaries to copy from.  leave makes whichever agreement the other ranks wait in.
  */
 #include "module.h"
 
@@ -13,9 +13,14 @@
 #include "load_targets.h"
 #include "native_run.h"
 
+/* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
+ * can make a rank enter the same one twice. */
+enum phase { PHASE_OPENING, PHASE_PLANNING, PHASE_READING, PHASE_OVER };
+
 struct load_object {
     PyObject_HEAD PyObject *group; /* struct group_object */
     struct dcp_load *load;
+    enum phase phase;
     struct load_targets targets;
     struct dcp_failure mine; /* argument of the collective call in progress */
     bool mine_given;
@@ -29,7 +34,8 @@ struct load_object {
     PyObject *records; /* list of (target, offsets in chunk, offsets in target, lengths, bytes) */
     atomic_int cancel;
     _Atomic uint64_t progress_bytes;
-    PyObject *pending;
+    PyObject *pending;   /* exception of a signal handler, raised at the next local step */
+    PyObject *interrupt; /* the first one of them, kept to tell it from other errors */
 };
 
 static struct load_object *
@@ -57,10 +63,24 @@ raise_pending(struct load_object *self)
     return -1;
 }
 
+/* Runs a core step off the GIL.  False when it had to be left running: the interrupt is raised. */
+static bool
+run_step(PyObject *object, native_fn fn, int *ret_rc, struct dcp_error *ret_err)
+{
+    struct load_object *self = as_load(object);
+    bool left = native_run(object, fn, self, &self->cancel, &self->pending, ret_rc, ret_err) != 0;
+
+    if (self->interrupt == NULL) {
+        self->interrupt = Py_XNewRef(self->pending);
+    }
+    return !left || raise_pending(self) == 0;
+}
+
 static PyObject *
 run_collective(PyObject *object, native_fn fn, PyObject *record)
 {
     struct load_object *self = as_load(object);
+    enum phase next = self->phase + 1;
     struct dcp_group *group = group_object_get(self->group);
     struct dcp_error err;
     PyObject *result;
@@ -72,11 +92,13 @@ run_collective(PyObject *object, native_fn fn, PyObject *record)
     Py_XSETREF(self->mine_record, Py_NewRef(record));
     self->mine.rank = dcp_group_comm(group)->rank;
     dcp_failure_list_clean_up(&self->failures);
-    if (native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0) {
+    self->phase = PHASE_OVER;
+    if (!run_step(object, fn, &rc, &err)) {
         dcp_group_poison(group);
         return NULL;
     }
     if (rc == 0) {
+        self->phase = next;
         Py_RETURN_NONE;
     }
     if (rc != DCP_E_PEER) {
@@ -145,6 +167,7 @@ load_dealloc(PyObject *object)
     Py_XDECREF(self->records);
     Py_XDECREF(self->mine_record);
     Py_XDECREF(self->pending);
+    Py_XDECREF(self->interrupt);
     Py_XDECREF(self->group);
     type->tp_free(object);
     Py_DECREF(type);
@@ -172,6 +195,10 @@ step_open(void *arg, struct dcp_error *err)
 static PyObject *
 load_open(PyObject *object, PyObject *record)
 {
+    if (as_load(object)->phase != PHASE_OPENING) {
+        PyErr_SetString(PyExc_RuntimeError, "a load is opened once, at its start");
+        return NULL;
+    }
     return run_collective(object, step_open, record);
 }
 
@@ -231,7 +258,43 @@ step_status(void *arg, struct dcp_error *err)
 static PyObject *
 load_status(PyObject *object, PyObject *record)
 {
+    enum phase phase = as_load(object)->phase;
+
+    if (phase != PHASE_PLANNING && phase != PHASE_READING) {
+        PyErr_SetString(PyExc_RuntimeError, "a load that is not open has no status");
+        return NULL;
+    }
     return run_collective(object, step_status, record);
+}
+
+PyDoc_STRVAR(leave_doc, "leave(failure, /)\n--\n\n"
+                        "Collective where the others wait for this rank: let them fail by name. "
+                        "Nothing once the load has ended.");
+
+static PyObject *
+load_leave(PyObject *object, PyObject *record)
+{
+    switch (as_load(object)->phase) {
+    case PHASE_OPENING:
+        return load_open(object, record);
+    case PHASE_PLANNING:
+    case PHASE_READING:
+        return load_status(object, record);
+    default:
+        Py_RETURN_NONE;
+    }
+}
+
+PyDoc_STRVAR(interrupt_doc, "interrupt()\n--\n\n"
+                            "The first exception of a signal handler during a step, or None.");
+
+static PyObject *
+load_interrupt(PyObject *object, PyObject *unused)
+{
+    struct load_object *self = as_load(object);
+
+    (void)unused;
+    return Py_NewRef(self->interrupt == NULL ? Py_None : self->interrupt);
 }
 
 /* Tuple of `count` numbers; returns new. */
@@ -295,8 +358,7 @@ load_read(PyObject *object, PyObject *unused)
     int rc = 0;
 
     (void)unused;
-    if (raise_pending(self) != 0 ||
-        native_run(object, step_read, self, &self->cancel, &self->pending, &rc, &err) != 0 ||
+    if (raise_pending(self) != 0 || !run_step(object, step_read, &rc, &err) ||
         raise_pending(self) != 0) {
         return NULL;
     }
@@ -377,6 +439,8 @@ static PyMethodDef load_methods[] = {
     {"targets", (PyCFunction)(void (*)(void))load_set_targets, METH_VARARGS | METH_KEYWORDS,
      targets_doc},
     {"status", load_status, METH_O, status_doc},
+    {"leave", load_leave, METH_O, leave_doc},
+    {"interrupt", load_interrupt, METH_NOARGS, interrupt_doc},
     {"read", load_read, METH_NOARGS, read_doc},
     {"results", load_results, METH_NOARGS, results_doc},
     {"metadata", load_metadata, METH_NOARGS, metadata_doc},

@@ -87,6 +87,7 @@ job_abandon(struct native_job *job)
     return left;
 }
 
+/* NULL when there is no memory or no thread to be had. */
 static struct native_job *
 job_start(native_fn fn, void *self, pthread_t *ret_thread)
 {
@@ -96,7 +97,6 @@ job_start(native_fn fn, void *self, pthread_t *ret_thread)
     int rc;
 
     if (job == NULL) {
-        PyErr_NoMemory();
         return NULL;
     }
     job->fn = fn;
@@ -114,8 +114,6 @@ job_start(native_fn fn, void *self, pthread_t *ret_thread)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc != 0) {
         job_free(job);
-        errno = rc;
-        PyErr_SetFromErrno(PyExc_OSError);
         return NULL;
     }
     return job;
@@ -146,7 +144,10 @@ native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObje
     int interrupts = 0, grace_ms = 0;
 
     if (job == NULL) {
-        return -1;
+        /* A rank that gave up here would leave the others waiting: do without Ctrl-C instead. */
+        dcp_error_clear(ret_err);
+        Py_BEGIN_ALLOW_THREADS *ret_rc = fn(self, ret_err);
+        Py_END_ALLOW_THREADS return 0;
     }
     Py_INCREF(owner);
     for (;;) {
@@ -165,8 +166,6 @@ native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObje
         }
         if ((interrupts > 1 || grace_ms > INTERRUPT_GRACE_MS) && job_abandon(job)) {
             pthread_detach(thread);
-            PyErr_SetObject((PyObject *)Py_TYPE(*pending), *pending);
-            Py_CLEAR(*pending);
             return -1; /* `owner` keeps its reference: the thread still uses it */
         }
     }

@@ -16,10 +16,13 @@ typedef int (*native_fn)(void *self, struct dcp_error *err);
  *
  * 0: fn returned; *ret_rc and *ret_err hold its result.  If a signal handler raised meanwhile, the
  * exception is put into *pending (first one wins) and *cancel is set, but fn was waited for: ranks
- * stay in step, and the caller reports the interrupt at its next local step. -1: with the handler's
- * exception set: fn did not return within 10 s of the first interrupt, or a second one came.  The
- * helper thread keeps running on what `owner` (which is never freed then) owns; the caller poisons
- * what it used. */
+ * stay in step, and the caller reports the interrupt at its next local step.
+ *
+ * -1, with *pending set and no exception raised: fn did not return within 10 s of the first
+ * interrupt, or a second one came.  The helper thread keeps running on what `owner` (which is never
+ * freed then) owns; the caller poisons what it used.
+ *
+ * Where no thread can be had, fn runs on the calling thread and can not be interrupted. */
 int native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObject **pending,
                int *ret_rc, struct dcp_error *ret_err);
 

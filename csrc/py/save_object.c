@@ -3,20 +3,30 @@
  *
  * Order of calls: open, claim, add, agree, (stage), write, finish; or after a background write
  * publish / conclude / abandon.  agree and finish are collective and return None, or the failures
- * of all ranks as a list of (rank, pickled exception or exception).  What the core touches while
- * the GIL is dropped lives in this object, which native_run keeps alive.
+ * of all ranks as a list of (rank, pickled exception or exception).  leave makes whichever of the
+ * two the other ranks wait in.
+ *
+ * What the core touches while the GIL is dropped lives in this object, which native_run keeps
+ * alive.
  */
 #include "module.h"
 
 #include <stdatomic.h>
-
 #include "errors.h"
 #include "native_run.h"
+#include "save_info.h"
 #include "save_items.h"
+
+/* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
+ * can make a rank enter the same one twice. */
+enum phase { PHASE_PLANNING, PHASE_AGREED, PHASE_OVER };
 
 struct save_object {
     PyObject_HEAD PyObject *group; /* struct group_object */
     struct dcp_save *save;
+    enum phase phase;
+    bool independent; /* agree is not collective */
+    bool left;        /* a step was left running on the group's plan */
     struct save_items items;
     struct dcp_stage stage;
     bool staged;
@@ -26,7 +36,8 @@ struct save_object {
     struct dcp_failure_list failures;
     atomic_int cancel;
     _Atomic uint64_t progress_bytes;
-    PyObject *pending; /* exception of a signal handler, raised at the next local step */
+    PyObject *pending;   /* exception of a signal handler, raised at the next local step */
+    PyObject *interrupt; /* the first one of them, kept to tell it from other errors */
 };
 
 static struct save_object *
@@ -60,17 +71,24 @@ static int
 run_step(PyObject *object, native_fn fn, bool collective, int *ret_rc)
 {
     struct save_object *self = as_save(object);
+    struct dcp_group *group = group_object_get(self->group);
     struct dcp_error err;
     int rc = 0;
 
-    if (group_object_get(self->group) == NULL) {
+    if (group == NULL) {
         return -1;
     }
-    if (native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0) {
-        if (collective) {
-            dcp_group_poison(group_object_get(self->group));
-        }
-        return -1;
+    self->left =
+        native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0 || self->left;
+    if (self->interrupt == NULL) {
+        self->interrupt = Py_XNewRef(self->pending);
+    }
+    if (collective && self->left) {
+        /* Not before the others heard of it: a step that still runs goes by the group's plan. */
+        dcp_group_poison(group);
+    }
+    if (self->left && self->pending != NULL) {
+        return raise_pending(self);
     }
     *ret_rc = rc;
     if (rc == DCP_E_CANCELLED && self->pending != NULL) {
@@ -172,6 +190,7 @@ save_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->group = Py_NewRef(group_arg);
+    self->independent = params.independent;
     dcp_error_clear(&err);
     if (dcp_save_new(group, &params, &self->save, &err) != 0) {
         Py_DECREF(self);
@@ -192,6 +211,7 @@ save_dealloc(PyObject *object)
     dcp_failure_list_clean_up(&self->failures);
     Py_XDECREF(self->mine_record);
     Py_XDECREF(self->pending);
+    Py_XDECREF(self->interrupt);
     Py_XDECREF(self->group);
     type->tp_free(object);
     Py_DECREF(type);
@@ -220,6 +240,9 @@ save_open(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
+    if (group_object_get(self->group) == NULL) {
+        return NULL;
+    }
     dcp_error_clear(&err);
     Py_BEGIN_ALLOW_THREADS rc = step_open(self, &err);
     Py_END_ALLOW_THREADS if (rc < 0)
@@ -239,6 +262,9 @@ save_claim(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
+    if (group_object_get(as_save(object)->group) == NULL) {
+        return NULL;
+    }
     dcp_error_clear(&err);
     Py_BEGIN_ALLOW_THREADS rc = dcp_save_claim(as_save(object)->save, &err);
     Py_END_ALLOW_THREADS if (rc != 0)
@@ -305,7 +331,15 @@ step_agree(void *arg, struct dcp_error *err)
 static PyObject *
 save_agree(PyObject *object, PyObject *record)
 {
-    return run_collective(object, step_agree, record);
+    struct save_object *self = as_save(object);
+    PyObject *result;
+
+    self->phase = PHASE_OVER;
+    result = run_collective(object, step_agree, record);
+    if (result == Py_None) {
+        self->phase = PHASE_AGREED;
+    }
+    return result;
 }
 
 PyDoc_STRVAR(stage_doc, "stage()\n--\n\n"
@@ -354,11 +388,13 @@ save_write(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
-    if (raise_pending(self) != 0 || run_step(object, step_write, false, &rc) != 0 ||
-        raise_pending(self) != 0) {
+    rc = raise_pending(self) != 0 ? -1 : run_step(object, step_write, false, &rc);
+    if (!self->left) {
+        dcp_stage_release(&self->stage); /* written or never to be: nobody reads it any more */
+    }
+    if (rc != 0 || raise_pending(self) != 0) {
         return NULL;
     }
-    dcp_stage_release(&self->stage);
     Py_RETURN_NONE;
 }
 
@@ -377,12 +413,42 @@ step_finish(void *arg, struct dcp_error *err)
 static PyObject *
 save_finish(PyObject *object, PyObject *record)
 {
-    PyObject *result = run_collective(object, step_finish, record);
+    PyObject *result;
 
+    as_save(object)->phase = PHASE_OVER;
+    result = run_collective(object, step_finish, record);
     if (result == Py_None && raise_pending(as_save(object)) != 0) {
         Py_CLEAR(result); /* committed; the interrupt still wants to be heard */
     }
     return result;
+}
+
+PyDoc_STRVAR(leave_doc, "leave(failure, /)\n--\n\n"
+                        "Collective where the others wait for this rank: let them fail by name. "
+                        "Nothing once the save has ended.");
+
+static PyObject *
+save_leave(PyObject *object, PyObject *record)
+{
+    struct save_object *self = as_save(object);
+
+    if (self->phase == PHASE_OVER) {
+        Py_RETURN_NONE;
+    }
+    return self->phase == PHASE_PLANNING && !self->independent ? save_agree(object, record)
+                                                               : save_finish(object, record);
+}
+
+PyDoc_STRVAR(interrupt_doc, "interrupt()\n--\n\n"
+                            "The first exception of a signal handler during a step, or None.");
+
+static PyObject *
+save_interrupt(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+
+    (void)unused;
+    return Py_NewRef(self->interrupt == NULL ? Py_None : self->interrupt);
 }
 
 PyDoc_STRVAR(publish_doc, "publish()\n--\n\n"
@@ -412,8 +478,6 @@ save_publish(PyObject *object, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static const char *const outcome_names[] = {"unknown", "committed", "aborted", "superseded"};
-
 PyDoc_STRVAR(abandon_doc, "abandon()\n--\n\n"
                           "Give the save up unless it is committed; returns what became of it.");
 
@@ -424,22 +488,21 @@ save_abandon(PyObject *object, PyObject *unused)
 
     (void)unused;
     Py_BEGIN_ALLOW_THREADS outcome = dcp_save_abandon(as_save(object)->save);
-    Py_END_ALLOW_THREADS return PyUnicode_FromString(outcome_names[outcome]);
+    Py_END_ALLOW_THREADS return PyUnicode_FromString(save_outcome_name(outcome));
 }
 
-PyDoc_STRVAR(conclude_doc, "conclude(committed, /)\n--\n\n"
+PyDoc_STRVAR(conclude_doc, "conclude(outcome, /)\n--\n\n"
                            "Take over what the coordinator said became of a background save.");
 
 static PyObject *
 save_conclude(PyObject *object, PyObject *arg)
 {
-    int committed = PyObject_IsTrue(arg);
+    enum dcp_outcome outcome;
 
-    if (committed < 0) {
+    if (save_outcome_parse(arg, &outcome) != 0) {
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS dcp_save_conclude(
-        as_save(object)->save, committed ? DCP_OUTCOME_COMMITTED : DCP_OUTCOME_ABORTED);
+    Py_BEGIN_ALLOW_THREADS dcp_save_conclude(as_save(object)->save, outcome);
     Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
@@ -480,31 +543,10 @@ save_info(PyObject *object, PyObject *unused)
 {
     struct save_object *self = as_save(object);
     struct dcp_save_info info;
-    char id[2 * sizeof info.save_id.bytes + 1];
 
     (void)unused;
     dcp_save_get_info(self->save, &info);
-    for (size_t i = 0; i < sizeof info.save_id.bytes; i++) {
-        PyOS_snprintf(id + 2 * i, 3, "%02x", info.save_id.bytes[i]);
-    }
-    return Py_BuildValue(
-        "{sssKsssOsOsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id", id, "n0",
-        (unsigned long long)info.n0, "outcome", outcome_names[info.outcome], "fast",
-        info.fast ? Py_True : Py_False, "call_agrees", info.call_agrees ? Py_True : Py_False,
-        "is_coordinator", info.is_coordinator ? Py_True : Py_False, "kept_items",
-        (unsigned long long)info.kept_items, "kept_bytes", (unsigned long long)info.kept_bytes,
-        "dropped_items", (unsigned long long)info.dropped_items, "dropped_bytes",
-        (unsigned long long)info.dropped_bytes, "swept_files", (unsigned long long)info.swept_files,
-        "vote_ns", (unsigned long long)info.vote_ns, "plan_ns", (unsigned long long)info.plan_ns,
-        "metadata_ns", (unsigned long long)info.metadata_ns, "write_ns",
-        (unsigned long long)info.write_ns, "commit_ns", (unsigned long long)info.commit_ns,
-        "file_bytes", (unsigned long long)info.write.file_bytes, "payload_bytes",
-        (unsigned long long)info.write.payload_bytes, "files_count",
-        (unsigned long long)info.write.files_count, "direct_files_count",
-        (unsigned long long)info.write.direct_files_count, "copy_ns",
-        (unsigned long long)info.write.copy_ns, "sync_ns", (unsigned long long)info.write.sync_ns,
-        "ring_bytes", (unsigned long long)info.write.ring_bytes, "progress_bytes",
-        (unsigned long long)atomic_load(&self->progress_bytes));
+    return save_info_as_dict(&info, atomic_load(&self->progress_bytes));
 }
 
 static PyMethodDef save_methods[] = {
@@ -515,6 +557,8 @@ static PyMethodDef save_methods[] = {
     {"stage", save_stage, METH_NOARGS, stage_doc},
     {"write", save_write, METH_NOARGS, write_doc},
     {"finish", save_finish, METH_O, finish_doc},
+    {"leave", save_leave, METH_O, leave_doc},
+    {"interrupt", save_interrupt, METH_NOARGS, interrupt_doc},
     {"publish", save_publish, METH_NOARGS, publish_doc},
     {"abandon", save_abandon, METH_NOARGS, abandon_doc},
     {"conclude", save_conclude, METH_O, conclude_doc},

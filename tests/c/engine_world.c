@@ -243,7 +243,8 @@ make_metadata(struct world *world)
     for (uint32_t f = 0; f < md->files_count; f++) {
         char name[64];
         world_file_name(world, f, name, sizeof name);
-        md->files[f] = (struct dcp_md_file){.name = strings.len, .name_len = (uint32_t)strlen(name)};
+        md->files[f].name = strings.len;
+        md->files[f].name_len = (uint32_t)strlen(name);
         dcp_buf_put(&strings, name, strlen(name));
     }
     for (uint32_t i = 0; i < n; i++) {

@@ -1,6 +1,6 @@
 /*
- * engine_world.h: a small checkpoint for tests of the engine: a plan with its memory, what its files
- * must hold, and the metadata that describes them.  Failures end the test program.
+ * engine_world.h: a small checkpoint for tests of the engine: a plan with its memory, what its
+ * files must hold, and the metadata that describes them.  Failures end the test program.
  */
 #ifndef ENGINE_WORLD_H
 #define ENGINE_WORLD_H

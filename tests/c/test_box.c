@@ -26,7 +26,7 @@ struct sample {
     uint64_t image_bytes, origin; /* origin of element 0 in the memory */
 };
 
-/* Strides of a box whose dims lie in memory in a random order, some of them cut from larger ones. */
+/* Strides of a box whose dims lie in memory in a random order, some cut from larger ones. */
 static void
 sample_make(struct sample *s, uint64_t largest)
 {

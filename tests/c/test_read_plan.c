@@ -257,8 +257,11 @@ the_index_gives_hits_only(void)
     struct dcp_md_chunk *chunks = dcp_calloc(CHUNKS, sizeof *chunks);
     struct dcp_md_entry entry = {
         .kind = DCP_ITEM_TENSOR, .dtype = DCP_DTYPE_FLOAT32, .ndim = 2, .chunks_count = CHUNKS};
-    struct dcp_metadata md = {
-        .entries = &entry, .entries_count = 1, .chunks = chunks, .chunks_count = CHUNKS, .dims = dims};
+    struct dcp_metadata md = {.entries = &entry,
+                              .entries_count = 1,
+                              .chunks = chunks,
+                              .chunks_count = CHUNKS,
+                              .dims = dims};
     for (uint64_t c = 0; c < CHUNKS; c++) {
         uint64_t *at = dims + 2 + c * 4;
         at[1] = (CHUNKS - 1 - c) * 2; /* along dim 1, not sorted */

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 RANKS = Path(__file__).resolve().parent / "ranks"
 MODULES = {
@@ -30,12 +32,15 @@ def results(tmp_path_factory):
     def run(module: str, size: int) -> dict[str, list[str | None]]:
         if (module, size) not in done:
             out = tmp_path_factory.mktemp(f"{module}-{size}")
+            # The package may be built in place and not installed.
+            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
             job = subprocess.run(
                 [
                     sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node", str(size), str(RANKS / "runner.py"), module, str(out),
                 ],
                 capture_output=True, text=True, timeout=300,
+                env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
             outcome: dict[str, list[str | None]] = {}
             for rank in range(size):

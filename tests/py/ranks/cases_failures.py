@@ -80,6 +80,58 @@ def case_state_dict_raises_on_one_rank(ctx):
     previous_survives(ctx, attempt)
 
 
+def case_state_dict_raises_on_one_rank_of_a_load(ctx):
+    """[stateful-failure]"""
+    sd = good(ctx)
+    dcp.save(sd, checkpoint_id=ctx.dir)
+    target, start = like(sd), time.monotonic()
+    target["app"] = Raises() if ctx.rank == 1 else {}
+    if ctx.rank == 1:
+        try:
+            dcp.load(target, checkpoint_id=ctx.dir)
+        except ZeroDivisionError:
+            pass
+        else:
+            raise AssertionError("the raw exception was lost")
+    else:
+        with raises_everywhere("plan", 1, ZeroDivisionError, "state_dict of the application"):
+            dcp.load(target, checkpoint_id=ctx.dir)
+    assert time.monotonic() - start < 10
+    check_loads(ctx, sd)
+
+
+def case_an_interrupt_between_the_steps_leaves_nobody_waiting(ctx):
+    """Ctrl-C that arrives in Python, outside of any step of the core."""
+    from dcp_native._save import NativeSave
+
+    for step in ("agree", "write", "finish"):
+
+        def attempt(step=step):
+            original = getattr(NativeSave, step)
+
+            def interrupted(self):
+                raise KeyboardInterrupt(step)
+
+            start = time.monotonic()
+            if ctx.rank == 1:
+                setattr(NativeSave, step, interrupted)
+                try:
+                    dcp.save(good(ctx), checkpoint_id=ctx.dir)
+                except KeyboardInterrupt:
+                    pass
+                else:
+                    raise AssertionError("the interrupt was lost")
+                finally:
+                    setattr(NativeSave, step, original)
+            else:
+                told_in = "plan" if step == "agree" else "write"
+                with raises_everywhere(told_in, 1, KeyboardInterrupt, step):
+                    dcp.save(good(ctx), checkpoint_id=ctx.dir)
+            assert time.monotonic() - start < 10
+
+        previous_survives(ctx, attempt)
+
+
 def case_serialising_raises_on_one_rank(ctx):
     def attempt():
         sd = good(ctx)

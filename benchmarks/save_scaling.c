@@ -1,0 +1,410 @@
+/*
+ * save_scaling.c: the planning of whole saves by 64 to 4096 simulated ranks, and who pays for it.
+ *
+ *     gcc -O2 -std=c11 -D_GNU_SOURCE -Icsrc/include -Icsrc/core benchmarks/save_scaling.c \
+ *         csrc/core/[a-z]*.c -lpthread -o build/save_scaling
+ *     build/save_scaling [ranks] [tensors per rank] [FAST rounds]
+ *
+ * Every rank is a thread with its own FSDP-like plan (one tensor in 16 replicated, one object in
+ * 64) and makes the calls that a save makes: vote, gather, decide, scatter, install, then FAST
+ * rounds of one vote each.  Costs are CPU time of the rank's own thread outside of the collectives,
+ * since in here a transport costs what copying costs.  Bytes are what the gather's rounds carry,
+ * padding included.  Memory is what the core's allocator holds.  Exits 1 when a verdict or a count
+ * is wrong.
+ */
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#include "group.h"
+
+enum { STACK_BYTES = 256 << 10, TIMEOUT_MS = 600000, REPLICATED_EVERY = 16, OBJECT_EVERY = 64 };
+
+/* In the order they come; a rank is in one at a time. */
+enum step { STEP_VOTE, STEP_GATHER, STEP_DECIDE, STEP_SCATTER, STEP_INSTALL, STEPS };
+
+static const char *const step_names[STEPS] = {"fingerprint, vote", "encode, gather", "decide",
+                                              "scatter", "layout, install"};
+
+struct rank {
+    pthread_t thread;
+    struct job *job;
+    struct dcp_comm inner; /* of the simulated group */
+    enum step step;
+    uint64_t since_ns;         /* CPU time at the last return from a collective */
+    uint64_t cpu_ns[STEPS];    /* SLOW */
+    uint64_t wall_ns[STEPS];   /* from entering the step to leaving it, waiting included */
+    uint64_t entered_ns;
+    uint64_t sent_bytes;       /* to the coordinator */
+    uint64_t fast_cpu_ns, fast_wall_ns;
+    uint64_t kept_items, own_bytes; /* what this rank keeps between saves */
+};
+
+struct job {
+    uint32_t ranks, tensors, rounds;
+    struct rank *all;
+    uint64_t plans_bytes, installed_bytes; /* live, of all ranks together */
+    uint64_t metadata_ns, metadata_bytes;
+};
+
+static void
+must(int rc, const struct dcp_error *err)
+{
+    if (rc != 0) {
+        fprintf(stderr, "save_scaling: %s\n", err->message);
+        exit(1);
+    }
+}
+
+static uint64_t
+cpu_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---- the table: passes on and keeps the books ---- */
+
+static void
+next_step(struct rank *rank)
+{
+    uint64_t now_ns = dcp_now_ns();
+    rank->wall_ns[rank->step] += now_ns - rank->entered_ns;
+    rank->entered_ns = now_ns;
+    rank->step++;
+}
+
+static void
+leave(struct rank *rank)
+{
+    rank->cpu_ns[rank->step] += cpu_now_ns() - rank->since_ns;
+}
+
+static void
+come_back(struct rank *rank)
+{
+    rank->since_ns = cpu_now_ns();
+}
+
+static int
+counted_all_reduce_min(void *ctx, int64_t *lanes, size_t count, struct dcp_error *err)
+{
+    struct rank *rank = ctx;
+    leave(rank);
+    if (rank->step == STEP_DECIDE) {
+        next_step(rank); /* the answers are ready */
+    }
+    int rc = rank->inner.all_reduce_min(rank->inner.ctx, lanes, count, err);
+    /* The vote, and the agreement behind the gather. */
+    if (rank->step == STEP_VOTE || (rank->step == STEP_GATHER && rank->sent_bytes > 0)) {
+        next_step(rank);
+    }
+    come_back(rank);
+    return rc;
+}
+
+static int
+counted_gather(void *ctx, uint32_t root, const void *send, void *recv, size_t bytes,
+               struct dcp_error *err)
+{
+    struct rank *rank = ctx;
+    leave(rank);
+    rank->sent_bytes += bytes;
+    int rc = rank->inner.gather(rank->inner.ctx, root, send, recv, bytes, err);
+    come_back(rank);
+    return rc;
+}
+
+static int
+counted_scatter(void *ctx, uint32_t root, const void *send, void *recv, size_t bytes,
+                struct dcp_error *err)
+{
+    struct rank *rank = ctx;
+    leave(rank);
+    int rc = rank->inner.scatter(rank->inner.ctx, root, send, recv, bytes, err);
+    if (rank->step == STEP_SCATTER) {
+        next_step(rank); /* a second round of answers counts as installing */
+    }
+    come_back(rank);
+    return rc;
+}
+
+static void
+counted_destroy(void *ctx)
+{
+    struct rank *rank = ctx;
+    rank->inner.destroy(rank->inner.ctx);
+}
+
+static void
+wait_for_all(struct rank *rank)
+{
+    struct dcp_error err = {0};
+    int64_t lane = 0;
+    must(rank->inner.all_reduce_min(rank->inner.ctx, &lane, 1, &err), &err);
+}
+
+/* ---- plans ---- */
+
+static void
+make_item(struct dcp_plan *plan, uint32_t ranks, uint32_t i, struct dcp_error *err)
+{
+    static const char *const parts[] = {"attention.wq.weight", "attention.wk.weight",
+                                        "attention.wv.weight", "feed_forward.w1.weight"};
+    char fqn[96];
+    struct dcp_buf path = {0};
+    struct dcp_item item = {.kind = DCP_ITEM_SHARD, .dtype = DCP_DTYPE_FLOAT32, .ndim = 2};
+    int len = snprintf(fqn, sizeof fqn, "model.layers.%u.%s", i / 4, parts[i % 4]);
+    uint64_t rows = 64 + i % 5 * 16;
+    uint64_t size[] = {rows * ranks, 1024}, offsets[] = {rows * plan->rank, 0};
+    uint64_t sizes[] = {rows, 1024};
+
+    dcp_path_put_str(&path, "model", 5);
+    dcp_path_put_str(&path, fqn + 6, (size_t)len - 6);
+    must(dcp_plan_add_name(plan, fqn, (size_t)len, path.data, path.len, 2, &item.name, err), err);
+    dcp_buf_clean_up(&path);
+    if (i % OBJECT_EVERY == 7) {
+        item = (struct dcp_item){.name = item.name, .kind = DCP_ITEM_BYTES, .slot_bytes = 800};
+    } else if (i % REPLICATED_EVERY == 3) {
+        item.kind = DCP_ITEM_TENSOR;
+        offsets[0] = 0;
+        size[0] = rows;
+    }
+    must(dcp_plan_add_item(plan, &item, size, offsets, sizes, err), err);
+}
+
+static uint64_t
+replicas_count(uint32_t tensors)
+{
+    uint64_t count = 0;
+    for (uint32_t i = 0; i < tensors; i++) {
+        count += i % OBJECT_EVERY == 7 || i % REPLICATED_EVERY == 3;
+    }
+    return count;
+}
+
+static struct dcp_save *
+start_save(struct dcp_group *group, const struct job *job)
+{
+    struct dcp_save_params params = {.io = dcp_io_posix(), .dir_path = "/nowhere"};
+    struct dcp_plan plan = {.rank = dcp_group_comm(group)->rank,
+                            .thread_count = 1,
+                            .single_file_per_rank = true,
+                            .has_paths = true};
+    struct dcp_error err = {0};
+    struct dcp_save *save = NULL;
+
+    must(dcp_save_new(group, &params, &save, &err), &err);
+    for (uint32_t i = 0; i < job->tensors; i++) {
+        make_item(&plan, job->ranks, i, &err);
+    }
+    uint64_t since_ns = cpu_now_ns();
+    dcp_save_set_plan(save, &plan);
+    struct rank *rank = &job->all[dcp_group_comm(group)->rank];
+    rank->cpu_ns[STEP_VOTE] += cpu_now_ns() - since_ns;
+    return save;
+}
+
+/* ---- a rank ---- */
+
+static void
+agree(struct rank *rank, struct dcp_save *save, bool expect_fast)
+{
+    struct dcp_failure_list failures = {0};
+    struct dcp_save_info info;
+    struct dcp_error err = {0};
+
+    wait_for_all(rank);
+    rank->step = STEP_VOTE;
+    rank->entered_ns = dcp_now_ns();
+    rank->since_ns = cpu_now_ns();
+    must(dcp_save_agree(save, NULL, &failures, &err), &err);
+    leave(rank);
+    rank->wall_ns[rank->step] += dcp_now_ns() - rank->entered_ns;
+    dcp_save_get_info(save, &info);
+    rank->kept_items = info.kept_items;
+    if (info.fast != expect_fast) {
+        fprintf(stderr, "save_scaling: a round was %s\n", info.fast ? "FAST" : "SLOW");
+        exit(1);
+    }
+}
+
+static void
+write_metadata(struct job *job, const struct dcp_group *group)
+{
+    struct dcp_storage_meta meta = {.checkpoint_id = "/nowhere", .version = "1.0.0"};
+    struct dcp_save_id id = {{1}};
+    struct dcp_buf image = {0};
+    struct dcp_error err = {0};
+    uint64_t since_ns = cpu_now_ns();
+
+    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, &image, &err), &err);
+    job->metadata_ns = cpu_now_ns() - since_ns;
+    job->metadata_bytes = image.len;
+    dcp_buf_clean_up(&image);
+}
+
+static void
+run_fast_rounds(struct rank *rank, struct dcp_group *group)
+{
+    struct rank slow = *rank; /* the books of the SLOW round stay as they are */
+
+    memset(rank->cpu_ns, 0, sizeof rank->cpu_ns);
+    memset(rank->wall_ns, 0, sizeof rank->wall_ns);
+    for (uint32_t i = 0; i < rank->job->rounds; i++) {
+        struct dcp_save *save = start_save(group, rank->job);
+        agree(rank, save, true);
+        dcp_save_destroy(save);
+    }
+    slow.fast_cpu_ns = rank->cpu_ns[STEP_VOTE] + rank->cpu_ns[STEP_GATHER];
+    slow.fast_wall_ns = rank->wall_ns[STEP_VOTE] + rank->wall_ns[STEP_GATHER];
+    *rank = slow;
+}
+
+static void *
+run_rank(void *arg)
+{
+    struct rank *rank = arg;
+    struct job *job = rank->job;
+    struct dcp_group *group = NULL;
+    struct dcp_error err = {0};
+    struct dcp_comm comm = rank->inner;
+
+    comm.ctx = rank;
+    comm.all_reduce_min = counted_all_reduce_min;
+    comm.gather = counted_gather;
+    comm.scatter = counted_scatter;
+    comm.destroy = counted_destroy;
+    must(dcp_group_new(&comm, 0, &group, &err), &err);
+    struct dcp_save *save = start_save(group, job);
+    wait_for_all(rank);
+    if (rank->inner.rank == 0) {
+        job->plans_bytes = dcp_alloc_live_bytes();
+    }
+    agree(rank, save, false);
+    const struct dcp_layout *layout = &group->installed.layout;
+    rank->own_bytes = layout->records_count * sizeof *layout->records +
+                      layout->files_count * sizeof *layout->files + (job->tensors + 7) / 8;
+    wait_for_all(rank);
+    if (rank->inner.rank == 0) {
+        job->installed_bytes = dcp_alloc_live_bytes() - job->plans_bytes;
+        write_metadata(job, group);
+    }
+    dcp_save_destroy(save);
+    run_fast_rounds(rank, group);
+    dcp_group_destroy(group);
+    return NULL;
+}
+
+/* ---- the job ---- */
+
+static void
+run_job(struct job *job)
+{
+    struct dcp_comm_sim *sim = NULL;
+    struct dcp_error err = {0};
+    pthread_attr_t attr;
+
+    job->all = calloc(job->ranks, sizeof *job->all);
+    if (job->all == NULL || pthread_attr_init(&attr) != 0 ||
+        pthread_attr_setstacksize(&attr, STACK_BYTES) != 0) {
+        fprintf(stderr, "save_scaling: no memory\n");
+        exit(1);
+    }
+    must(dcp_comm_sim_new(job->ranks, TIMEOUT_MS, &sim, &err), &err);
+    for (uint32_t r = 0; r < job->ranks; r++) {
+        job->all[r].job = job;
+        dcp_comm_sim_rank(sim, r, &job->all[r].inner);
+        if (pthread_create(&job->all[r].thread, &attr, run_rank, &job->all[r]) != 0) {
+            fprintf(stderr, "save_scaling: no thread for rank %u\n", r);
+            exit(1);
+        }
+    }
+    for (uint32_t r = 0; r < job->ranks; r++) {
+        pthread_join(job->all[r].thread, NULL);
+    }
+    pthread_attr_destroy(&attr);
+    dcp_comm_sim_destroy(sim);
+}
+
+static void
+report(const struct job *job)
+{
+    const struct rank *coordinator = &job->all[0];
+    double items = (double)job->ranks * job->tensors, coordinator_ns = 0, own_bytes = 0;
+    struct rusage usage = {0};
+
+    printf("%u ranks x %u tensors = %.0f items\n", job->ranks, job->tensors, items);
+    printf("  %-18s %14s %14s %16s %12s\n", "SLOW round", "coordinator ms", "ns per item",
+           "other rank ms", "wall ms");
+    for (int s = 0; s < STEPS; s++) {
+        double others_ns = 0;
+        for (uint32_t r = 1; r < job->ranks; r++) {
+            others_ns += (double)job->all[r].cpu_ns[s];
+        }
+        others_ns /= job->ranks > 1 ? job->ranks - 1 : 1;
+        printf("  %-18s %14.2f %14.1f %16.3f %12.2f\n", step_names[s],
+               (double)coordinator->cpu_ns[s] / 1e6, (double)coordinator->cpu_ns[s] / items,
+               others_ns / 1e6, (double)coordinator->wall_ns[s] / 1e6);
+        coordinator_ns += (double)coordinator->cpu_ns[s];
+    }
+    printf("  %-18s %14.2f %14.1f %16s %12s (%.1f bytes per item)\n", "metadata",
+           (double)job->metadata_ns / 1e6, (double)job->metadata_ns / items, "-", "-",
+           (double)job->metadata_bytes / items);
+    coordinator_ns += (double)job->metadata_ns;
+    printf("  %-18s %14.2f %14.1f\n", "all", coordinator_ns / 1e6, coordinator_ns / items);
+    for (uint32_t r = 0; r < job->ranks; r++) {
+        own_bytes += (double)job->all[r].own_bytes;
+    }
+    (void)getrusage(RUSAGE_SELF, &usage);
+    printf("  gathered %.1f bytes per item; memory per item: a rank's plan %.0f, its layout %.0f, "
+           "the coordinator's plans %.0f; peak of all %.2f GB\n",
+           (double)coordinator->sent_bytes * job->ranks / items, (double)job->plans_bytes / items,
+           own_bytes / items, ((double)job->installed_bytes - own_bytes) / items,
+           (double)usage.ru_maxrss / 1e6);
+    if (job->rounds > 0) {
+        double fast_ns = 0;
+        for (uint32_t r = 0; r < job->ranks; r++) {
+            fast_ns += (double)job->all[r].fast_cpu_ns;
+        }
+        printf("  FAST round: %.1f us CPU per rank (%.1f ns per item), agreed in %.2f ms wall\n",
+               fast_ns / job->ranks / job->rounds / 1e3,
+               fast_ns / job->ranks / job->rounds / job->tensors,
+               (double)coordinator->fast_wall_ns / job->rounds / 1e6);
+    }
+}
+
+int
+main(int argc, char **argv)
+{
+    struct job job = {.ranks = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 64,
+                      .tensors = argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 10) : 200,
+                      .rounds = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 10) : 3};
+    uint64_t kept = 0;
+
+    if (job.ranks == 0 || job.tensors == 0) {
+        fprintf(stderr, "usage: save_scaling [ranks] [tensors per rank] [FAST rounds]\n");
+        return 2;
+    }
+    run_job(&job);
+    for (uint32_t r = 0; r < job.ranks; r++) {
+        kept += job.all[r].kept_items;
+    }
+    uint64_t replicas = replicas_count(job.tensors);
+    if (kept != (job.tensors - replicas) * job.ranks + replicas) {
+        fprintf(stderr, "save_scaling: %" PRIu64 " items are kept\n", kept);
+        return 1;
+    }
+    report(&job);
+    free(job.all);
+    if (dcp_alloc_live_bytes() != 0) {
+        fprintf(stderr, "save_scaling: leaked %" PRIu64 " bytes\n", dcp_alloc_live_bytes());
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,548 @@
+/*
+ * test_save_faults.c: one thing goes wrong in one call of one rank, whichever call and rank.
+ *
+ * Each case saves generation 1, saves generation 2 with the fault, and looks at what is there: the
+ * new checkpoint whole if any rank was told so, else the old or the new one whole, nothing in
+ * between.  After that a new group of healthy ranks must be able to save generation 3 and to leave
+ * nothing else behind.
+ */
+#include <errno.h>
+
+#include "ctest.h"
+#include "save_faults.h"
+#include "save_world.h"
+#include "sim_ranks.h"
+
+enum { RANKS = 3, COORDINATOR = 1, TIMEOUT_MS = 20000, SHORT_TIMEOUT_MS = 150 };
+
+/* Where the caller's own failure comes from. */
+enum raise_at { RAISE_NEVER, RAISE_BEFORE_AGREE, RAISE_BEFORE_FINISH };
+
+struct fault {
+    enum fault_mode mode;
+    uint32_t nth, victim;
+    int sys_errno; /* of system calls */
+};
+
+struct fault_case {
+    struct fault comm, io;
+    bool comm_spares_victim; /* the others lose the reply, and the victim alone hears it */
+    enum raise_at raise_at;
+    uint32_t raises; /* rank */
+    uint64_t fail_allocation_of_agree, fail_allocation_of_write; /* 1 is the next; 0: none */
+    bool slow;       /* the plan is agreed on anew */
+    bool stays;      /* a rank that lost its connection lives on: the others wait in vain */
+    bool independent;
+    enum dcp_direct direct;
+    /* filled by the run */
+    struct io_memory *fs;
+    const struct dcp_io *table;
+    bool comm_hit[RANKS], io_hit[RANKS];
+    struct save_result first[RANKS], second[RANKS];
+};
+
+static bool
+memory_ends(const struct fault_case *fault)
+{
+    return fault->fail_allocation_of_agree != 0 || fault->fail_allocation_of_write != 0;
+}
+
+static bool
+any(const bool hits[RANKS])
+{
+    return hits[0] || hits[1] || hits[2];
+}
+
+static struct dcp_group *
+new_group(const struct dcp_comm *comm)
+{
+    struct dcp_group *group = NULL;
+    struct dcp_error err = {0};
+    struct dcp_comm copy = *comm;
+
+    if (dcp_group_new(&copy, COORDINATOR, &group, &err) != 0) {
+        fprintf(stderr, "no group: %s\n", err.message);
+        exit(1);
+    }
+    return group;
+}
+
+static void
+arm(const struct fault_case *fault, uint32_t rank, struct comm_faults *comm, struct io_faults *io)
+{
+    if ((rank == fault->comm.victim) != fault->comm_spares_victim) {
+        comm_faults_arm(comm, fault->comm.mode, fault->comm.nth);
+    }
+    if (rank == fault->io.victim) {
+        io_faults_arm(io, fault->io.mode, fault->io.nth, fault->io.sys_errno);
+    }
+}
+
+static void
+save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
+{
+    struct fault_case *fault = arg;
+    uint32_t rank = comm->rank;
+    struct comm_faults comm_faults;
+    struct io_faults io_faults;
+    struct dcp_comm table;
+    struct dcp_group *group;
+    struct save_request request = {
+        .generation = 1, .direct = fault->direct, .independent = fault->independent};
+
+    comm_faults_init(&comm_faults, sim, comm, &table);
+    io_faults_init(&io_faults, fault->table);
+    group = new_group(&table);
+    save_once(group, &io_faults.io, &request, &fault->first[rank]);
+    if (fault->slow) {
+        dcp_group_forget_plan(group);
+    }
+    arm(fault, rank, &comm_faults, &io_faults);
+    request.generation = 2;
+    request.fail_before_agree = fault->raise_at == RAISE_BEFORE_AGREE && rank == fault->raises;
+    request.fail_before_finish = fault->raise_at == RAISE_BEFORE_FINISH && rank == fault->raises;
+    request.fail_allocation_of_agree = fault->fail_allocation_of_agree;
+    request.fail_allocation_of_write = fault->fail_allocation_of_write;
+    save_once(group, &io_faults.io, &request, &fault->second[rank]);
+    fault->comm_hit[rank] = comm_faults.failed;
+    fault->io_hit[rank] = atomic_load(&io_faults.hit);
+    /* Who lost its connection leaves.  Without memory all ranks must fail together: none leaves. */
+    if (fault->second[rank].rc != 0 && fault->second[rank].rc != DCP_E_PEER && !fault->stays &&
+        !memory_ends(fault)) {
+        dcp_comm_sim_kill(sim, rank);
+    }
+    dcp_group_destroy(group);
+}
+
+struct healthy {
+    const struct dcp_io *table;
+    bool independent;
+    struct save_result results[RANKS];
+};
+
+static void
+save_healthy(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
+{
+    struct healthy *healthy = arg;
+    struct dcp_group *group = new_group(comm);
+    struct save_request request = {
+        .generation = 3, .direct = DCP_DIRECT_OFF, .independent = healthy->independent};
+    (void)sim;
+
+    save_once(group, healthy->table, &request, &healthy->results[comm->rank]);
+    dcp_group_destroy(group);
+}
+
+/* ---- judging ---- */
+
+static void
+describe(const struct fault_case *fault)
+{
+    fprintf(stderr,
+            "failed: comm mode %d call %u rank %u%s; io mode %d call %u rank %u errno %d; raise %d "
+            "rank %u%s%s%s%s\n",
+            fault->comm.mode, fault->comm.nth, fault->comm.victim,
+            fault->comm_spares_victim ? " (others)" : "", fault->io.mode, fault->io.nth,
+            fault->io.victim, fault->io.sys_errno, fault->raise_at, fault->raises,
+            fault->slow ? ", slow" : "", fault->stays ? ", stays" : "",
+            fault->independent ? ", independent" : "",
+            fault->direct == DCP_DIRECT_OFF ? "" : ", direct");
+    for (uint32_t r = 0; r < RANKS; r++) {
+        const struct save_result *result = &fault->second[r];
+        fprintf(stderr, "  rank %u: %s, outcome %d: %s\n", r, dcp_code_name(result->rc),
+                result->info.outcome, result->err.message);
+        for (size_t i = 0; i < result->failures.count; i++) {
+            fprintf(stderr, "    rank %u failed: %s\n", result->failures.items[i].rank,
+                    ((struct dcp_error *)result->failures.items[i].bytes)->message);
+        }
+    }
+}
+
+static bool
+all_aborted(const struct fault_case *fault)
+{
+    bool aborted = true;
+
+    for (uint32_t r = 0; r < RANKS; r++) {
+        aborted = aborted && fault->second[r].info.outcome == DCP_OUTCOME_ABORTED;
+    }
+    return aborted;
+}
+
+/* What ranks were told fits what is on disk. */
+static void
+check_told(const struct fault_case *fault, int generation)
+{
+    for (uint32_t r = 0; r < RANKS; r++) {
+        const struct save_result *result = &fault->second[r];
+        CHECK(result->rc != 0 || generation == 2);
+        CHECK(result->info.outcome != DCP_OUTCOME_COMMITTED || generation == 2);
+        CHECK(result->info.outcome != DCP_OUTCOME_ABORTED || generation == 1);
+        CHECK(result->rc != DCP_E_PEER || result->failures.count > 0);
+        CHECK(result->rc == DCP_E_PEER || result->failures.count == 0);
+        CHECK(fault->stays || result->rc != DCP_E_TIMEOUT);
+        /* Nobody is left in doubt where the coordinator knows and can tell. */
+        CHECK(any(fault->comm_hit) || memory_ends(fault) ||
+              fault->second[COORDINATOR].info.outcome == DCP_OUTCOME_UNKNOWN ||
+              result->info.outcome == fault->second[COORDINATOR].info.outcome);
+        CHECK(strstr(result->err.message, "where rank") == NULL); /* ranks in different calls */
+    }
+}
+
+/* Ranks that were told by an exchange were all told the same, and only of ranks that failed. */
+static void
+check_lists(const struct fault_case *fault)
+{
+    const struct save_result *told = NULL;
+    bool comm_failed = any(fault->comm_hit) || memory_ends(fault);
+
+    for (uint32_t r = 0; r < RANKS; r++) {
+        const struct save_result *result = &fault->second[r];
+        CHECK(comm_failed || result->rc == 0 || result->rc == DCP_E_PEER);
+        CHECK(comm_failed || result->rc == fault->second[0].rc);
+        if (result->rc == DCP_E_PEER) {
+            told = told == NULL ? result : told;
+            CHECK(failure_lists_equal(&told->failures, &result->failures));
+        }
+    }
+    for (size_t i = 0; told != NULL && i < told->failures.count; i++) {
+        uint32_t rank = told->failures.items[i].rank;
+        CHECK(memory_ends(fault) || fault->io_hit[rank] ||
+              (fault->raise_at != RAISE_NEVER && rank == fault->raises));
+    }
+    CHECK(comm_failed || fault->raise_at == RAISE_NEVER || told != NULL);
+}
+
+static void
+check_recovery(const struct fault_case *fault)
+{
+    struct healthy healthy = {.table = fault->table, .independent = fault->independent};
+
+    sim_ranks_run(RANKS, TIMEOUT_MS, save_healthy, &healthy);
+    for (uint32_t r = 0; r < RANKS; r++) {
+        CHECK_OK(healthy.results[r].rc, &healthy.results[r].err);
+        save_result_clean_up(&healthy.results[r]);
+    }
+    CHECK_EQ(io_memory_names_count(fault->fs, SAVE_DIR),
+             fault->independent ? 2 * RANKS : RANKS + 1);
+    CHECK_EQ(io_memory_open_files(fault->fs), 0);
+    if (!fault->independent) {
+        CHECK_EQ(save_world_generation(fault->fs, RANKS), 3);
+    }
+}
+
+struct own_parts {
+    const struct dcp_io *table;
+    struct load_result results[RANKS];
+};
+
+static void
+load_own_part(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
+{
+    struct own_parts *parts = arg;
+    struct dcp_group *group = new_group(comm);
+    struct load_request request = {
+        .saved_size = RANKS, .without_state_of = UINT32_MAX, .own_part = true};
+    (void)sim;
+
+    load_once(group, parts->table, &request, &parts->results[comm->rank]);
+    dcp_group_destroy(group);
+}
+
+/* Of independent saves: what each rank finds is its own affair. */
+static void
+check_own_parts(const struct fault_case *fault)
+{
+    struct own_parts parts = {.table = fault->table};
+
+    sim_ranks_run(RANKS, TIMEOUT_MS, load_own_part, &parts);
+    for (uint32_t r = 0; r < RANKS; r++) {
+        const struct save_result *saved = &fault->second[r];
+        int generation = parts.results[r].generation;
+        CHECK_OK(parts.results[r].rc, &parts.results[r].err);
+        CHECK(generation == 1 || generation == 2);
+        CHECK(saved->rc != 0 || generation == 2);
+        CHECK(saved->info.outcome != DCP_OUTCOME_COMMITTED || generation == 2);
+        CHECK(saved->info.outcome != DCP_OUTCOME_ABORTED || generation == 1);
+        load_result_clean_up(&parts.results[r]);
+    }
+}
+
+static void
+judge(const struct fault_case *fault)
+{
+    if (fault->independent) {
+        check_own_parts(fault);
+    } else {
+        int generation = save_world_generation(fault->fs, RANKS);
+        CHECK(generation == 1 || generation == 2);
+        check_told(fault, generation);
+        /* Where a disk works again after one failing call, an aborted save gives its space back. */
+        if (fault->io.mode <= FAULT_BEFORE && !any(fault->comm_hit) && !memory_ends(fault) &&
+            all_aborted(fault)) {
+            CHECK_EQ(io_memory_names_count(fault->fs, SAVE_DIR), RANKS + 1);
+        }
+    }
+    check_lists(fault);
+    check_recovery(fault);
+}
+
+static void
+run_case(struct fault_case *fault)
+{
+    int before = ctest_failures;
+    bool first_ok = true;
+
+    fault->fs = io_memory_new(fault->comm.nth + fault->io.nth);
+    fault->table = &io_memory_process(fault->fs, 0)->io;
+    sim_ranks_run(RANKS, fault->stays ? SHORT_TIMEOUT_MS : TIMEOUT_MS, save_rank, fault);
+    dcp_alloc_fail_after(0);
+    for (uint32_t r = 0; r < RANKS; r++) {
+        first_ok = first_ok && fault->first[r].rc == 0;
+    }
+    CHECK(first_ok || fault->stays); /* a short deadline may pass on a busy machine */
+    if (first_ok) {
+        judge(fault);
+    }
+    if (ctest_failures != before) {
+        describe(fault);
+    }
+    for (uint32_t r = 0; r < RANKS; r++) {
+        save_result_clean_up(&fault->first[r]);
+        save_result_clean_up(&fault->second[r]);
+    }
+    io_memory_free(fault->fs);
+}
+
+enum { MOST_CALLS = 500, MOST_FAILURES = 20 };
+
+/* Fails every collective of every rank in turn, until the save is over before the fault comes.
+ * Returns how many cases there were. */
+static unsigned
+fail_each_collective(const struct fault_case *like)
+{
+    unsigned cases = 0;
+
+    for (uint32_t victim = 0; victim < RANKS; victim++) {
+        for (uint32_t nth = 1; nth < MOST_CALLS && ctest_failures < MOST_FAILURES; nth++) {
+            struct fault_case fault = *like;
+            fault.comm.victim = victim;
+            fault.comm.nth = nth;
+            run_case(&fault);
+            if (!any(fault.comm_hit)) {
+                break;
+            }
+            cases++;
+        }
+    }
+    dcp_engine_trim();
+    return cases;
+}
+
+static unsigned
+fail_each_system_call(const struct fault_case *like)
+{
+    unsigned cases = 0;
+
+    for (uint32_t victim = 0; victim < RANKS; victim++) {
+        for (uint32_t nth = 1; nth < MOST_CALLS && ctest_failures < MOST_FAILURES; nth++) {
+            struct fault_case fault = *like;
+            fault.io.victim = victim;
+            fault.io.nth = nth;
+            run_case(&fault);
+            if (!any(fault.io_hit)) {
+                break;
+            }
+            cases++;
+        }
+    }
+    dcp_engine_trim();
+    return cases;
+}
+
+/* ---- cases ---- */
+
+/* Collectives of one rank in a save that goes well. */
+enum { SLOW_CALLS = 11, FAST_CALLS = 3 };
+
+static void
+a_rank_that_dies_in_any_collective_leaves_one_whole_checkpoint(void)
+{
+    for (int slow = 0; slow < 2; slow++) {
+        struct fault_case like = {
+            .comm = {.mode = FAULT_BEFORE}, .slow = slow, .direct = DCP_DIRECT_OFF};
+        CHECK_EQ(fail_each_collective(&like), RANKS * (slow ? SLOW_CALLS : FAST_CALLS));
+    }
+}
+
+static void
+a_lost_reply_of_any_collective_leaves_one_whole_checkpoint(void)
+{
+    for (int i = 0; i < 4; i++) {
+        struct fault_case like = {.comm = {.mode = FAULT_AFTER},
+                                  .comm_spares_victim = i / 2 != 0,
+                                  .slow = i % 2 != 0,
+                                  .direct = DCP_DIRECT_OFF};
+        CHECK_EQ(fail_each_collective(&like), RANKS * (like.slow ? SLOW_CALLS : FAST_CALLS));
+    }
+}
+
+static void
+a_rank_that_stays_away_is_waited_for_until_the_deadline_only(void)
+{
+    struct fault_case like = {
+        .comm = {.mode = FAULT_AFTER}, .stays = true, .direct = DCP_DIRECT_OFF};
+    (void)fail_each_collective(&like);
+}
+
+static void
+a_failing_system_call_of_any_rank_leaves_one_whole_checkpoint(void)
+{
+    for (int i = 0; i < 4; i++) {
+        struct fault_case like = {
+            .io = {.mode = FAULT_BEFORE, .sys_errno = i / 2 == 0 ? EIO : ENOSPC},
+            .slow = i % 2 != 0,
+            .direct = i % 2 != 0 ? DCP_DIRECT_OFF : DCP_DIRECT_ON};
+        CHECK(fail_each_system_call(&like) > 60);
+    }
+}
+
+static void
+a_system_call_whose_reply_is_lost_leaves_one_whole_checkpoint(void)
+{
+    struct fault_case like = {.io = {.mode = FAULT_AFTER, .sys_errno = EIO},
+                              .direct = DCP_DIRECT_ON};
+    CHECK(fail_each_system_call(&like) > 60);
+}
+
+static void
+a_disk_that_fails_for_ever_leaves_one_whole_checkpoint(void)
+{
+    struct fault_case like = {.io = {.mode = FAULT_FOR_EVER, .sys_errno = EIO},
+                              .direct = DCP_DIRECT_OFF};
+    CHECK(fail_each_system_call(&like) > 60);
+}
+
+static void
+a_caller_that_raises_on_any_rank_aborts_the_save_everywhere(void)
+{
+    for (int i = 0; i < 4 * RANKS; i++) {
+        enum raise_at at = i % 2 == 0 ? RAISE_BEFORE_AGREE : RAISE_BEFORE_FINISH;
+        struct fault_case fault = {.raise_at = at,
+                                   .slow = i / 2 % 2 != 0,
+                                   .raises = (uint32_t)i / 4,
+                                   .direct = DCP_DIRECT_OFF};
+        run_case(&fault);
+        CHECK(all_aborted(&fault));
+    }
+    dcp_engine_trim();
+}
+
+static void
+a_caller_that_raises_in_an_independent_save_aborts_its_own_part_only(void)
+{
+    for (int i = 0; i < 2 * RANKS; i++) {
+        enum raise_at at = i % 2 == 0 ? RAISE_BEFORE_AGREE : RAISE_BEFORE_FINISH;
+        struct fault_case fault = {.raise_at = at,
+                                   .raises = (uint32_t)i / 2,
+                                   .independent = true,
+                                   .direct = DCP_DIRECT_OFF};
+        run_case(&fault);
+        for (uint32_t r = 0; r < RANKS; r++) {
+            CHECK_EQ(fault.second[r].rc, DCP_E_PEER);
+            CHECK_EQ(fault.second[r].info.outcome,
+                     r == fault.raises ? DCP_OUTCOME_ABORTED : DCP_OUTCOME_COMMITTED);
+        }
+    }
+    dcp_engine_trim();
+}
+
+/* Every rank for itself: some fail before the others, in exchanges too. */
+static void
+running_out_of_memory_leaves_one_whole_checkpoint(void)
+{
+    for (int i = 0; i < 4; i++) {
+        unsigned failed = 0;
+        bool all_ok = false;
+        for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
+            struct fault_case fault = {.slow = i % 2 != 0, .direct = DCP_DIRECT_OFF};
+            *(i / 2 == 0 ? &fault.fail_allocation_of_agree : &fault.fail_allocation_of_write) = nth;
+            run_case(&fault);
+            all_ok = true;
+            for (uint32_t r = 0; r < RANKS; r++) {
+                all_ok = all_ok && fault.second[r].rc == 0;
+            }
+            failed += !all_ok;
+        }
+        CHECK(failed > 10);
+        dcp_engine_trim();
+    }
+}
+
+/* The exchange of the failure fails too. */
+static void
+a_lost_reply_while_failures_are_told_leaves_one_whole_checkpoint(void)
+{
+    for (int i = 0; i < 12; i++) {
+        struct fault_case like = {
+            .comm = {.mode = i % 2 == 0 ? FAULT_BEFORE : FAULT_AFTER},
+            .raise_at = i / 2 % 2 == 0 ? RAISE_BEFORE_AGREE : RAISE_BEFORE_FINISH,
+            .raises = (uint32_t)i / 4,
+            .direct = DCP_DIRECT_OFF};
+        CHECK(fail_each_collective(&like) >= RANKS * (1 + 4));
+    }
+}
+
+/* Among them: the commit fails on the coordinator, and one rank does not hear what became of it. */
+static void
+a_failing_coordinator_and_a_lost_reply_leave_one_whole_checkpoint(void)
+{
+    for (uint32_t nth = 1; nth < MOST_CALLS && ctest_failures < MOST_FAILURES; nth++) {
+        struct fault_case like = {
+            .io = {.mode = nth % 2 == 0 ? FAULT_BEFORE : FAULT_AFTER,
+                   .sys_errno = EIO,
+                   .victim = COORDINATOR,
+                   .nth = nth},
+            .comm = {.mode = FAULT_AFTER},
+            .direct = DCP_DIRECT_OFF};
+        struct fault_case plain = like;
+        plain.comm.mode = FAULT_NONE;
+        run_case(&plain);
+        if (!any(plain.io_hit)) {
+            CHECK(nth > 20);
+            break;
+        }
+        if (plain.second[0].rc != 0) {
+            (void)fail_each_collective(&like);
+        }
+    }
+    dcp_engine_trim();
+}
+
+static void
+faults_of_independent_saves_stay_with_their_rank(void)
+{
+    for (int i = 0; i < 3; i++) {
+        struct fault_case like = {.io = {.mode = (enum fault_mode)(FAULT_BEFORE + i),
+                                         .sys_errno = EIO},
+                                  .independent = true,
+                                  .direct = DCP_DIRECT_OFF};
+        CHECK(fail_each_system_call(&like) > 60);
+    }
+    struct fault_case like = {
+        .comm = {.mode = FAULT_AFTER}, .independent = true, .direct = DCP_DIRECT_OFF};
+    CHECK_EQ(fail_each_collective(&like), RANKS);
+}
+
+CTEST_MAIN(RUN(a_caller_that_raises_on_any_rank_aborts_the_save_everywhere);
+           RUN(a_rank_that_dies_in_any_collective_leaves_one_whole_checkpoint);
+           RUN(a_lost_reply_of_any_collective_leaves_one_whole_checkpoint);
+           RUN(a_rank_that_stays_away_is_waited_for_until_the_deadline_only);
+           RUN(a_failing_system_call_of_any_rank_leaves_one_whole_checkpoint);
+           RUN(a_system_call_whose_reply_is_lost_leaves_one_whole_checkpoint);
+           RUN(a_disk_that_fails_for_ever_leaves_one_whole_checkpoint);
+           RUN(a_lost_reply_while_failures_are_told_leaves_one_whole_checkpoint);
+           RUN(a_failing_coordinator_and_a_lost_reply_leave_one_whole_checkpoint);
+           RUN(a_caller_that_raises_in_an_independent_save_aborts_its_own_part_only);
+           RUN(running_out_of_memory_leaves_one_whole_checkpoint);
+           RUN(faults_of_independent_saves_stay_with_their_rank);)

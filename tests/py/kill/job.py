@@ -1,0 +1,332 @@
+"""Ranks of small jobs for tests/py/test_kill.py: gloo over a file store, no agent, survivors live.
+
+A scenario is a function of this module, run by each rank in a process of its own.  It prints one
+JSON object per line: what the test may believe, as soon as it is true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import dcp_native as dcp
+from dcp_native import _save as native_save
+
+
+def say(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def state_of(version: int, size: int, numel: int) -> dict[str, Any]:
+    """Every value is a function of `version`: tensors of every rank, an object, an odd view."""
+    state: dict[str, Any] = {"version": version, "name": f"v{version}" * (1 + version % 3)}
+    for rank in range(size):
+        state[f"t{rank}"] = torch.full((numel,), version % 32749, dtype=torch.int32)
+        state[f"odd{rank}"] = torch.full((37, 11), float(version)).t()
+    return state
+
+
+def mine(version: int, rank: int, size: int, numel: int) -> dict[str, Any]:
+    """What one rank has of it: its own tensors, and the objects that all have."""
+    state = state_of(version, size, numel)
+    return {k: v for k, v in state.items() if k[-1:] == str(rank) or k in ("version", "name")}
+
+
+def blank(size: int, numel: int) -> dict[str, Any]:
+    state = state_of(0, size, numel)
+    return {
+        k: torch.full_like(v, -1) if isinstance(v, torch.Tensor) else None for k, v in state.items()
+    }
+
+
+def version_of(state: dict[str, Any], size: int, numel: int) -> int:
+    """The one version that all of `state` is, bit for bit."""
+    version = state["version"]
+    want = state_of(version, size, numel)
+    assert set(state) == set(want)
+    for key, value in want.items():
+        same = (
+            torch.equal(state[key], value)
+            if isinstance(value, torch.Tensor)
+            else state[key] == value
+        )
+        assert same, f"{key} is not of version {version}"
+    return version
+
+
+def failures_of(error: BaseException) -> dict[str, Any]:
+    causes = {
+        r: [type(e).__name__, str(e), getattr(e, "dcp_code", None)]
+        for r, (e, _) in error.failures.items()
+    }
+    return {"step": error.args[0], "failures": causes}
+
+
+def outcome(call: Any) -> dict[str, Any]:
+    """What became of a call, how long it took."""
+    start = time.monotonic()
+    try:
+        call()
+        result: dict[str, Any] = {"raised": None}
+    except dcp.CheckpointException as error:
+        result = {"raised": "CheckpointException", **failures_of(error)}
+    except BaseException as error:
+        result = {"raised": type(error).__name__, "text": str(error)}
+    return {**result, "seconds": time.monotonic() - start}
+
+
+def overwrite_for_ever(rank: int, size: int, args: dict[str, Any]) -> None:
+    """Saves version after version until it is killed; says which saves have returned."""
+    version, numel = args["version"], args["numel"]
+    while True:
+        writer = dcp.FileSystemWriter(args["dir"], sync_files=version % 3 == 0)
+        state = mine(version, rank, size, numel)
+        if version % 2 == 0:
+            dcp.save(state, storage_writer=writer)
+        else:
+            future = dcp.async_save(state, storage_writer=writer)
+            for value in state.values():  # what was handed over may change now
+                if isinstance(value, torch.Tensor):
+                    value.fill_(-7)
+            future.result()
+        say(saved=version)
+        version += 1
+
+
+def overwrite(rank: int, size: int, args: dict[str, Any]) -> None:
+    """A job on top of what there is: `count` saves."""
+    for version in range(args["version"], args["version"] + args.get("count", 1)):
+        dcp.save(mine(version, rank, size, args["numel"]), checkpoint_id=args["dir"])
+        say(saved=version)
+
+
+class Kills:
+    """A Stateful in whose state_dict() the process dies."""
+
+    def state_dict(self) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("survived SIGKILL")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise AssertionError("never loaded")
+
+
+@contextlib.contextmanager
+def dies(phase: str) -> Any:
+    """This process is killed when a save enters `phase`."""
+    original = getattr(native_save.NativeSave, phase)
+
+    def killed(self: Any, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed_inside(self: Any, *args: Any) -> None:
+        threading.Thread(target=kill_when_bytes_move, args=(self,), daemon=True).start()
+        original(self, *args)
+        os.kill(os.getpid(), signal.SIGKILL)  # faster than the other thread looked
+
+    setattr(native_save.NativeSave, phase, killed_inside if phase == "write" else killed)
+    yield
+
+
+def kill_when_bytes_move(save: Any) -> None:
+    while save.info()["progress_bytes"] == 0:
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def one_dies(rank: int, size: int, args: dict[str, Any]) -> None:
+    """A good save, then one in which rank `victim` dies; then the survivors try once more."""
+    from dcp_native.state_dict_saver import _save_state_dict
+
+    numel, phase, coordinator = args["numel"], args["phase"], args["coordinator"]
+    writer = dcp.FileSystemWriter(args["dir"])
+    _save_state_dict(mine(1, rank, size, numel), writer, coordinator_rank=coordinator)
+    dist.barrier()
+
+    def attempt() -> None:
+        state = mine(2, rank, size, numel)
+        if phase == "state_dict" and rank == args["victim"]:
+            state["app"] = Kills()
+        if args["background"]:
+            dcp.async_save(state, checkpoint_id=args["dir"]).result()
+        elif phase == "state_dict":
+            dcp.save(state, checkpoint_id=args["dir"])
+        else:
+            _save_state_dict(state, writer, coordinator_rank=coordinator)
+
+    if phase != "state_dict" and rank == args["victim"]:
+        with dies(phase):
+            attempt()
+    say(first=outcome(attempt))
+    if not args["background"]:
+        say(second=outcome(attempt))
+    os._exit(0)  # gloo's own farewell would wait for the dead
+
+
+def read_for_ever(rank: int, size: int, args: dict[str, Any]) -> None:
+    """Loads until a file appears; says which versions it saw."""
+    seen, loads = set(), 0
+    while not os.path.exists(args["stop"]):
+        state = blank(args["ranks"], args["numel"])
+        dcp.load(state, checkpoint_id=args["dir"], no_dist=True)
+        seen.add(version_of(state, args["ranks"], args["numel"]))
+        loads += 1
+    say(loads=loads, seen=sorted(seen))
+
+
+def interrupted(rank: int, size: int, args: dict[str, Any]) -> None:
+    """Rank 1 gets a SIGINT: while it writes, or while it waits for rank 0 in a collective."""
+    numel = args["numel"]
+    dcp.save(mine(1, rank, size, numel), checkpoint_id=args["dir"])
+    dist.barrier()
+    state = mine(2, rank, size, numel)
+    if args["where"] == "write" and rank == 1:
+        original = native_save.NativeSave.write
+
+        def write(self: Any) -> None:
+            threading.Thread(target=interrupt_when_bytes_move, args=(self,), daemon=True).start()
+            original(self)
+
+        native_save.NativeSave.write = write
+    if args["where"] == "collective":
+        if rank == 1:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            time.sleep(args["late_s"])
+    say(first=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
+    if args["late_s"] == 0:  # the ranks are still in step
+        say(second=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
+    os._exit(0)
+
+
+def interrupt_when_bytes_move(save: Any) -> None:
+    while save.info()["progress_bytes"] == 0:
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def exit_in_flight(rank: int, size: int, args: dict[str, Any]) -> None:
+    """The script ends with a background save in flight."""
+    dcp.async_save(mine(args["version"], rank, size, args["numel"]), checkpoint_id=args["dir"])
+    if args["destroy"]:
+        dist.destroy_process_group()
+
+
+def fork_in_flight(rank: int, size: int, args: dict[str, Any]) -> None:
+    """A child is forked while a save is in flight: it exits, or saves by itself and then exits."""
+    numel = args["numel"]
+    future = dcp.async_save(mine(args["version"], rank, size, numel), checkpoint_id=args["dir"])
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        if args["child_saves"]:
+            path = f"{args['dir']}-child{rank}"
+            dcp.async_save(state_of(9, 1, numel), checkpoint_id=path, no_dist=True).result()
+            dcp.save(state_of(9, 1, numel), checkpoint_id=path, no_dist=True)
+            refused = outcome(lambda: dcp.save(state_of(9, 1, numel), checkpoint_id=path))
+            assert refused["raised"] is not None, "saved with the parent's connections"
+        if args["child_saves"]:
+            sys.exit(0)  # the interpreter takes everything down that it inherited
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    future.result()
+    say(child=status)
+
+
+def too_much(rank: int, size: int, args: dict[str, Any]) -> None:
+    """A save that does not fit, told to all."""
+    state = mine(args["version"], rank, size, args["numel"])
+    say(full=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
+    dist.barrier()
+
+
+def compete(rank: int, size: int, args: dict[str, Any]) -> None:
+    """Many saves by a process of its own into a directory that others save to."""
+    committed, superseded = [], 0
+    for i in range(args["rounds"]):
+        version = args["base"] + i
+        state = state_of(version, 1, args["numel"])
+        result = outcome(lambda s=state: dcp.save(s, checkpoint_id=args["dir"], no_dist=True))
+        if result["raised"] is None:
+            committed.append(version)
+        else:
+            ((_, _, code),) = result["failures"].values()
+            assert code == "SUPERSEDED", result
+            superseded += 1
+    say(committed=committed, superseded=superseded)
+
+
+def run_rank(order: dict[str, Any]) -> None:
+    """A rank of a job, in a process of its own."""
+    rank, size = order["rank"], order["size"]
+    out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if size > 0:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{order['store']}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=order["timeout_s"]),
+        )
+        dist.barrier()
+    say(ready=True)
+    globals()[order["scenario"]](rank, size, order["args"])
+    say(done=True)
+    if dist.is_initialized() and order["scenario"] != "exit_in_flight":
+        dist.destroy_process_group()
+
+
+def bury(orders: dict[int, dict[str, Any]]) -> None:
+    """Collects dead children and notes how each died."""
+    while orders:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        note = f"{orders.pop(pid)['out']}.status"
+        Path(note + "-").write_text(str(os.waitstatus_to_exitcode(status)))
+        os.rename(note + "-", note)
+
+
+def main() -> None:
+    """Forks a rank for every order on stdin and answers with its pid: torch is imported once."""
+    orders: dict[int, dict[str, Any]] = {}
+    pending = b""
+    while True:
+        if select.select([0], [], [], 0.02)[0]:
+            data = os.read(0, 65536)
+            if not data:
+                break
+            pending += data
+        while b"\n" in pending:
+            line, pending = pending.split(b"\n", 1)
+            order = json.loads(line)
+            if (pid := os.fork()) == 0:
+                os.close(0)
+                run_rank(order)
+                return
+            orders[pid] = order
+            say(pid=pid)
+        bury(orders)
+    for pid in orders:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -229,8 +229,8 @@ prune(void)
     return seen_before(key, run.preemptions);
 }
 
-/* One run, by the recorded decisions and then by the first possibilities.  True: all actors ended by
- * themselves. */
+/* One run, by the recorded decisions and then by the first possibilities.  True: all actors ended
+ * by themselves. */
 static bool
 run_once(void)
 {

@@ -1,11 +1,11 @@
 /*
  * explore.h: runs a few actors through every interleaving of their steps.
  *
- * Actors are plain functions on stacks of their own.  One runs at a time, from one explore_yield() to
- * the next: that is a step.  After every step the driver may go on with any actor, and it tries them
- * all, depth first.  There are no snapshots: each run begins with a fresh world and replays the
- * decisions that led to the branch.  A state that was seen before is not gone into again, so the cost
- * is the number of states, not of schedules.
+ * Actors are plain functions on stacks of their own.  One runs at a time, from one explore_yield()
+ * to the next: that is a step.  After every step the driver may go on with any actor, and it tries
+ * them all, depth first.  There are no snapshots: each run begins with a fresh world and replays
+ * the decisions that led to the branch.  A state that was seen before is not gone into again, so
+ * the cost is the number of states, not of schedules.
  *
  * With a bound on preemptions (switches away from an actor that could have gone on) only schedules
  * within the bound are tried.

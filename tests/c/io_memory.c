@@ -1,8 +1,8 @@
 /*
- * io_memory.c: the calls of the file system in memory, and the faults that hit them.
+ * io_memory.c: the calls of the file system in memory on names, and the faults that hit any call.
  *
- * Every call goes the same way: hook, lock, count, fault, effect, history.  A fault may come instead of
- * the effect or after it; after the power cut nothing has an effect any more.
+ * Every call goes the same way: hook, lock, count, fault, effect, history.  A fault may come
+ * instead of the effect or after it; after the power cut nothing has an effect any more.
  */
 #include "io_memory_private.h"
 
@@ -10,15 +10,6 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* What begin() found out about a call. */
-struct call {
-    struct io_memory_process *process;
-    struct io_memory *fs;
-    enum io_call kind;
-    int before; /* not 0: this is the result, without an effect */
-    int after;  /* not 0: this is the result, after the effect */
-};
 
 static bool
 may_be_interrupted(enum io_call kind)
@@ -36,7 +27,7 @@ pick(struct io_memory_process *process, int count)
 
 /* A reply that a scheduler may lose: decided before the effect, outside of the lock. */
 static void
-choose_lost_reply(struct call *call)
+choose_lost_reply(struct io_called *call)
 {
     static const int results[] = {0, -ENOENT, -EIO, -EIO};
     struct io_memory_faults *faults = &call->fs->faults;
@@ -52,10 +43,10 @@ choose_lost_reply(struct call *call)
     }
 }
 
-static struct call
-begin(void *ctx, enum io_call kind, const char *name)
+struct io_called
+io_begin(void *ctx, enum io_call kind, const char *name)
 {
-    struct call call = {.process = ctx, .kind = kind};
+    struct io_called call = {.process = ctx, .kind = kind};
     struct io_memory *fs = call.process->fs;
     struct io_memory_faults *faults = &fs->faults;
 
@@ -88,8 +79,8 @@ begin(void *ctx, enum io_call kind, const char *name)
     return call;
 }
 
-static ssize_t
-end(struct call *call, ssize_t rc)
+ssize_t
+io_end(struct io_called *call, ssize_t rc)
 {
     if (call->before != 0) {
         rc = call->before;
@@ -103,28 +94,26 @@ end(struct call *call, ssize_t rc)
     return rc;
 }
 
-static void
-note(struct call *call, uint64_t value)
+void
+io_note(struct io_called *call, uint64_t value)
 {
     call->process->history = io_mix(call->process->history, value);
 }
 
-/* ---- descriptors: numbers start at 3, so that a forgotten 0 is noticed ---- */
+/* ---- descriptors ---- */
 
-enum { FIRST_FD = 3 };
-
-static struct io_fd *
-fd_get(struct io_memory *fs, int fd)
+struct io_fd *
+io_fd_get(struct io_memory *fs, int fd)
 {
-    size_t i = (size_t)(fd - FIRST_FD);
+    size_t i = (size_t)(fd - IO_FIRST_FD);
 
-    return fd >= FIRST_FD && i < fs->fds_count && fs->fds[i].used ? &fs->fds[i] : NULL;
+    return fd >= IO_FIRST_FD && i < fs->fds_count && fs->fds[i].used ? &fs->fds[i] : NULL;
 }
 
-static struct io_inode *
-fd_file(struct io_memory *fs, int fd)
+struct io_inode *
+io_fd_file(struct io_memory *fs, int fd)
 {
-    struct io_fd *entry = fd_get(fs, fd);
+    struct io_fd *entry = io_fd_get(fs, fd);
 
     return entry == NULL ? NULL : entry->inode;
 }
@@ -132,7 +121,7 @@ fd_file(struct io_memory *fs, int fd)
 static struct io_dir *
 fd_dir(struct io_memory *fs, int fd)
 {
-    struct io_fd *entry = fd_get(fs, fd);
+    struct io_fd *entry = io_fd_get(fs, fd);
 
     return entry == NULL ? NULL : entry->dir;
 }
@@ -156,7 +145,7 @@ fd_new(struct io_memory *fs, struct io_inode *inode, struct io_dir *dir, int fla
     if (inode != NULL) {
         inode->opens++;
     }
-    return FIRST_FD + (int)i;
+    return IO_FIRST_FD + (int)i;
 }
 
 /* ---- directories ---- */
@@ -164,7 +153,7 @@ fd_new(struct io_memory *fs, struct io_inode *inode, struct io_dir *dir, int fla
 static int
 memory_mkdirs(void *ctx, const char *path)
 {
-    struct call call = begin(ctx, IO_MKDIRS, path);
+    struct io_called call = io_begin(ctx, IO_MKDIRS, path);
     int rc = 0;
 
     if (call.before == 0 && io_dir_find(call.fs, path) == NULL) {
@@ -178,35 +167,35 @@ memory_mkdirs(void *ctx, const char *path)
             }
         }
     }
-    return (int)end(&call, rc);
+    return (int)io_end(&call, rc);
 }
 
 static int
 memory_open_dir(void *ctx, const char *path)
 {
-    struct call call = begin(ctx, IO_OPEN_DIR, path);
+    struct io_called call = io_begin(ctx, IO_OPEN_DIR, path);
     int rc = -ENOENT;
 
     if (call.before == 0) {
         struct io_dir *dir = io_dir_find(call.fs, path);
         rc = dir == NULL ? -ENOENT : fd_new(call.fs, NULL, dir, 0);
     }
-    return (int)end(&call, rc);
+    return (int)io_end(&call, rc);
 }
 
 static int
 memory_dup_dir(void *ctx, int dirfd)
 {
-    struct call call = begin(ctx, IO_DUP_DIR, "");
+    struct io_called call = io_begin(ctx, IO_DUP_DIR, "");
     struct io_dir *dir = fd_dir(call.fs, dirfd);
 
-    return (int)end(&call, dir == NULL         ? -EBADF
-                           : call.before != 0 ? 0
-                                              : fd_new(call.fs, NULL, dir, 0));
+    return (int)io_end(&call, dir == NULL        ? -EBADF
+                              : call.before != 0 ? 0
+                                                 : fd_new(call.fs, NULL, dir, 0));
 }
 
 static ssize_t
-open_file(struct call *call, struct io_dir *dir, const char *name, int flags)
+open_file(struct io_called *call, struct io_dir *dir, const char *name, int flags)
 {
     struct io_entry *entry = io_entries_find(&dir->entries, name);
     struct io_inode *inode = entry == NULL ? NULL : entry->inode;
@@ -218,8 +207,8 @@ open_file(struct call *call, struct io_dir *dir, const char *name, int flags)
         return -EEXIST;
     }
     if (inode == NULL) {
-        inode = io_inode_new(call->fs, (uint64_t)(call->process->id + 1) << 16 |
-                                           call->process->files_made++);
+        inode = io_inode_new(call->fs,
+                             (uint64_t)(call->process->id + 1) << 16 | call->process->files_made++);
         io_dir_change(call->process, dir, "", name, inode);
     }
     if ((flags & O_TRUNC) != 0 && inode->len > 0) {
@@ -227,14 +216,14 @@ open_file(struct call *call, struct io_dir *dir, const char *name, int flags)
         io_inode_touch(inode, 0, inode->len);
         inode->len = 0;
     }
-    note(call, inode->label);
+    io_note(call, inode->label);
     return fd_new(call->fs, inode, NULL, flags);
 }
 
 static int
 memory_open_at(void *ctx, int dirfd, const char *name, int flags, unsigned mode)
 {
-    struct call call = begin(ctx, IO_OPEN_AT, name);
+    struct io_called call = io_begin(ctx, IO_OPEN_AT, name);
     struct io_dir *dir = fd_dir(call.fs, dirfd);
     ssize_t rc;
     (void)mode;
@@ -249,20 +238,20 @@ memory_open_at(void *ctx, int dirfd, const char *name, int flags, unsigned mode)
         rc = open_file(&call, dir, name, flags);
     }
     if (rc > 0 && call.after != 0) {
-        struct io_fd *entry = fd_get(call.fs, (int)rc);
+        struct io_fd *entry = io_fd_get(call.fs, (int)rc);
         entry->used = false; /* the caller will never know the number */
         if (entry->inode != NULL) {
             entry->inode->opens--;
         }
     }
-    return (int)end(&call, rc);
+    return (int)io_end(&call, rc);
 }
 
 static int
 memory_close(void *ctx, int fd)
 {
-    struct call call = begin(ctx, IO_CLOSE, "");
-    struct io_fd *entry = fd_get(call.fs, fd);
+    struct io_called call = io_begin(ctx, IO_CLOSE, "");
+    struct io_fd *entry = io_fd_get(call.fs, fd);
 
     if (entry != NULL) {
         entry->used = false;
@@ -270,11 +259,11 @@ memory_close(void *ctx, int fd)
             entry->inode->opens--;
         }
     }
-    return (int)end(&call, entry == NULL ? -EBADF : 0);
+    return (int)io_end(&call, entry == NULL ? -EBADF : 0);
 }
 
 static int
-change_names(struct call *call, int dirfd, const char *from, const char *to, bool keep_from)
+change_names(struct io_called *call, int dirfd, const char *from, const char *to, bool keep_from)
 {
     struct io_dir *dir = fd_dir(call->fs, dirfd);
     struct io_entry *entry;
@@ -296,37 +285,38 @@ change_names(struct call *call, int dirfd, const char *from, const char *to, boo
 static int
 memory_link_at(void *ctx, int dirfd, const char *from, const char *to)
 {
-    struct call call = begin(ctx, IO_LINK_AT, to);
-    return (int)end(&call, change_names(&call, dirfd, from, to, true));
+    struct io_called call = io_begin(ctx, IO_LINK_AT, to);
+    return (int)io_end(&call, change_names(&call, dirfd, from, to, true));
 }
 
 static int
 memory_rename_at(void *ctx, int dirfd, const char *from, const char *to)
 {
-    struct call call = begin(ctx, IO_RENAME_AT, to);
+    struct io_called call = io_begin(ctx, IO_RENAME_AT, to);
     int rc = change_names(&call, dirfd, from, to, false);
 
     if (rc != 0) {
         call.after = 0; /* there is no success whose reply could be lost */
     }
-    return (int)end(&call, rc);
+    return (int)io_end(&call, rc);
 }
 
 static int
 memory_unlink_at(void *ctx, int dirfd, const char *name)
 {
-    struct call call = begin(ctx, IO_UNLINK_AT, name);
+    struct io_called call = io_begin(ctx, IO_UNLINK_AT, name);
     int rc = change_names(&call, dirfd, name, "", false);
 
     if (rc != 0) {
         call.after = 0;
     }
-    return (int)end(&call, rc);
+    return (int)io_end(&call, rc);
 }
 
-/* Copies the names with a dot first (1), the others (2) or all (3) of the version the caller gets. */
+/* Copies the names with a dot first (1), the others (2) or all (3) of the version the caller gets.
+ * */
 static size_t
-copy_names(struct call *call, struct io_dir *dir, int which, bool stale,
+copy_names(struct io_called *call, struct io_dir *dir, int which, bool stale,
            char (*names)[IO_MEMORY_NAME_BYTES], size_t cap)
 {
     uint64_t *listed = &call->process->listed_version[dir - call->fs->dirs];
@@ -355,263 +345,30 @@ memory_list(void *ctx, int dirfd, dcp_list_fn fn, void *fn_ctx)
     size_t count = 0;
 
     for (int half = 0; half < (halves == 0 ? 1 : 2) && rc == 0; half++) {
-        struct call call = begin(ctx, IO_LIST, "");
+        struct io_called call = io_begin(ctx, IO_LIST, "");
         struct io_dir *dir = fd_dir(fs, dirfd);
         bool stale = false;
 
         rc = dir == NULL ? -EBADF : dir->removed ? -ENOENT : 0;
         if (rc == 0 && call.before == 0) {
-            if (fs->faults.stale_lists &&
-                process->listed_version[dir - fs->dirs] < dir->version) {
+            if (fs->faults.stale_lists && process->listed_version[dir - fs->dirs] < dir->version) {
                 stale = pick(process, 2) == 1;
             }
-            count += copy_names(&call, dir, halves == 0 ? 3 : halves == 1 ? 1 + half : 2 - half,
+            count += copy_names(&call, dir,
+                                halves == 0   ? 3
+                                : halves == 1 ? 1 + half
+                                              : 2 - half,
                                 stale, names + count, MOST - count);
         }
         for (size_t i = 0; i < count; i++) {
-            note(&call, io_hash_bytes(names[i], strlen(names[i])));
+            io_note(&call, io_hash_bytes(names[i], strlen(names[i])));
         }
-        rc = (int)end(&call, rc);
+        rc = (int)io_end(&call, rc);
     }
     for (size_t i = 0; rc == 0 && i < count; i++) {
         rc = fn(fn_ctx, names[i]);
     }
     return rc;
-}
-
-/* ---- bytes ---- */
-
-static uint64_t
-used_bytes(const struct io_memory *fs)
-{
-    uint64_t used = 0;
-
-    for (const struct io_inode *inode = fs->inodes; inode != NULL; inode = inode->next) {
-        if (inode->names > 0 || inode->opens > 0) {
-            used += inode->len > inode->allocated ? inode->len : inode->allocated;
-        }
-    }
-    return used;
-}
-
-static size_t
-cut_short(struct io_memory *fs, size_t len)
-{
-    if (len > 1 && fs->faults.short_percent != 0 &&
-        io_random(fs) % 100 < fs->faults.short_percent) {
-        return 1 + (size_t)(io_random(fs) % (len - 1));
-    }
-    return len;
-}
-
-static bool
-is_misaligned(const struct io_memory *fs, int fd, const void *buf, size_t len, uint64_t offset)
-{
-    const struct io_fd *entry = &fs->fds[fd - FIRST_FD];
-
-    return (entry->direct || (entry->flags & O_DIRECT) != 0) &&
-           (fs->dio.mem_bytes == 0 || (uintptr_t)buf % fs->dio.mem_bytes != 0 ||
-            len % fs->dio.offset_bytes != 0 || offset % fs->dio.offset_bytes != 0);
-}
-
-static ssize_t
-memory_pread(void *ctx, int fd, void *buf, size_t len, uint64_t offset)
-{
-    struct call call = begin(ctx, IO_PREAD, "");
-    struct io_inode *inode = fd_file(call.fs, fd);
-    ssize_t rc = 0;
-
-    if (inode == NULL || (call.fs->fds[fd - FIRST_FD].flags & O_ACCMODE) == O_WRONLY) {
-        rc = -EBADF;
-    } else if (is_misaligned(call.fs, fd, buf, len, offset)) {
-        rc = -EINVAL;
-    } else if (call.before == 0 && offset < inode->len) {
-        size_t n = inode->len - (size_t)offset;
-        n = cut_short(call.fs, n < len ? n : len);
-        memcpy(buf, inode->data + offset, n);
-        note(&call, io_hash_bytes(buf, n));
-        rc = (ssize_t)n;
-    }
-    return end(&call, rc);
-}
-
-static ssize_t
-memory_pwrite(void *ctx, int fd, const void *buf, size_t len, uint64_t offset)
-{
-    struct call call = begin(ctx, IO_PWRITE, "");
-    struct io_inode *inode = fd_file(call.fs, fd);
-    ssize_t rc = 0;
-
-    if (inode == NULL || (call.fs->fds[fd - FIRST_FD].flags & O_ACCMODE) == O_RDONLY) {
-        rc = -EBADF;
-    } else if (is_misaligned(call.fs, fd, buf, len, offset)) {
-        rc = -EINVAL;
-    } else if (call.before == 0 && len > 0) {
-        size_t n = cut_short(call.fs, len), at = (size_t)offset;
-        size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
-        uint64_t room = call.fs->faults.space_bytes == UINT64_MAX
-                            ? UINT64_MAX - have
-                            : call.fs->faults.space_bytes -
-                                  dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
-        uint64_t most = have + room;
-        if (most <= at) {
-            rc = -ENOSPC;
-        } else {
-            n = (size_t)dcp_min_u64(n, most - at);
-            io_inode_reserve(inode, at + n);
-            memcpy(inode->data + at, buf, n);
-            io_inode_touch(inode, at, n);
-            inode->len = at + n > inode->len ? at + n : inode->len;
-            rc = (ssize_t)n;
-        }
-    }
-    return end(&call, rc);
-}
-
-static int
-memory_fallocate(void *ctx, int fd, uint64_t offset, uint64_t len)
-{
-    struct call call = begin(ctx, IO_FALLOCATE, "");
-    struct io_inode *inode = fd_file(call.fs, fd);
-    int rc = inode == NULL ? -EBADF : 0;
-
-    if (rc == 0 && call.before == 0) {
-        size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
-        uint64_t more = offset + len > have ? offset + len - have : 0;
-        if (call.fs->faults.space_bytes != UINT64_MAX &&
-            used_bytes(call.fs) + more > call.fs->faults.space_bytes) {
-            rc = -ENOSPC;
-        } else if (more > 0) {
-            inode->allocated = (size_t)(offset + len);
-        }
-    }
-    return (int)end(&call, rc);
-}
-
-static int
-memory_truncate(void *ctx, int fd, uint64_t len)
-{
-    struct call call = begin(ctx, IO_TRUNCATE, "");
-    struct io_inode *inode = fd_file(call.fs, fd);
-
-    if (inode != NULL && call.before == 0) {
-        io_inode_reserve(inode, (size_t)len);
-        if (len < inode->len) {
-            memset(inode->data + len, 0, inode->len - (size_t)len);
-            io_inode_touch(inode, (size_t)len, inode->len - (size_t)len);
-        }
-        inode->len = (size_t)len;
-        io_inode_touch(inode, 0, 0);
-    }
-    return (int)end(&call, inode == NULL ? -EBADF : 0);
-}
-
-static int
-sync_any(void *ctx, enum io_call kind, int fd)
-{
-    struct call call = begin(ctx, kind, "");
-    struct io_fd *entry = fd_get(call.fs, fd);
-    bool fails = call.before != 0 && call.before != -EINTR;
-
-    if (entry != NULL && entry->inode != NULL && !call.fs->crashed &&
-        (call.before == 0 || fails)) {
-        io_inode_sync(call.fs, entry->inode, fails);
-    } else if (entry != NULL && entry->dir != NULL && call.before == 0) {
-        io_dir_sync(entry->dir);
-    }
-    return (int)end(&call, entry == NULL ? -EBADF : 0);
-}
-
-static int
-memory_fdatasync(void *ctx, int fd)
-{
-    return sync_any(ctx, IO_FDATASYNC, fd);
-}
-
-static int
-memory_fsync(void *ctx, int fd)
-{
-    return sync_any(ctx, IO_FSYNC, fd);
-}
-
-/* Starting to write back makes nothing durable. */
-static int
-memory_flush_range(void *ctx, int fd, uint64_t offset, uint64_t len, bool wait_and_drop)
-{
-    struct call call = begin(ctx, IO_FLUSH_RANGE, "");
-    (void)offset;
-    (void)len;
-    (void)wait_and_drop;
-    return (int)end(&call, fd_file(call.fs, fd) == NULL ? -EBADF : 0);
-}
-
-/* ---- questions ---- */
-
-static int
-memory_fstat(void *ctx, int fd, struct dcp_stat *ret)
-{
-    struct call call = begin(ctx, IO_FSTAT, "");
-    struct io_fd *entry = fd_get(call.fs, fd);
-
-    if (entry != NULL && call.before == 0) {
-        *ret = (struct dcp_stat){.is_dir = entry->inode == NULL, .links = 1};
-        if (entry->inode != NULL) {
-            ret->size_bytes = entry->inode->len;
-            ret->links = entry->inode->names;
-        } else if (entry->dir != NULL) {
-            ret->links = entry->dir->removed ? 0 : 2;
-        }
-        note(&call, ret->size_bytes << 8 | ret->links);
-    }
-    return (int)end(&call, entry == NULL ? -EBADF : 0);
-}
-
-static int
-memory_dio_align(void *ctx, int fd, struct dcp_dio_align *ret)
-{
-    struct call call = begin(ctx, IO_DIO_ALIGN, "");
-
-    if (call.before == 0) {
-        *ret = call.fs->dio;
-    }
-    return (int)end(&call, fd_file(call.fs, fd) == NULL ? -EBADF : 0);
-}
-
-static int
-memory_set_direct(void *ctx, int fd, bool on)
-{
-    struct call call = begin(ctx, IO_SET_DIRECT, "");
-    struct io_fd *entry = fd_get(call.fs, fd);
-    int rc = entry == NULL ? -EBADF : 0;
-
-    if (rc == 0 && on && call.fs->dio.mem_bytes == 0) {
-        rc = -EINVAL;
-    } else if (rc == 0 && call.before == 0) {
-        entry->direct = on;
-        entry->flags &= ~O_DIRECT;
-    }
-    return (int)end(&call, rc);
-}
-
-static int
-memory_cached(void *ctx, int fd, uint64_t offset, uint64_t len)
-{
-    struct call call = begin(ctx, IO_CACHED, "");
-    (void)offset;
-    (void)len;
-    return (int)end(&call, fd_file(call.fs, fd) == NULL ? -EBADF : 0);
-}
-
-static int
-memory_space(void *ctx, int dirfd, struct dcp_space *ret)
-{
-    struct call call = begin(ctx, IO_SPACE, "");
-
-    if (call.before == 0) {
-        ret->free_bytes = call.fs->faults.space_bytes -
-                          dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
-    }
-    return (int)end(&call, fd_get(call.fs, dirfd) == NULL ? -EBADF : 0);
 }
 
 /* ---- outside ---- */
@@ -630,30 +387,19 @@ io_memory_process(struct io_memory *fs, unsigned id)
         .dup_dir = memory_dup_dir,
         .open_at = memory_open_at,
         .close = memory_close,
-        .pread = memory_pread,
-        .pwrite = memory_pwrite,
-        .fallocate = memory_fallocate,
-        .truncate = memory_truncate,
-        .fdatasync = memory_fdatasync,
-        .fsync = memory_fsync,
-        .fstat = memory_fstat,
-        .dio_align = memory_dio_align,
-        .set_direct = memory_set_direct,
-        .flush_range = memory_flush_range,
-        .cached = memory_cached,
-        .space = memory_space,
         .link_at = memory_link_at,
         .rename_at = memory_rename_at,
         .unlink_at = memory_unlink_at,
         .list = memory_list,
     };
+    io_bytes_calls(&process->io);
     return process;
 }
 
 int
 io_memory_rmdir(struct io_memory_process *process, const char *path)
 {
-    struct call call = begin(process, IO_UNLINK_AT, path);
+    struct io_called call = io_begin(process, IO_UNLINK_AT, path);
     struct io_dir *dir = io_dir_find(call.fs, path);
     int rc = dir == NULL ? -ENOENT : dir->entries.count > 0 ? -ENOTEMPTY : 0;
 
@@ -663,7 +409,7 @@ io_memory_rmdir(struct io_memory_process *process, const char *path)
         dir->removed = true;
         dir->version++;
     }
-    return (int)end(&call, rc);
+    return (int)io_end(&call, rc);
 }
 
 struct io_memory_faults *

@@ -2,10 +2,11 @@
  * io_memory.h: struct dcp_io in memory, which does on demand what real disks do once in a lifetime.
  *
  * A file system of a few directories and files, each with two states: volatile (what calls see) and
- * durable (what a power cut leaves).  fsync carries bytes of a file, or names of a directory, from the
- * first to the second.  A power cut keeps the durable state plus a seeded, arbitrary choice of what
- * was not synced yet: each 512-byte block, each length, each create, rename and unlink for itself.
- * That is weaker than what any journaling file system promises, so what holds here holds there.
+ * durable (what a power cut leaves).  fsync carries bytes of a file, or names of a directory, from
+ * the first to the second.  A power cut keeps the durable state plus a seeded, arbitrary choice of
+ * what was not synced yet: each 512-byte block, each length, each create, rename and unlink for
+ * itself. That is weaker than what any journaling file system promises, so what holds here holds
+ * there.
  *
  * Several simulated processes share one file system; each has its own table.  A hook before every
  * call lets a scheduler interleave them, a second one chooses among the results a call might have.
@@ -61,7 +62,7 @@ struct io_memory_faults {
     bool fail_after_effect; /* ... after it took effect: the reply was lost */
     uint64_t crash_at;      /* calls from now on until the power is gone; then all give -EIO */
     bool stale_lists;       /* lists may show the directory as it was after our last change of it */
-    int torn_lists;         /* 1: names with a dot first, the others later; 2: the other way round */
+    int torn_lists;         /* 1: names with a dot first, the others later; 2: vice versa */
     unsigned lost_replies;  /* renames and unlinks, from now on, whose reply may be lost */
 };
 
@@ -77,8 +78,8 @@ struct io_memory_process {
     /* Picks one of `count` possible results; NULL: always the first, which is the plain one. */
     int (*choose)(struct io_memory_process *process, int count);
     void *hook_ctx;
-    /* Hash of every call and all that it told this process: two processes running the same code are in
-     * the same state when their histories are equal. */
+    /* Hash of every call and all that it told this process: two processes running the same code
+     * are in the same state when their histories are equal. */
     uint64_t history;
     unsigned files_made;
     uint64_t listed_version[IO_MEMORY_DIRS]; /* the oldest state that a stale list may show */
@@ -99,7 +100,7 @@ void io_memory_reboot(struct io_memory *fs, bool power_cut, uint64_t seed);
 /* rmdir, which the table lacks: 0, -ENOTEMPTY, -ENOENT. */
 int io_memory_rmdir(struct io_memory_process *process, const char *path);
 
-uint64_t io_memory_calls(const struct io_memory *fs);                      /* so far, of all kinds */
+uint64_t io_memory_calls(const struct io_memory *fs); /* so far, of all kinds */
 uint64_t io_memory_calls_of(const struct io_memory *fs, enum io_call call);
 bool io_memory_crashed(const struct io_memory *fs);
 unsigned io_memory_open_files(const struct io_memory *fs); /* descriptors that are open */

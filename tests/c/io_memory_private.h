@@ -1,6 +1,6 @@
 /*
- * io_memory_private.h: the state behind io_memory.h (io_memory.c has the calls, io_memory_state.c the
- * rest).
+ * io_memory_private.h: the state behind io_memory.h (io_memory.c and io_memory_bytes.c have
+ * the calls, io_memory_state.c the rest).
  */
 #ifndef IO_MEMORY_PRIVATE_H
 #define IO_MEMORY_PRIVATE_H
@@ -69,6 +69,29 @@ struct io_memory {
     size_t fds_count;
     struct io_memory_process processes[IO_MEMORY_PROCESSES];
 };
+
+/* Descriptors start at 3, so that a forgotten 0 is noticed. */
+enum { IO_FIRST_FD = 3 };
+
+/* What io_begin found out about a call. */
+struct io_called {
+    struct io_memory_process *process;
+    struct io_memory *fs;
+    enum io_call kind;
+    int before; /* not 0: this is the result, without an effect */
+    int after;  /* not 0: this is the result, after the effect */
+};
+
+/* Every call is io_begin, an effect if `before` is 0, io_end with its result.  The lock is held
+ * between the two. */
+struct io_called io_begin(void *ctx, enum io_call kind, const char *name);
+ssize_t io_end(struct io_called *call, ssize_t rc);
+/* Something that the call told its process. */
+void io_note(struct io_called *call, uint64_t value);
+struct io_fd *io_fd_get(struct io_memory *fs, int fd);       /* NULL: no such descriptor */
+struct io_inode *io_fd_file(struct io_memory *fs, int fd); /* NULL: not of a file */
+/* Puts the calls of io_memory_bytes.c into a table. */
+void io_bytes_calls(struct dcp_io *io);
 
 uint64_t io_random(struct io_memory *fs);
 uint64_t io_mix(uint64_t hash, uint64_t value);

@@ -92,7 +92,8 @@ io_inode_touch(struct io_inode *inode, size_t offset, size_t len)
     }
 }
 
-/* A failed fsync forgets what was dirty: some of it reached the disk, and a second fsync says yes. */
+/* A failed fsync forgets what was dirty: some of it reached the disk, and a second fsync says yes.
+ * */
 void
 io_inode_sync(struct io_memory *fs, struct io_inode *inode, bool fails)
 {
@@ -172,7 +173,7 @@ io_entries_find(const struct io_entries *entries, const char *name)
     size_t i = entries_place(entries, name);
 
     return i < entries->count && strcmp(entries->items[i].name, name) == 0 ? &entries->items[i]
-                                                                          : NULL;
+                                                                           : NULL;
 }
 
 static void
@@ -252,8 +253,7 @@ keep_version(const struct io_memory *fs, struct io_dir *dir)
     if (dir->version >= dir->history_cap) {
         size_t cap = (size_t)dir->version + 16;
         dir->history = must(realloc(dir->history, cap * sizeof *dir->history));
-        memset(dir->history + dir->history_cap, 0,
-               (cap - dir->history_cap) * sizeof *dir->history);
+        memset(dir->history + dir->history_cap, 0, (cap - dir->history_cap) * sizeof *dir->history);
         dir->history_cap = cap;
     }
     entries_copy(&dir->history[dir->version], &dir->entries);
@@ -353,11 +353,9 @@ io_memory_state_hash(const struct io_memory *fs)
             hash = io_mix(hash, io_inode_hash(entry->inode));
         }
         for (size_t p = 0; fs->faults.stale_lists && p < IO_MEMORY_PROCESSES; p++) {
-            const struct io_entries *old =
-                io_dir_version(dir, fs->processes[p].listed_version[i]);
+            const struct io_entries *old = io_dir_version(dir, fs->processes[p].listed_version[i]);
             for (size_t k = 0; k < old->count; k++) {
-                hash = io_mix(hash, io_hash_bytes(old->items[k].name,
-                                                  strlen(old->items[k].name)));
+                hash = io_mix(hash, io_hash_bytes(old->items[k].name, strlen(old->items[k].name)));
             }
         }
     }

@@ -1,6 +1,7 @@
 /*
- * test_commit.c: the commit protocol alone: names, numbers, what is swept and what never is, and what
- * a failing call makes of a save.  test_commit_model.c has the races, test_crash.c the power cuts.
+ * test_commit.c: the commit protocol alone: names, numbers, what is swept and what never is, and
+ * what a failing call makes of a save.  test_commit_model.c has the races, test_crash.c the power
+ * cuts.
  */
 #include "claim_scan.h"
 #include "ctest.h"
@@ -86,10 +87,21 @@ image_of(const struct dcp_claim *claim, struct dcp_buf *image)
 static void
 only_names_exactly_as_we_write_them_are_ours(void)
 {
-    static const char *const foreign[] = {
-        "__0_0.distcp ", "_0_0.distcp",   "__00_0.distcp", "__0_00.distcp",          "__0_0.distcp2",
-        "__-1_0.distcp", "__0_0",         "__0_.distcp",   "__0_4294967296.distcp",  "",
-        "__ 1_0.distcp", "__0_+1.distcp", "__0_0_0.distcp", "__4294967296_0.distcp", "meta.pt"};
+    static const char *const foreign[] = {"__0_0.distcp ",
+                                          "_0_0.distcp",
+                                          "__00_0.distcp",
+                                          "__0_00.distcp",
+                                          "__-1_0.distcp",
+                                          "__0_0",
+                                          "__0_.distcp",
+                                          "__0_4294967296.distcp",
+                                          "__ 1_0.distcp",
+                                          "__0_+1.distcp",
+                                          "__4294967296_0.distcp",
+                                          "__0_0.distcp2",
+                                          "",
+                                          "__0_0_0.distcp",
+                                          "meta.pt"};
     static const char *const claims[] = {".dcp_native-claim-0-0123456789abcde",
                                          ".dcp_native-claim-0-0123456789abcdef0",
                                          ".dcp_native-claim-0-0123456789ABCDEF",
@@ -270,8 +282,7 @@ a_removed_directory_is_told_as_such(void)
     CHECK_OK(take(&bench, -1, 'a', &claim, &err), &err);
     CHECK_EQ(bench.io->unlink_at(bench.io->ctx, bench.dirfd, claim.name), 0);
     CHECK_EQ(io_memory_rmdir(io_memory_process(bench.fs, 0), dir_path), 0);
-    CHECK_EQ(dcp_claim_publish(&claim, (const uint8_t *)"image", 5, &outcome, &err),
-             DCP_E_REMOVED);
+    CHECK_EQ(dcp_claim_publish(&claim, (const uint8_t *)"image", 5, &outcome, &err), DCP_E_REMOVED);
     CHECK_EQ(outcome, DCP_OUTCOME_ABORTED);
     CHECK_EQ(take(&bench, -1, 'b', &other, &err), DCP_E_REMOVED);
     io_memory_free(bench.fs);
@@ -404,7 +415,8 @@ want_of_memory_leaves_no_claim_behind(void)
 static void
 discard_removes_the_given_names_but_not_another_saves_file(void)
 {
-    static const char *const names[] = {"__0_0.distcp", "__0_1.distcp", "__0_2.distcp", "__0_9.distcp"};
+    static const char *const names[] = {"__0_0.distcp", "__0_1.distcp", "__0_2.distcp",
+                                        "__0_9.distcp"};
     struct dcp_file_header header = {.rank = 0, .n = 1, .length_bytes = DCP_FILE_HEADER_BYTES};
     struct bench bench;
     struct dcp_claim claim;

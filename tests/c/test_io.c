@@ -33,7 +33,8 @@ place_make(struct place *place)
     const char *tmp = getenv("TMPDIR");
 
     place->io = dcp_io_posix();
-    snprintf(place->path, sizeof place->path, "%s/dcp_test_io.XXXXXX", tmp == NULL ? P_tmpdir : tmp);
+    snprintf(place->path, sizeof place->path, "%s/dcp_test_io.XXXXXX",
+             tmp == NULL ? P_tmpdir : tmp);
     if (mkdtemp(place->path) == NULL) {
         perror(place->path);
         exit(1);
@@ -552,8 +553,7 @@ what_read_file_refuses_leaves_the_buffer_as_it_was(void)
 
 CTEST_MAIN(RUN(mkdirs_makes_every_part_and_is_content_with_what_is_there);
            RUN(failures_are_negated_errno); RUN(every_descriptor_is_closed_by_exec);
-           RUN(bytes_come_back_and_sizes_are_told);
-           RUN(names_are_listed_from_the_start_every_time);
+           RUN(bytes_come_back_and_sizes_are_told); RUN(names_are_listed_from_the_start_every_time);
            RUN(a_removed_directory_is_recognised_by_its_descriptor);
            RUN(a_rename_replaces_and_a_link_does_not);
            RUN(direct_writes_work_at_the_alignment_that_is_told);

@@ -1,0 +1,257 @@
+/*
+ * io_memory_bytes.c: the calls of the file system in memory on open files: bytes, fsync, questions.
+ */
+#include "io_memory_private.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+
+static uint64_t
+used_bytes(const struct io_memory *fs)
+{
+    uint64_t used = 0;
+
+    for (const struct io_inode *inode = fs->inodes; inode != NULL; inode = inode->next) {
+        if (inode->names > 0 || inode->opens > 0) {
+            used += inode->len > inode->allocated ? inode->len : inode->allocated;
+        }
+    }
+    return used;
+}
+
+static size_t
+cut_short(struct io_memory *fs, size_t len)
+{
+    if (len > 1 && fs->faults.short_percent != 0 &&
+        io_random(fs) % 100 < fs->faults.short_percent) {
+        return 1 + (size_t)(io_random(fs) % (len - 1));
+    }
+    return len;
+}
+
+static bool
+is_misaligned(const struct io_memory *fs, int fd, const void *buf, size_t len, uint64_t offset)
+{
+    const struct io_fd *entry = &fs->fds[fd - IO_FIRST_FD];
+
+    return (entry->direct || (entry->flags & O_DIRECT) != 0) &&
+           (fs->dio.mem_bytes == 0 || (uintptr_t)buf % fs->dio.mem_bytes != 0 ||
+            len % fs->dio.offset_bytes != 0 || offset % fs->dio.offset_bytes != 0);
+}
+
+static ssize_t
+memory_pread(void *ctx, int fd, void *buf, size_t len, uint64_t offset)
+{
+    struct io_called call = io_begin(ctx, IO_PREAD, "");
+    struct io_inode *inode = io_fd_file(call.fs, fd);
+    ssize_t rc = 0;
+
+    if (inode == NULL || (call.fs->fds[fd - IO_FIRST_FD].flags & O_ACCMODE) == O_WRONLY) {
+        rc = -EBADF;
+    } else if (is_misaligned(call.fs, fd, buf, len, offset)) {
+        rc = -EINVAL;
+    } else if (call.before == 0 && offset < inode->len) {
+        size_t n = inode->len - (size_t)offset;
+        n = cut_short(call.fs, n < len ? n : len);
+        memcpy(buf, inode->data + offset, n);
+        io_note(&call, io_hash_bytes(buf, n));
+        rc = (ssize_t)n;
+    }
+    return io_end(&call, rc);
+}
+
+static ssize_t
+memory_pwrite(void *ctx, int fd, const void *buf, size_t len, uint64_t offset)
+{
+    struct io_called call = io_begin(ctx, IO_PWRITE, "");
+    struct io_inode *inode = io_fd_file(call.fs, fd);
+    ssize_t rc = 0;
+
+    if (inode == NULL || (call.fs->fds[fd - IO_FIRST_FD].flags & O_ACCMODE) == O_RDONLY) {
+        rc = -EBADF;
+    } else if (is_misaligned(call.fs, fd, buf, len, offset)) {
+        rc = -EINVAL;
+    } else if (call.before == 0 && len > 0) {
+        size_t n = cut_short(call.fs, len), at = (size_t)offset;
+        size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
+        uint64_t room = call.fs->faults.space_bytes == UINT64_MAX
+                            ? UINT64_MAX - have
+                            : call.fs->faults.space_bytes -
+                                  dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
+        uint64_t most = have + room;
+        if (most <= at) {
+            rc = -ENOSPC;
+        } else {
+            n = (size_t)dcp_min_u64(n, most - at);
+            io_inode_reserve(inode, at + n);
+            memcpy(inode->data + at, buf, n);
+            io_inode_touch(inode, at, n);
+            inode->len = at + n > inode->len ? at + n : inode->len;
+            rc = (ssize_t)n;
+        }
+    }
+    return io_end(&call, rc);
+}
+
+static int
+memory_fallocate(void *ctx, int fd, uint64_t offset, uint64_t len)
+{
+    struct io_called call = io_begin(ctx, IO_FALLOCATE, "");
+    struct io_inode *inode = io_fd_file(call.fs, fd);
+    int rc = inode == NULL ? -EBADF : 0;
+
+    if (rc == 0 && call.before == 0) {
+        size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
+        uint64_t more = offset + len > have ? offset + len - have : 0;
+        if (call.fs->faults.space_bytes != UINT64_MAX &&
+            used_bytes(call.fs) + more > call.fs->faults.space_bytes) {
+            rc = -ENOSPC;
+        } else if (more > 0) {
+            inode->allocated = (size_t)(offset + len);
+        }
+    }
+    return (int)io_end(&call, rc);
+}
+
+static int
+memory_truncate(void *ctx, int fd, uint64_t len)
+{
+    struct io_called call = io_begin(ctx, IO_TRUNCATE, "");
+    struct io_inode *inode = io_fd_file(call.fs, fd);
+
+    if (inode != NULL && call.before == 0) {
+        io_inode_reserve(inode, (size_t)len);
+        if (len < inode->len) {
+            memset(inode->data + len, 0, inode->len - (size_t)len);
+            io_inode_touch(inode, (size_t)len, inode->len - (size_t)len);
+        }
+        inode->len = (size_t)len;
+        io_inode_touch(inode, 0, 0);
+    }
+    return (int)io_end(&call, inode == NULL ? -EBADF : 0);
+}
+
+static int
+sync_any(void *ctx, enum io_call kind, int fd)
+{
+    struct io_called call = io_begin(ctx, kind, "");
+    struct io_fd *entry = io_fd_get(call.fs, fd);
+    bool fails = call.before != 0 && call.before != -EINTR;
+
+    if (entry != NULL && entry->inode != NULL && !call.fs->crashed && (call.before == 0 || fails)) {
+        io_inode_sync(call.fs, entry->inode, fails);
+    } else if (entry != NULL && entry->dir != NULL && call.before == 0) {
+        io_dir_sync(entry->dir);
+    }
+    return (int)io_end(&call, entry == NULL ? -EBADF : 0);
+}
+
+static int
+memory_fdatasync(void *ctx, int fd)
+{
+    return sync_any(ctx, IO_FDATASYNC, fd);
+}
+
+static int
+memory_fsync(void *ctx, int fd)
+{
+    return sync_any(ctx, IO_FSYNC, fd);
+}
+
+/* Starting to write back makes nothing durable. */
+static int
+memory_flush_range(void *ctx, int fd, uint64_t offset, uint64_t len, bool wait_and_drop)
+{
+    struct io_called call = io_begin(ctx, IO_FLUSH_RANGE, "");
+    (void)offset;
+    (void)len;
+    (void)wait_and_drop;
+    return (int)io_end(&call, io_fd_file(call.fs, fd) == NULL ? -EBADF : 0);
+}
+
+/* ---- questions ---- */
+
+static int
+memory_fstat(void *ctx, int fd, struct dcp_stat *ret)
+{
+    struct io_called call = io_begin(ctx, IO_FSTAT, "");
+    struct io_fd *entry = io_fd_get(call.fs, fd);
+
+    if (entry != NULL && call.before == 0) {
+        *ret = (struct dcp_stat){.is_dir = entry->inode == NULL, .links = 1};
+        if (entry->inode != NULL) {
+            ret->size_bytes = entry->inode->len;
+            ret->links = entry->inode->names;
+        } else if (entry->dir != NULL) {
+            ret->links = entry->dir->removed ? 0 : 2;
+        }
+        io_note(&call, ret->size_bytes << 8 | ret->links);
+    }
+    return (int)io_end(&call, entry == NULL ? -EBADF : 0);
+}
+
+static int
+memory_dio_align(void *ctx, int fd, struct dcp_dio_align *ret)
+{
+    struct io_called call = io_begin(ctx, IO_DIO_ALIGN, "");
+
+    if (call.before == 0) {
+        *ret = call.fs->dio;
+    }
+    return (int)io_end(&call, io_fd_file(call.fs, fd) == NULL ? -EBADF : 0);
+}
+
+static int
+memory_set_direct(void *ctx, int fd, bool on)
+{
+    struct io_called call = io_begin(ctx, IO_SET_DIRECT, "");
+    struct io_fd *entry = io_fd_get(call.fs, fd);
+    int rc = entry == NULL ? -EBADF : 0;
+
+    if (rc == 0 && on && call.fs->dio.mem_bytes == 0) {
+        rc = -EINVAL;
+    } else if (rc == 0 && call.before == 0) {
+        entry->direct = on;
+        entry->flags &= ~O_DIRECT;
+    }
+    return (int)io_end(&call, rc);
+}
+
+static int
+memory_cached(void *ctx, int fd, uint64_t offset, uint64_t len)
+{
+    struct io_called call = io_begin(ctx, IO_CACHED, "");
+    (void)offset;
+    (void)len;
+    return (int)io_end(&call, io_fd_file(call.fs, fd) == NULL ? -EBADF : 0);
+}
+
+static int
+memory_space(void *ctx, int dirfd, struct dcp_space *ret)
+{
+    struct io_called call = io_begin(ctx, IO_SPACE, "");
+
+    if (call.before == 0) {
+        ret->free_bytes = call.fs->faults.space_bytes -
+                          dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
+    }
+    return (int)io_end(&call, io_fd_get(call.fs, dirfd) == NULL ? -EBADF : 0);
+}
+
+void
+io_bytes_calls(struct dcp_io *io)
+{
+    io->pread = memory_pread;
+    io->pwrite = memory_pwrite;
+    io->fallocate = memory_fallocate;
+    io->truncate = memory_truncate;
+    io->fdatasync = memory_fdatasync;
+    io->fsync = memory_fsync;
+    io->fstat = memory_fstat;
+    io->dio_align = memory_dio_align;
+    io->set_direct = memory_set_direct;
+    io->flush_range = memory_flush_range;
+    io->cached = memory_cached;
+    io->space = memory_space;
+}

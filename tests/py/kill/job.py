@@ -306,6 +306,8 @@ def bury(orders: dict[int, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Forks a rank for every order on stdin and answers with its pid: torch is imported once."""
+    # A job in the background of a shell inherits that Ctrl-C is ignored; these tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     orders: dict[int, dict[str, Any]] = {}
     pending = b""
     while True:

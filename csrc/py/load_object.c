@@ -44,25 +44,6 @@ as_load(PyObject *object)
     return (struct load_object *)object;
 }
 
-static PyObject *
-error_class_of(PyObject *self)
-{
-    struct module_state *state = module_state_of(Py_TYPE(self));
-
-    return state == NULL ? PyExc_RuntimeError : state->error_class;
-}
-
-static int
-raise_pending(struct load_object *self)
-{
-    if (self->pending == NULL) {
-        return 0;
-    }
-    PyErr_SetObject((PyObject *)Py_TYPE(self->pending), self->pending);
-    Py_CLEAR(self->pending);
-    return -1;
-}
-
 /* Runs a core step off the GIL.  False when it had to be left running: the interrupt is raised. */
 static bool
 run_step(PyObject *object, native_fn fn, int *ret_rc, struct dcp_error *ret_err)
@@ -73,7 +54,7 @@ run_step(PyObject *object, native_fn fn, int *ret_rc, struct dcp_error *ret_err)
     if (self->interrupt == NULL) {
         self->interrupt = Py_XNewRef(self->pending);
     }
-    return !left || raise_pending(self) == 0;
+    return !left || native_raise_pending(&self->pending) == 0;
 }
 
 static PyObject *
@@ -102,9 +83,9 @@ run_collective(PyObject *object, native_fn fn, PyObject *record)
         Py_RETURN_NONE;
     }
     if (rc != DCP_E_PEER) {
-        return native_set_error(error_class_of(object), &err);
+        return native_set_error(module_error_class(object), &err);
     }
-    result = native_failures(error_class_of(object), &self->failures);
+    result = native_failures(module_error_class(object), &self->failures);
     dcp_failure_list_clean_up(&self->failures);
     return result;
 }
@@ -218,7 +199,7 @@ load_set_targets(PyObject *object, PyObject *args, PyObject *kwargs)
     PyObject *state_dict;
     struct dcp_error err;
 
-    if (state == NULL || raise_pending(self) != 0 ||
+    if (state == NULL || native_raise_pending(&self->pending) != 0 ||
         !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ppp:targets", names, &state_dict, &flatten,
                                      &flatten_sharded, &partial)) {
         return NULL;
@@ -358,12 +339,12 @@ load_read(PyObject *object, PyObject *unused)
     int rc = 0;
 
     (void)unused;
-    if (raise_pending(self) != 0 || !run_step(object, step_read, &rc, &err) ||
-        raise_pending(self) != 0) {
+    if (native_raise_pending(&self->pending) != 0 || !run_step(object, step_read, &rc, &err) ||
+        native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
     if (rc != 0) {
-        return native_set_error(error_class_of(object), &err);
+        return native_set_error(module_error_class(object), &err);
     }
     Py_RETURN_NONE;
 }

@@ -20,6 +20,14 @@ module_state_of(PyTypeObject *type)
     return module == NULL ? NULL : PyModule_GetState(module);
 }
 
+PyObject *
+module_error_class(PyObject *object)
+{
+    struct module_state *state = module_state_of(Py_TYPE(object));
+
+    return state == NULL ? PyExc_RuntimeError : state->error_class;
+}
+
 int
 failure_from_python(PyObject *record, struct dcp_failure *ret, bool *ret_given)
 {

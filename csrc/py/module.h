@@ -25,6 +25,9 @@ extern PyType_Spec group_type_spec, save_type_spec, load_type_spec;
 /* State of the module that made `type` or a subclass of it. */
 struct module_state *module_state_of(PyTypeObject *type);
 
+/* NativeError of the module that made `object`'s type; RuntimeError when it is gone.  Borrowed. */
+PyObject *module_error_class(PyObject *object);
+
 /* Group: the comm table of a process group and what its saves share. */
 struct group_object {
     PyObject_HEAD struct dcp_group *group;

@@ -176,3 +176,14 @@ native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObje
     Py_DECREF(owner);
     return 0;
 }
+
+int
+native_raise_pending(PyObject **pending)
+{
+    if (*pending == NULL) {
+        return 0;
+    }
+    PyErr_SetObject((PyObject *)Py_TYPE(*pending), *pending);
+    Py_CLEAR(*pending);
+    return -1;
+}

@@ -26,4 +26,7 @@ typedef int (*native_fn)(void *self, struct dcp_error *err);
 int native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObject **pending,
                int *ret_rc, struct dcp_error *ret_err);
 
+/* Raises what native_run left in *pending and forgets it: -1; 0 when there is nothing. */
+int native_raise_pending(PyObject **pending);
+
 #endif

@@ -46,25 +46,6 @@ as_save(PyObject *object)
     return (struct save_object *)object;
 }
 
-static PyObject *
-error_class_of(PyObject *self)
-{
-    struct module_state *state = module_state_of(Py_TYPE(self));
-
-    return state == NULL ? PyExc_RuntimeError : state->error_class;
-}
-
-static int
-raise_pending(struct save_object *self)
-{
-    if (self->pending == NULL) {
-        return 0;
-    }
-    PyErr_SetObject((PyObject *)Py_TYPE(self->pending), self->pending);
-    Py_CLEAR(self->pending);
-    return -1;
-}
-
 /* Runs a core step off the GIL; -1 with the exception of the core, of a signal handler, or of the
  * runner. */
 static int
@@ -88,14 +69,14 @@ run_step(PyObject *object, native_fn fn, bool collective, int *ret_rc)
         dcp_group_poison(group);
     }
     if (self->left && self->pending != NULL) {
-        return raise_pending(self);
+        return native_raise_pending(&self->pending);
     }
     *ret_rc = rc;
     if (rc == DCP_E_CANCELLED && self->pending != NULL) {
-        return raise_pending(self);
+        return native_raise_pending(&self->pending);
     }
     if (rc != 0 && !(collective && rc == DCP_E_PEER)) {
-        native_set_error(error_class_of(object), &err);
+        native_set_error(module_error_class(object), &err);
         return -1;
     }
     return 0;
@@ -122,7 +103,7 @@ run_collective(PyObject *object, native_fn fn, PyObject *record)
     if (rc == 0) {
         Py_RETURN_NONE;
     }
-    result = native_failures(error_class_of(object), &self->failures);
+    result = native_failures(module_error_class(object), &self->failures);
     dcp_failure_list_clean_up(&self->failures);
     return result;
 }
@@ -247,7 +228,7 @@ save_open(PyObject *object, PyObject *unused)
     Py_BEGIN_ALLOW_THREADS rc = step_open(self, &err);
     Py_END_ALLOW_THREADS if (rc < 0)
     {
-        return native_set_error(error_class_of(object), &err);
+        return native_set_error(module_error_class(object), &err);
     }
     return PyBool_FromLong(rc);
 }
@@ -269,7 +250,7 @@ save_claim(PyObject *object, PyObject *unused)
     Py_BEGIN_ALLOW_THREADS rc = dcp_save_claim(as_save(object)->save, &err);
     Py_END_ALLOW_THREADS if (rc != 0)
     {
-        return native_set_error(error_class_of(object), &err);
+        return native_set_error(module_error_class(object), &err);
     }
     Py_RETURN_NONE;
 }
@@ -361,7 +342,8 @@ save_stage(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
-    if (raise_pending(self) != 0 || run_step(object, step_stage, false, &rc) != 0) {
+    if (native_raise_pending(&self->pending) != 0 ||
+        run_step(object, step_stage, false, &rc) != 0) {
         return NULL;
     }
     self->staged = true;
@@ -388,11 +370,11 @@ save_write(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
-    rc = raise_pending(self) != 0 ? -1 : run_step(object, step_write, false, &rc);
+    rc = native_raise_pending(&self->pending) != 0 ? -1 : run_step(object, step_write, false, &rc);
     if (!self->left) {
         dcp_stage_release(&self->stage); /* written or never to be: nobody reads it any more */
     }
-    if (rc != 0 || raise_pending(self) != 0) {
+    if (rc != 0 || native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
     Py_RETURN_NONE;
@@ -417,7 +399,7 @@ save_finish(PyObject *object, PyObject *record)
 
     as_save(object)->phase = PHASE_OVER;
     result = run_collective(object, step_finish, record);
-    if (result == Py_None && raise_pending(as_save(object)) != 0) {
+    if (result == Py_None && native_raise_pending(&as_save(object)->pending) != 0) {
         Py_CLEAR(result); /* committed; the interrupt still wants to be heard */
     }
     return result;

@@ -1,5 +1,5 @@
 /*
- * save.h: one save in flight (private to save.c and save_plan.c).
+ * save.h: one save in flight (private to save.c, save_plan.c, save_write.c and save_commit.c).
  */
 #ifndef DCP_CORE_SAVE_H
 #define DCP_CORE_SAVE_H
@@ -30,7 +30,7 @@ struct dcp_save {
     struct dcp_installed_plan own; /* of an independent save; else the group's is used */
     struct dcp_buf metadata;       /* coordinator: the image */
     struct dcp_save_info info;
-    bool agreed; /* the plan in `dcp_save_installed` holds for this save */
+    bool agreed;            /* the plan in `dcp_save_installed` holds for this save */
     uint32_t created_files; /* by this save: the first ones of the layout */
 };
 

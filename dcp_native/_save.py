@@ -17,6 +17,7 @@ from . import _native
 from ._config import DIRECT_IO, config
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import LazyMetadata
+from ._plan_cache import plan_installed, plan_number
 from ._report import logger, set_report
 
 
@@ -46,6 +47,7 @@ class NativeSave:
         self.error: BaseException | None = None
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
+        self._plan_number = plan_number(planner)
         lowest = getattr(planner, "dedup_save_to_lowest_rank", False)
         flatten = getattr(planner, "flatten_state_dict", True)
         self._native = _native.Save(
@@ -57,7 +59,7 @@ class NativeSave:
             version=CURRENT_DCP_VERSION,
             identity=f"host {socket.gethostname()} pid {os.getpid()} rank {group.rank}",
             call_hash=hash64(kind, os.fspath(writer.path), use_collectives, writer.overwrite),
-            plan_salt=hash64(lowest, flatten),
+            plan_salt=hash64(lowest, flatten, self._plan_number),
             use_collectives=use_collectives,
             dedup_save_to_lowest_rank=lowest,
             sync_files=writer.sync_files,
@@ -126,13 +128,19 @@ class NativeSave:
 
     def agree(self) -> None:
         """Collective: every rank has a plan and knows what it keeps, or every rank raises."""
-        if not self.use_collectives:
-            if self.error is None:
-                try:
-                    self._native.agree(None)
-                except BaseException as error:
-                    self.fail(error)
-            return
+        if self.use_collectives:
+            self._agree_with_the_others()
+        elif self.error is None:
+            try:
+                self._native.agree(None)
+            except BaseException as error:
+                self.fail(error)
+        if self.error is None:
+            ranks = self.group.size if self.use_collectives else 1
+            decides = self._native.info()["is_coordinator"]
+            plan_installed(self.planner, self._plan_number, ranks, decides)
+
+    def _agree_with_the_others(self) -> None:
         try:
             failures = self._native.agree(as_record(self.error))
         except BaseException as error:
@@ -142,7 +150,7 @@ class NativeSave:
             warnings.warn(
                 "the ranks of this save were given different checkpoint ids; this rank's is "
                 f"{self.writer.path}. Only the coordinator's directory is committed.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def leave(self, error: BaseException) -> None:

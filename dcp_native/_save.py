@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 from . import _native
 from ._config import DIRECT_IO, config
 from ._failures import as_record, raise_alone, raise_failures
-from ._lazy_metadata import LazyMetadata
+from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
 from ._report import logger, set_report
 
@@ -45,6 +45,7 @@ class NativeSave:
         self.use_collectives = use_collectives
         self.kind = kind
         self.error: BaseException | None = None
+        self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
         self._plan_number = plan_number(planner)
@@ -63,6 +64,7 @@ class NativeSave:
             use_collectives=use_collectives,
             dedup_save_to_lowest_rank=lowest,
             sync_files=writer.sync_files,
+            broadcast_metadata=config().broadcast_metadata and kind == "save",
             direct=DIRECT_IO[config().direct_io],
         )
 
@@ -82,6 +84,8 @@ class NativeSave:
                 rank=self.group.rank,
                 use_collectives=self.use_collectives,
             )
+            name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
+            self._metadata_path = os.path.abspath(os.path.join(writer.path, name))
             if self._native.open():
                 self._check_overwrite()
             self._native.claim()
@@ -148,8 +152,10 @@ class NativeSave:
         raise_failures("plan", failures, self.group.rank, self.error, self._native.interrupt())
         if not self._native.info()["call_agrees"]:
             warnings.warn(
-                "the ranks of this save were given different checkpoint ids; this rank's is "
-                f"{self.writer.path}. Only the coordinator's directory is committed.",
+                "the ranks of this save were called differently: checkpoint id, kind of save, "
+                "use_collectives, overwrite and config.broadcast_metadata must agree. This rank's "
+                f"checkpoint id is {self.writer.path}; only the coordinator's directory is "
+                "committed.",
                 stacklevel=6,
             )
 
@@ -180,10 +186,7 @@ class NativeSave:
         """Report a committed save; its Metadata, not yet read."""
         info = self._native.info()
         set_report({"kind": self.kind, "path": "native", "reason": None, **info})
-        name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
-        return LazyMetadata(
-            self._native.metadata(), os.path.join(self.writer.path, name), info["save_id"]
-        )
+        return lazy_metadata(self._native.metadata(), self._metadata_path, info["save_id"])
 
     def info(self) -> dict[str, Any]:
         """Facts of the native save."""

@@ -18,6 +18,10 @@ from dcp_native import _groups
 LONG = 2000
 """Characters of a text that needs another slot than a short one."""
 DTYPES = (torch.float32, torch.int32, torch.bfloat16, torch.float64)
+STEPS = (
+    *("values",) * 3, *("leaf",) * 2, "new", "removed", "renamed", "order", "grad", "nested",
+    "one-rank", "options", "abort", "restart",
+)  # fmt: skip
 SHAPES = ((6, 4), (4, 6), (24,), (2, 3, 4))
 
 
@@ -73,10 +77,7 @@ def random_step(
 
     ``abort`` asks the caller for a failing save first; ``restart`` has dropped one rank's group.
     """
-    step = rng.choice(
-        "values values values new removed renamed order leaf leaf grad nested one-rank options "
-        "abort restart".split()
-    )
+    step = rng.choice(STEPS)
     common = [name for name in sd if not name.startswith("only")]
     sd, key = dict(sd), rng.choice(common)
     if step == "values":

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
 from common import assert_equal, files_can_not_grow, gather_all, like, mesh_of, shard, sizes, value
-from plan_oracle import Oracle, random_state, random_step
+from plan_oracle import STEPS, Oracle, random_state, random_step
 from torch.distributed.tensor import Replicate, Shard
 
 import dcp_native as dcp
@@ -478,8 +478,9 @@ def case_a_random_sequence_of_changes(ctx):
     rng = random.Random(20260 + ctx.size)
     sd, mesh = random_state(rng, mesh_of(ctx.size)), mesh_of(ctx.size)
     oracle, options = Oracle(), {}
-    for index in range(25):
-        step, sd, options = random_step(rng, sd, options, mesh, ctx)
+    steps = 2 * STEPS + ("values",) * 3
+    for index, step in enumerate(rng.sample(steps, len(steps))):
+        sd, options = random_step(rng, step, sd, options, mesh, ctx)
         if step == "restart":
             oracle.forget()
         fast = oracle.expects_fast(sd, options)

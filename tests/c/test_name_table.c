@@ -300,6 +300,52 @@ names_that_differ_in_one_byte_are_decoded_anew(void)
     maker_clean_up_plans(back, 2);
 }
 
+/* Each rank has a name of its own: in the place of the coordinator's, besides it, or not at all. */
+static void
+a_name_of_its_own_costs_a_rank_no_copy_of_the_others(void)
+{
+    enum { NAMES = 12, OWN = 5, KINDS = 3 };
+    struct dcp_plan coordinator = {0}, plans[KINDS] = {{0}}, back[KINDS] = {{0}};
+    struct dcp_name_tables tables = {0};
+    struct dcp_buf images[KINDS] = {{0}};
+    struct dcp_error err = {0};
+    char fqn[32];
+    for (uint32_t i = 0; i < NAMES; i++) {
+        snprintf(fqn, sizeof fqn, "layers.%u.weight", i);
+        (void)maker_name(&coordinator, fqn);
+        for (uint32_t kind = 0; kind < KINDS; kind++) {
+            if (i == OWN && kind != 2) {
+                (void)maker_name(&plans[kind], "rng.7");
+            }
+            if (i != OWN || kind == 1) {
+                (void)maker_name(&plans[kind], fqn);
+            }
+        }
+    }
+    know_names_of(&tables, &coordinator);
+    for (uint32_t kind = 0; kind < KINDS; kind++) {
+        encode(&plans[kind], false, &images[kind]);
+        CHECK_OK(
+            dcp_plan_decode_shared(images[kind].data, images[kind].len, &tables, &back[kind], &err),
+            &err);
+        uint32_t borrowed = 0;
+        for (uint32_t i = 0; i < back[kind].names_count; i++) {
+            for (uint32_t k = 0; k < NAMES; k++) {
+                borrowed += back[kind].names[i].fqn == tables.lender->names[k].fqn;
+            }
+        }
+        CHECK_EQ(borrowed, kind == 1 ? NAMES : NAMES - 1);
+        dcp_buf_clean_up(&images[kind]);
+    }
+    dcp_name_tables_clean_up(&tables); /* the tables keep what they borrow */
+    for (uint32_t kind = 0; kind < KINDS; kind++) {
+        CHECK(same_plan(&plans[kind], &back[kind]));
+    }
+    maker_clean_up_plans(plans, KINDS);
+    maker_clean_up_plans(back, KINDS);
+    dcp_plan_clean_up(&coordinator);
+}
+
 static void
 numbers_of_names_do_not_depend_on_sharing(void)
 {
@@ -446,5 +492,6 @@ CTEST_MAIN(RUN(plans_with_shared_names_come_back_equal);
            RUN(every_truncation_of_a_nameless_image_is_refused);
            RUN(mutations_never_give_a_plan_other_names_than_it_says);
            RUN(names_that_differ_in_one_byte_are_decoded_anew);
+           RUN(a_name_of_its_own_costs_a_rank_no_copy_of_the_others);
            RUN(numbers_of_names_do_not_depend_on_sharing); RUN(metadata_does_not_depend_on_sharing);
            RUN(running_out_of_memory_is_reported_and_leaks_nothing);)

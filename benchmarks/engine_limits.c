@@ -108,8 +108,7 @@ stop(struct bench *bench, enum row row)
 static uint8_t *
 map(uint64_t bytes)
 {
-    void *memory =
-        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(memory != MAP_FAILED, "mmap", NULL);
     madvise(memory, bytes, MADV_HUGEPAGE);
     memset(memory, 1, bytes);
@@ -151,7 +150,8 @@ make_metadata(struct bench *bench)
     struct dcp_storage_meta meta = {.version = "1.0.0"};
     must(dcp_global_plan_build(&bench->plan, 1, false, &bench->global, &bench->err) == 0,
          "global plan", &bench->err);
-    must(dcp_metadata_write(&bench->global, &meta, &bench->save_id, 0, &image, &bench->err) == 0,
+    must(dcp_metadata_write(&bench->global, &meta, &bench->save_id, 0, NULL, &image, &bench->err) ==
+             0,
          "metadata", &bench->err);
     must(dcp_metadata_read(image.data, image.len, &bench->md, &bench->err) == 0, "metadata",
          &bench->err);

@@ -35,11 +35,11 @@ struct rank {
     struct job *job;
     struct dcp_comm inner; /* of the simulated group */
     enum step step;
-    uint64_t since_ns;         /* CPU time at the last return from a collective */
-    uint64_t cpu_ns[STEPS];    /* SLOW */
-    uint64_t wall_ns[STEPS];   /* from entering the step to leaving it, waiting included */
+    uint64_t since_ns;       /* CPU time at the last return from a collective */
+    uint64_t cpu_ns[STEPS];  /* SLOW */
+    uint64_t wall_ns[STEPS]; /* from entering the step to leaving it, waiting included */
     uint64_t entered_ns;
-    uint64_t sent_bytes;       /* to the coordinator */
+    uint64_t sent_bytes; /* to the coordinator */
     uint64_t fast_cpu_ns, fast_wall_ns;
     uint64_t kept_items, own_bytes; /* what this rank keeps between saves */
 };
@@ -243,7 +243,7 @@ write_metadata(struct job *job, const struct dcp_group *group)
     struct dcp_error err = {0};
     uint64_t since_ns = cpu_now_ns();
 
-    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, &image, &err), &err);
+    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, NULL, &image, &err), &err);
     job->metadata_ns = cpu_now_ns() - since_ns;
     job->metadata_bytes = image.len;
     dcp_buf_clean_up(&image);

@@ -396,9 +396,12 @@ write_image(struct dcp_md_writer *w, uint64_t n0, const struct dcp_save_id *save
 
 int
 dcp_metadata_write(const struct dcp_global_plan *global, const struct dcp_storage_meta *meta,
-                   const struct dcp_save_id *save_id, uint64_t n0, struct dcp_buf *buf,
-                   struct dcp_error *err)
+                   const struct dcp_save_id *save_id, uint64_t n0, const struct dcp_links *links,
+                   struct dcp_buf *buf, struct dcp_error *err)
 {
+    if (links != NULL) {
+        return dcp_error_set(err, DCP_E_UNSUPPORTED, 0, NULL, "writing metadata: links");
+    }
     struct dcp_md_writer w = {.global = global, .meta = meta, .err = err};
     int rc = write_image(&w, n0, save_id, buf);
     dcp_metadata_clean_up(&w.md);

@@ -276,7 +276,7 @@ build_metadata(struct dcp_save *save, struct dcp_error *err)
 
     dcp_buf_clear(&save->metadata);
     rc = dcp_metadata_write(&installed->global, &save->meta, &save->info.save_id, save->info.n0,
-                            &save->metadata, err);
+                            NULL, &save->metadata, err);
     save->info.metadata_ns = dcp_now_ns() - start_ns;
     save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
     return rc;
@@ -445,8 +445,7 @@ static void
 discard_files(struct dcp_save *save)
 {
     const struct dcp_layout *layout = &dcp_save_installed(save)->layout;
-    struct dcp_claim files = {
-        .io = save->io, .dirfd = save->dirfd, .save_id = save->info.save_id};
+    struct dcp_claim files = {.io = save->io, .dirfd = save->dirfd, .save_id = save->info.save_id};
 
     for (uint32_t i = 0; i < save->created_files; i++) {
         char text[DCP_CLAIM_NAME_BYTES];

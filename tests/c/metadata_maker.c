@@ -75,8 +75,7 @@ metadata_sample_make(struct metadata_sample *sample, uint64_t seed)
     }
     for (uint64_t i = 0; i < 6; i++) {
         char fqn[400];
-        snprintf(fqn, sizeof fqn, "model.layers.%d.%s", (int)i,
-                 i == 2 ? long_name : "weight");
+        snprintf(fqn, sizeof fqn, "model.layers.%d.%s", (int)i, i == 2 ? long_name : "weight");
         uint64_t size[3] = {1 + maker_below(&rng, 8), 1 + maker_below(&rng, 400),
                             1 + maker_below(&rng, 70000)};
         int dtype = dtypes[maker_below(&rng, sizeof dtypes / sizeof dtypes[0])];
@@ -117,7 +116,7 @@ metadata_sample_image(const struct metadata_sample *sample, struct dcp_buf *imag
     };
     struct dcp_save_id save_id = {.bytes = {1, 2, 3, 4, 5, 6, 7, 8}};
     struct dcp_error err = {0};
-    must(dcp_metadata_write(&sample->global, &meta, &save_id, 300, image, &err), &err);
+    must(dcp_metadata_write(&sample->global, &meta, &save_id, 300, NULL, image, &err), &err);
 }
 
 static bool

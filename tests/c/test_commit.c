@@ -79,8 +79,9 @@ image_of(const struct dcp_claim *claim, struct dcp_buf *image)
 
     dcp_error_clear(&err);
     metadata_sample_make(&sample, 2);
-    CHECK_OK(dcp_metadata_write(&sample.global, &meta, &claim->save_id, claim->n0, image, &err),
-             &err);
+    CHECK_OK(
+        dcp_metadata_write(&sample.global, &meta, &claim->save_id, claim->n0, NULL, image, &err),
+        &err);
     metadata_sample_clean_up(&sample);
 }
 

@@ -39,6 +39,11 @@ struct dcp_hash128 dcp_content_hash_end(const struct dcp_content_hash *state);
 /* The same in one call. */
 struct dcp_hash128 dcp_content_hash_of(const void *data, size_t len);
 
+/* Which implementation runs: "avx512", "avx2", "portable".  All give the same hashes. */
+const char *dcp_content_hash_implementation(void);
+/* Tests and benchmarks: force one of them by name; false when this processor lacks it. */
+bool dcp_content_hash_force(const char *implementation);
+
 static inline bool
 dcp_hash128_equal(struct dcp_hash128 a, struct dcp_hash128 b)
 {

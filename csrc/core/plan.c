@@ -320,8 +320,9 @@ dcp_plan_fingerprint(const struct dcp_plan *plan, uint64_t salt)
     struct hasher h;
     h.salt = salt;
     h.len = 0;
-    uint32_t head[] = {plan->rank,      plan->thread_count, plan->single_file_per_rank,
-                       plan->has_paths, plan->names_count,  plan->items_count};
+    uint32_t head[] = {plan->rank,       plan->thread_count, plan->single_file_per_rank,
+                       plan->has_paths,  plan->content_hash, plan->names_count,
+                       plan->items_count};
     hasher_add(&h, head, sizeof head);
     for (uint32_t i = 0; i < plan->names_count; i++) {
         const struct dcp_name *name = &plan->names[i];

@@ -248,6 +248,7 @@ take_head(struct decoder *d, uint32_t *ret_names_count, uint32_t *ret_items_coun
     d->plan->thread_count = (uint32_t)thread_count;
     d->plan->single_file_per_rank = (flags & FLAG_SINGLE_FILE) != 0;
     d->plan->has_paths = (flags & FLAG_HAS_PATHS) != 0;
+    d->plan->content_hash = (flags & FLAG_CONTENT_HASH) != 0;
     *ret_names_count = (uint32_t)names_count;
     *ret_items_count = (uint32_t)items_count;
     return 0;

@@ -189,7 +189,8 @@ int
 dcp_plan_encode(const struct dcp_plan *plan, struct dcp_buf *buf, struct dcp_error *err)
 {
     unsigned flags = (plan->single_file_per_rank ? FLAG_SINGLE_FILE : 0u) |
-                     (plan->has_paths ? FLAG_HAS_PATHS : 0u);
+                     (plan->has_paths ? FLAG_HAS_PATHS : 0u) |
+                     (plan->content_hash ? FLAG_CONTENT_HASH : 0u);
     dcp_buf_put(buf, DCP_PLAN_MAGIC, MAGIC_BYTES);
     dcp_buf_put_u8(buf, VERSION);
     dcp_buf_put_u8(buf, (uint8_t)flags);

@@ -36,7 +36,8 @@ enum {
 enum flag_bits {
     FLAG_SINGLE_FILE = 1 << 0,
     FLAG_HAS_PATHS = 1 << 1,
-    FLAG_ALL = FLAG_SINGLE_FILE | FLAG_HAS_PATHS,
+    FLAG_CONTENT_HASH = 1 << 2,
+    FLAG_ALL = FLAG_SINGLE_FILE | FLAG_HAS_PATHS | FLAG_CONTENT_HASH,
 };
 
 enum path_mode { PATH_NONE = 0, PATH_CUT = 1, PATH_RAW = 2 };

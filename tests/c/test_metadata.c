@@ -26,9 +26,9 @@ case_index_and_pickle_say_the_same(void)
         dcp_error_clear(&err);
         CHECK_OK(dcp_metadata_read(image.data, image.len, &by_index, &err), &err);
         CHECK_OK(dcp_metadata_read_pickle(image.data, image.len, &by_pickle, &err), &err);
-        CHECK_OK(
-            dcp_metadata_from_plan(&sample.global, 300, &by_plan, &records, &records_count, &err),
-            &err);
+        CHECK_OK(dcp_metadata_from_plan(&sample.global, NULL, SAMPLE_N0, &by_plan, &records,
+                                        &records_count, &err),
+                 &err);
         CHECK(by_index.is_native && !by_pickle.is_native);
         CHECK_EQ(by_index.save_id.bytes[7], 8);
         CHECK(by_index.entries_count > 8 && by_index.chunks_count > by_index.entries_count);
@@ -73,7 +73,7 @@ case_places_are_those_of_the_layouts(void)
                     continue;
                 }
                 char file[64];
-                snprintf(file, sizeof file, "__%u_%u.distcp", p, 300 + record->file);
+                snprintf(file, sizeof file, "__%u_%u.distcp", p, SAMPLE_N0 + record->file);
                 const struct dcp_md_file *named = &md.files[chunk->file];
                 found = named->name_len == strlen(file) &&
                         memcmp(md.strings + named->name, file, named->name_len) == 0 &&

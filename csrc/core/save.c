@@ -1,10 +1,9 @@
 /*
- * save.c: one save from an open directory to a committed checkpoint (design sections 3 and 5).
+ * save.c: one save from an open directory to an agreed plan (design sections 3 and 5).
  *
- * The order is the promise: vote before anything is written, data durable on every rank before the
- * status all-reduce,
- * `.metadata` renamed only when every status is good, files swept only after that.  A save that
- * ends anywhere else drops its claim and leaves what was loadable before it as it was.
+ * The order of a whole save is its promise: vote before anything is written (here, save_plan.c),
+ * data durable on every rank before the status all-reduce (save_write.c), `.metadata` renamed only
+ * when every status is good, files swept only after that (save_commit.c).
  */
 #include "save.h"
 
@@ -27,12 +26,6 @@ copy_text(const char *text)
 }
 
 static bool
-is_ours(const struct dcp_save *save)
-{
-    return save->pid == getpid();
-}
-
-static bool
 copy_params(struct dcp_save *save, const struct dcp_save_params *params)
 {
     save->io = params->io;
@@ -45,11 +38,13 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->meta.checkpoint_id = save->checkpoint_id;
     save->meta.storage_save_id = save->storage_save_id;
     save->meta.version = save->version;
-    save->call_hash = params->call_hash;
+    /* Part of the call: where ranks differ in it the vote says so to all, and nobody shares. */
+    save->call_hash = params->call_hash + (params->share_metadata ? 1 : 0);
     save->plan_salt = params->plan_salt;
     save->independent = params->independent;
     save->to_lowest_rank = params->to_lowest_rank;
     save->sync = params->sync;
+    save->share_metadata = params->share_metadata;
     save->direct = params->direct;
     return save->dir_path != NULL &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&
@@ -263,230 +258,6 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
     save->agreed = true;
     count_kept(save);
     return 0;
-}
-
-/* ---- write ---- */
-
-static int
-build_metadata(struct dcp_save *save, struct dcp_error *err)
-{
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
-    uint64_t start_ns = dcp_now_ns();
-    int rc;
-
-    dcp_buf_clear(&save->metadata);
-    rc = dcp_metadata_write(&installed->global, &save->meta, &save->info.save_id, save->info.n0,
-                            NULL, &save->metadata, err);
-    save->info.metadata_ns = dcp_now_ns() - start_ns;
-    save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
-    return rc;
-}
-
-/* A full disk is better met before the first byte than at the last one. */
-static int
-check_space(struct dcp_save *save, uint64_t need_bytes, struct dcp_error *err)
-{
-    struct dcp_space space;
-    int rc = save->io->space(save->io->ctx, save->dirfd, &space);
-
-    if (rc == 0 && space.free_bytes < need_bytes) {
-        return dcp_error_set(err, DCP_E_IO, ENOSPC, save->dir_path,
-                             "not enough space in %s: this rank writes %llu bytes, %llu are free",
-                             save->dir_path, (unsigned long long)need_bytes,
-                             (unsigned long long)space.free_bytes);
-    }
-    return 0; /* where free space cannot be asked, the writes tell */
-}
-
-int
-dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
-               _Atomic uint64_t *progress_bytes, struct dcp_error *err)
-{
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
-    struct dcp_engine_options options = {
-        .direct = save->direct,
-        .sync = save->sync,
-        .cancel = cancel,
-        .progress_bytes = progress_bytes,
-        .created_files = &save->created_files,
-    };
-    uint64_t start_ns = dcp_now_ns();
-    int rc = 0;
-
-    if (!save->agreed) {
-        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
-                             "a save was written before it was agreed");
-    }
-    if (save->info.is_coordinator) {
-        rc = build_metadata(save, err);
-    }
-    if (rc == 0) {
-        rc = check_space(save, installed->layout.total_bytes, err);
-    }
-    if (rc == 0) {
-        rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, &installed->layout,
-                            sources, &save->info.save_id, save->info.n0, &options, NULL,
-                            &save->info.write, err);
-    }
-    /* The names must be durable before this rank says so. */
-    if (rc == 0 && save->sync) {
-        int sync_rc = save->io->fsync(save->io->ctx, save->dirfd);
-        if (sync_rc < 0) {
-            rc = dcp_error_set(err, DCP_E_IO, -sync_rc, save->dir_path,
-                               "could not sync the directory %s", save->dir_path);
-        }
-    }
-    save->info.write_ns = dcp_now_ns() - start_ns;
-    return rc;
-}
-
-/* ---- commit ---- */
-
-int
-dcp_save_publish(struct dcp_save *save, struct dcp_error *err)
-{
-    enum dcp_outcome outcome = DCP_OUTCOME_UNKNOWN;
-    uint64_t start_ns = dcp_now_ns();
-    int rc;
-
-    if (!is_ours(save) || !save->claimed || save->info.outcome != DCP_OUTCOME_UNKNOWN) {
-        return dcp_error_set(err, DCP_E_INVALID, 0, save->dir_path,
-                             "a save of %s was to be published that has no claim in this process",
-                             save->dir_path);
-    }
-    rc = dcp_claim_publish(&save->claim, save->metadata.data, save->metadata.len, &outcome, err);
-    if (rc != 0 && outcome == DCP_OUTCOME_UNKNOWN) {
-        struct dcp_error ignored;
-        dcp_error_clear(&ignored);
-        outcome = dcp_claim_settle(&save->claim, &ignored);
-        if (outcome == DCP_OUTCOME_COMMITTED) {
-            dcp_error_clear(err);
-            rc = 0;
-        }
-    }
-    dcp_save_conclude(save, rc == 0 ? DCP_OUTCOME_COMMITTED : outcome);
-    save->info.commit_ns = dcp_now_ns() - start_ns;
-    return rc;
-}
-
-void
-dcp_save_sweep(struct dcp_save *save)
-{
-    struct dcp_error ignored;
-
-    dcp_error_clear(&ignored);
-    if (save->info.outcome == DCP_OUTCOME_COMMITTED && save->claimed &&
-        dcp_claim_sweep(&save->claim, &save->info.swept_files, &ignored) != 0) {
-        save->info.swept_files = 0; /* leftovers lose nothing; the next commit sweeps them */
-    }
-}
-
-/* Collective, when the coordinator could not publish: what became of the save.  A rank that removed
- * its files on a guess could take them from a checkpoint that everybody sees already. */
-static void
-learn_outcome(struct dcp_save *save)
-{
-    struct dcp_group *group = save->group;
-    uint8_t outcome = (uint8_t)save->info.outcome;
-    struct dcp_error ignored;
-
-    dcp_error_clear(&ignored);
-    if (group->comm.broadcast(group->comm.ctx, group->coordinator, &outcome, sizeof outcome,
-                              &ignored) != 0) {
-        group->poisoned = true;
-    } else if (!save->info.is_coordinator && outcome <= DCP_OUTCOME_SUPERSEDED) {
-        dcp_save_conclude(save, (enum dcp_outcome)outcome);
-    }
-}
-
-int
-dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
-                struct dcp_failure_list *ret_failures, struct dcp_error *err)
-{
-    struct dcp_save_id any = {{0}};
-    const struct dcp_save_id *id = save->independent ? &any : &save->info.save_id;
-    struct dcp_error local;
-    struct dcp_failure publishing;
-    int rc = 0;
-
-    dcp_error_clear(&local);
-    if (!save->independent) {
-        rc = dcp_group_settle_failures(save->group, id, mine, ret_failures, err);
-        mine = NULL;
-    }
-    if (rc != 0) {
-        dcp_save_abandon(save);
-        return rc;
-    }
-    if (mine == NULL && save->info.is_coordinator && dcp_save_publish(save, &local) != 0) {
-        publishing = dcp_failure_from_error(&local, save->group->comm.rank);
-        mine = &publishing;
-    }
-    rc = dcp_group_settle_failures(save->group, id, mine, ret_failures, err);
-    if (rc != 0 && save->info.is_coordinator) {
-        dcp_save_abandon(save); /* nothing is undone where it is committed */
-    }
-    if (rc == DCP_E_PEER && !save->independent) {
-        learn_outcome(save);
-    }
-    if (rc != 0 && save->info.outcome != DCP_OUTCOME_COMMITTED) {
-        return rc;
-    }
-    save->info.outcome = DCP_OUTCOME_COMMITTED;
-    if (save->info.is_coordinator) {
-        dcp_save_sweep(save);
-    }
-    return rc;
-}
-
-/* Removes the files that this save created, finished or not: a full disk must not stay full.  One
- * whose header tells of another save is left. */
-static void
-discard_files(struct dcp_save *save)
-{
-    const struct dcp_layout *layout = &dcp_save_installed(save)->layout;
-    struct dcp_claim files = {.io = save->io, .dirfd = save->dirfd, .save_id = save->info.save_id};
-
-    for (uint32_t i = 0; i < save->created_files; i++) {
-        char text[DCP_CLAIM_NAME_BYTES];
-        const char *name = text;
-
-        dcp_data_file_name(text, sizeof text, save->plan.rank,
-                           save->info.n0 + layout->files[i].index);
-        dcp_claim_discard(&files, &name, 1);
-    }
-    save->created_files = 0;
-}
-
-enum dcp_outcome
-dcp_save_abandon(struct dcp_save *save)
-{
-    struct dcp_error ignored;
-
-    if (save->info.outcome != DCP_OUTCOME_UNKNOWN || !is_ours(save)) {
-        return save->info.outcome;
-    }
-    dcp_error_clear(&ignored);
-    if (save->claimed) {
-        save->info.outcome = dcp_claim_settle(&save->claim, &ignored);
-        dcp_save_conclude(save, save->info.outcome);
-    } else if (!save->group->poisoned) {
-        /* Everybody heard of the failure, so the coordinator commits nothing. */
-        dcp_save_conclude(save, DCP_OUTCOME_ABORTED);
-    }
-    return save->info.outcome;
-}
-
-void
-dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome)
-{
-    if (!is_ours(save)) {
-        return;
-    }
-    save->info.outcome = outcome;
-    if (outcome == DCP_OUTCOME_ABORTED || outcome == DCP_OUTCOME_SUPERSEDED) {
-        discard_files(save);
-    }
 }
 
 void

@@ -1,5 +1,5 @@
 /*
- * save.h: one save in flight (private to save.c and save_plan.c).
+ * save.h: one save in flight (private to save.c, save_plan.c, save_write.c and save_commit.c).
  */
 #ifndef DCP_CORE_SAVE_H
 #define DCP_CORE_SAVE_H
@@ -18,7 +18,7 @@ struct dcp_save {
     char *identity;
     struct dcp_storage_meta meta; /* points at the copies */
     uint64_t call_hash, plan_salt;
-    bool independent, to_lowest_rank, sync;
+    bool independent, to_lowest_rank, sync, share_metadata;
     enum dcp_direct direct;
 
     pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
@@ -28,9 +28,9 @@ struct dcp_save {
     struct dcp_plan plan;
     struct dcp_hash128 fingerprint;
     struct dcp_installed_plan own; /* of an independent save; else the group's is used */
-    struct dcp_buf metadata;       /* coordinator: the image */
+    struct dcp_buf metadata;       /* the image, where info.metadata tells */
     struct dcp_save_info info;
-    bool agreed; /* the plan in `dcp_save_installed` holds for this save */
+    bool agreed;            /* the plan in `dcp_save_installed` holds for this save */
     uint32_t created_files; /* by this save: the first ones of the layout */
 };
 

@@ -16,6 +16,7 @@
 #include "native_run.h"
 #include "save_info.h"
 #include "save_items.h"
+#include "save_params.h"
 
 /* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
  * can make a rank enter the same one twice. */
@@ -110,44 +111,6 @@ run_collective(PyObject *object, native_fn fn, PyObject *record)
 
 /* ---- construction ---- */
 
-static int
-parse_params(PyObject *args, PyObject *kwargs, PyObject **ret_group, struct dcp_save_params *params)
-{
-    static char *names[] = {"group",
-                            "path",
-                            "checkpoint_id",
-                            "checkpoint_id_is_path",
-                            "save_id",
-                            "version",
-                            "identity",
-                            "call_hash",
-                            "plan_salt",
-                            "use_collectives",
-                            "dedup_save_to_lowest_rank",
-                            "sync_files",
-                            "direct",
-                            NULL};
-    unsigned long long call_hash = 0, plan_salt = 0;
-    int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, direct = DCP_DIRECT_AUTO;
-
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKpppi:Save", names, ret_group,
-                                     &params->dir_path, &params->meta.checkpoint_id, &is_path,
-                                     &params->meta.storage_save_id, &params->meta.version,
-                                     &params->identity, &call_hash, &plan_salt, &use_collectives,
-                                     &lowest, &sync, &direct)) {
-        return -1;
-    }
-    params->io = dcp_io_posix();
-    params->meta.checkpoint_id_is_path = is_path != 0;
-    params->call_hash = call_hash;
-    params->plan_salt = plan_salt;
-    params->independent = use_collectives == 0;
-    params->to_lowest_rank = lowest != 0;
-    params->sync = sync != 0;
-    params->direct = (enum dcp_direct)direct;
-    return 0;
-}
-
 static PyObject *
 save_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -158,7 +121,7 @@ save_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *group_arg;
     struct dcp_error err;
 
-    if (state == NULL || parse_params(args, kwargs, &group_arg, &params) != 0) {
+    if (state == NULL || save_params_parse(args, kwargs, &group_arg, &params) != 0) {
         return NULL;
     }
     if (!Py_IS_TYPE(group_arg, state->group_type)) {
@@ -553,7 +516,8 @@ static PyMethodDef save_methods[] = {
 PyDoc_STRVAR(save_doc,
              "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
              "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
-             "dedup_save_to_lowest_rank=False, sync_files=True, direct=0)\n--\n\n"
+             "dedup_save_to_lowest_rank=False, sync_files=True, broadcast_metadata=False, "
+             "direct=0)\n--\n\n"
              "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {

@@ -282,7 +282,7 @@ write_metadata(struct job *job, int round, const struct dcp_group *group)
     struct dcp_error err = {0};
     uint64_t since_ns = cpu_now_ns();
 
-    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, &image, &err), &err);
+    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, NULL, &image, &err), &err);
     job->metadata_ns[round] = cpu_now_ns() - since_ns;
     job->metadata_bytes[round] = image.len;
     dcp_buf_clean_up(&image);

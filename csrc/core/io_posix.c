@@ -19,8 +19,10 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <stddef.h>
+#include <linux/fs.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -32,6 +34,7 @@
 
 enum {
     DIRECTORY_MODE = 0777, /* less umask, as mkdir -p */
+    FILE_MODE = 0666,      /* less umask */
     RAW_STATX_DIOALIGN = 0x2000,
     RAW_SYS_CACHESTAT = 451, /* the same number on every architecture */
     /* Mapped at a time for mincore, with room for one byte per page of 4 KiB or more. */
@@ -141,10 +144,36 @@ posix_close(void *ctx, int fd)
 }
 
 static int
-posix_link_at(void *ctx, int dirfd, const char *from, const char *to)
+posix_link_at(void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to)
 {
     (void)ctx;
-    return result(linkat(dirfd, from, dirfd, to, 0));
+    return result(linkat(from_dirfd, from, to_dirfd, to, 0));
+}
+
+static int
+posix_clone_at(void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to)
+{
+    int from_fd = openat(from_dirfd, from, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    int to_fd, rc;
+    (void)ctx;
+
+    if (from_fd < 0) {
+        return -errno;
+    }
+    to_fd = openat(to_dirfd, to, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, FILE_MODE);
+    rc = to_fd < 0 ? -errno : 0;
+    if (rc == 0 && ioctl(to_fd, FICLONE, from_fd) != 0) {
+        /* What file systems without reflink say; "invalid" where the two ends differ too much. */
+        rc = errno == ENOTTY || errno == EINVAL || errno == EBADF ? -EOPNOTSUPP : -errno;
+    }
+    if (to_fd >= 0 && close(to_fd) != 0 && rc == 0) {
+        rc = -errno;
+    }
+    if (to_fd >= 0 && rc != 0) {
+        (void)unlinkat(to_dirfd, to, 0);
+    }
+    close(from_fd);
+    return rc;
 }
 
 static int
@@ -254,6 +283,13 @@ posix_fsync(void *ctx, int fd)
 {
     (void)ctx;
     return result(fsync(fd));
+}
+
+static int
+posix_chmod(void *ctx, int fd, unsigned mode)
+{
+    (void)ctx;
+    return result(fchmod(fd, (mode_t)mode));
 }
 
 static int
@@ -456,7 +492,9 @@ static const struct dcp_io posix_table = {
     .flush_range = posix_flush_range,
     .cached = posix_cached,
     .space = posix_space,
+    .chmod = posix_chmod,
     .link_at = posix_link_at,
+    .clone_at = posix_clone_at,
     .rename_at = posix_rename_at,
     .unlink_at = posix_unlink_at,
     .list = posix_list,

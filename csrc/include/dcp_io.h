@@ -63,7 +63,11 @@ struct dcp_io {
     int (*cached)(void *ctx, int fd, uint64_t offset,
                   uint64_t len); /* percent of the range in the page cache; -ENOSYS */
     int (*space)(void *ctx, int dirfd, struct dcp_space *ret);
-    int (*link_at)(void *ctx, int dirfd, const char *from, const char *to);
+    int (*chmod)(void *ctx, int fd, unsigned mode);
+    int (*link_at)(void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to);
+    /* A new file (O_EXCL) that shares the bytes of another until one of them is written to:
+     * FICLONE. -EOPNOTSUPP where the file system cannot.  No file is left behind on failure. */
+    int (*clone_at)(void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to);
     int (*rename_at)(void *ctx, int dirfd, const char *from, const char *to);
     int (*unlink_at)(void *ctx, int dirfd, const char *name);
     int (*list)(void *ctx, int dirfd, dcp_list_fn fn, void *fn_ctx);

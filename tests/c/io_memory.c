@@ -263,7 +263,7 @@ memory_close(void *ctx, int fd)
 }
 
 static int
-change_names(struct io_called *call, int dirfd, const char *from, const char *to, bool keep_from)
+change_names(struct io_called *call, int dirfd, const char *from, const char *to)
 {
     struct io_dir *dir = fd_dir(call->fs, dirfd);
     struct io_entry *entry;
@@ -275,25 +275,79 @@ change_names(struct io_called *call, int dirfd, const char *from, const char *to
     if (dir->removed || entry == NULL) {
         return -ENOENT;
     }
-    if (keep_from && io_entries_find(&dir->entries, to) != NULL) {
+    io_dir_change(call->process, dir, from, to, entry->inode);
+    return 0;
+}
+
+/* What `from` names gets, or by `clone` its bytes get, the name `to` as well. */
+static int
+add_name(struct io_called *call, int from_dirfd, const char *from, int to_dirfd, const char *to,
+         bool clone)
+{
+    struct io_dir *from_dir = fd_dir(call->fs, from_dirfd), *to_dir = fd_dir(call->fs, to_dirfd);
+    struct io_entry *entry;
+    struct io_inode *inode;
+
+    if (from_dir == NULL || to_dir == NULL || call->before != 0) {
+        return from_dir == NULL || to_dir == NULL ? -EBADF : 0;
+    }
+    entry = io_entries_find(&from_dir->entries, from);
+    if (from_dir->removed || to_dir->removed || entry == NULL) {
+        return -ENOENT;
+    }
+    if (io_entries_find(&to_dir->entries, to) != NULL) {
         return -EEXIST;
     }
-    io_dir_change(call->process, dir, keep_from ? "" : from, to, entry->inode);
+    if (clone && call->fs->without_clones) {
+        return -EOPNOTSUPP;
+    }
+    inode = entry->inode;
+    if (clone) {
+        inode = io_inode_new(call->fs,
+                             (uint64_t)(call->process->id + 1) << 16 | call->process->files_made++);
+        io_inode_reserve(inode, entry->inode->len);
+        if (entry->inode->len > 0) {
+            memcpy(inode->data, entry->inode->data, entry->inode->len);
+        }
+        inode->len = entry->inode->len;
+        io_inode_touch(inode, 0, inode->len);
+    }
+    io_note(call, inode->label);
+    io_dir_change(call->process, to_dir, "", to, inode);
     return 0;
 }
 
 static int
-memory_link_at(void *ctx, int dirfd, const char *from, const char *to)
+memory_link_at(void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to)
 {
     struct io_called call = io_begin(ctx, IO_LINK_AT, to);
-    return (int)io_end(&call, change_names(&call, dirfd, from, to, true));
+    return (int)io_end(&call, add_name(&call, from_dirfd, from, to_dirfd, to, false));
+}
+
+static int
+memory_clone_at(void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to)
+{
+    struct io_called call = io_begin(ctx, IO_CLONE_AT, to);
+    return (int)io_end(&call, add_name(&call, from_dirfd, from, to_dirfd, to, true));
+}
+
+static int
+memory_chmod(void *ctx, int fd, unsigned mode)
+{
+    struct io_called call = io_begin(ctx, IO_CHMOD, "");
+    struct io_inode *inode = io_fd_file(call.fs, fd);
+
+    if (inode != NULL && call.before == 0) {
+        inode->mode = mode;
+    }
+    return (int)io_end(&call, inode == NULL ? -EBADF : 0);
 }
 
 static int
 memory_rename_at(void *ctx, int dirfd, const char *from, const char *to)
 {
     struct io_called call = io_begin(ctx, IO_RENAME_AT, to);
-    int rc = change_names(&call, dirfd, from, to, false);
+    int rc = change_names(&call, dirfd, from, to);
 
     if (rc != 0) {
         call.after = 0; /* there is no success whose reply could be lost */
@@ -305,7 +359,7 @@ static int
 memory_unlink_at(void *ctx, int dirfd, const char *name)
 {
     struct io_called call = io_begin(ctx, IO_UNLINK_AT, name);
-    int rc = change_names(&call, dirfd, name, "", false);
+    int rc = change_names(&call, dirfd, name, "");
 
     if (rc != 0) {
         call.after = 0;
@@ -387,7 +441,9 @@ io_memory_process(struct io_memory *fs, unsigned id)
         .dup_dir = memory_dup_dir,
         .open_at = memory_open_at,
         .close = memory_close,
+        .chmod = memory_chmod,
         .link_at = memory_link_at,
+        .clone_at = memory_clone_at,
         .rename_at = memory_rename_at,
         .unlink_at = memory_unlink_at,
         .list = memory_list,
@@ -422,6 +478,12 @@ void
 io_memory_set_dio(struct io_memory *fs, struct dcp_dio_align align)
 {
     fs->dio = align;
+}
+
+void
+io_memory_set_clones(struct io_memory *fs, bool can_clone)
+{
+    fs->without_clones = !can_clone;
 }
 
 uint64_t

@@ -37,7 +37,9 @@ enum io_call {
     IO_FLUSH_RANGE,
     IO_CACHED,
     IO_SPACE,
+    IO_CHMOD,
     IO_LINK_AT,
+    IO_CLONE_AT,
     IO_RENAME_AT,
     IO_UNLINK_AT,
     IO_LIST,
@@ -92,6 +94,8 @@ struct io_memory_process *io_memory_process(struct io_memory *fs, unsigned id);
 
 /* What direct I/O asks for; mem_bytes 0: there is none. */
 void io_memory_set_dio(struct io_memory *fs, struct dcp_dio_align align);
+/* Off: clone_at is -EOPNOTSUPP, as on most file systems.  On at first. */
+void io_memory_set_clones(struct io_memory *fs, bool can_clone);
 
 /* Ends every process; with `power_cut` only the durable state and a choice of the rest survive.
  * Faults are cleared. */
@@ -114,6 +118,8 @@ const char *io_memory_name(const struct io_memory *fs, const char *path, size_t 
 /* Borrowed; NULL when there is no such file. */
 const uint8_t *io_memory_file(const struct io_memory *fs, const char *path, const char *name,
                               size_t *ret_len);
+/* Permission bits of the last chmod; 0: there was none. */
+unsigned io_memory_file_mode(const struct io_memory *fs, const char *path, const char *name);
 /* Puts a durable file there. */
 void io_memory_put_file(struct io_memory *fs, const char *path, const char *name, const void *data,
                         size_t len);

@@ -18,6 +18,7 @@ struct io_inode {
     size_t allocated;             /* by fallocate */
     uint8_t *dirty;               /* per block: differs from `durable` since the last fsync */
     unsigned names, opens;
+    unsigned mode; /* by chmod */
     uint64_t hash; /* of data; 0: not known */
 };
 
@@ -61,7 +62,7 @@ struct io_memory {
     uint64_t random;
     struct io_memory_faults faults;
     struct dcp_dio_align dio;
-    bool crashed;
+    bool crashed, without_clones;
     uint64_t calls[IO_CALLS + 1]; /* the last counts all */
     struct io_inode *inodes;
     struct io_dir dirs[IO_MEMORY_DIRS];

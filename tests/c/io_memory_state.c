@@ -393,6 +393,15 @@ io_memory_name(const struct io_memory *fs, const char *path, size_t i)
     return io_dir_find(fs, path)->entries.items[i].name;
 }
 
+unsigned
+io_memory_file_mode(const struct io_memory *fs, const char *path, const char *name)
+{
+    const struct io_dir *dir = io_dir_find(fs, path);
+    const struct io_entry *entry = dir == NULL ? NULL : io_entries_find(&dir->entries, name);
+
+    return entry == NULL ? 0 : entry->inode->mode;
+}
+
 const uint8_t *
 io_memory_file(const struct io_memory *fs, const char *path, const char *name, size_t *ret_len)
 {

@@ -198,8 +198,11 @@ PASS_ON(int, flush_range, (void *ctx, int fd, uint64_t offset, uint64_t len, boo
 PASS_ON(int, cached, (void *ctx, int fd, uint64_t offset, uint64_t len), (INNER, fd, offset, len),
         REPLY)
 PASS_ON(int, space, (void *ctx, int dirfd, struct dcp_space *ret), (INNER, dirfd, ret), REPLY)
-PASS_ON(int, link_at, (void *ctx, int dirfd, const char *from, const char *to), (INNER, dirfd, from,
-        to), REPLY)
+PASS_ON(int, chmod, (void *ctx, int fd, unsigned mode), (INNER, fd, mode), REPLY)
+PASS_ON(int, link_at, (void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to),
+        (INNER, from_dirfd, from, to_dirfd, to), REPLY)
+PASS_ON(int, clone_at, (void *ctx, int from_dirfd, const char *from, int to_dirfd, const char *to),
+        (INNER, from_dirfd, from, to_dirfd, to), REPLY)
 PASS_ON(int, rename_at, (void *ctx, int dirfd, const char *from, const char *to), (INNER, dirfd,
         from, to), REPLY)
 PASS_ON(int, unlink_at, (void *ctx, int dirfd, const char *name), (INNER, dirfd, name), REPLY)
@@ -241,7 +244,9 @@ io_faults_init(struct io_faults *faults, const struct dcp_io *inner)
         .flush_range = faulty_flush_range,
         .cached = faulty_cached,
         .space = faulty_space,
+        .chmod = faulty_chmod,
         .link_at = faulty_link_at,
+        .clone_at = faulty_clone_at,
         .rename_at = faulty_rename_at,
         .unlink_at = faulty_unlink_at,
         .list = faulty_list,

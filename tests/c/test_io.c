@@ -132,7 +132,7 @@ failures_are_negated_errno(void)
     CHECK_EQ(place.io->fallocate(NULL, fd, UINT64_MAX, 2), -EFBIG);
     CHECK_EQ(place.io->unlink_at(NULL, place.dirfd, "absent"), -ENOENT);
     CHECK_EQ(place.io->rename_at(NULL, place.dirfd, "absent", "file"), -ENOENT);
-    CHECK_EQ(place.io->link_at(NULL, place.dirfd, "file", "file"), -EEXIST);
+    CHECK_EQ(place.io->link_at(NULL, place.dirfd, "file", place.dirfd, "file"), -EEXIST);
     CHECK_EQ(place.io->close(NULL, read_only), 0);
     CHECK_EQ(place.io->close(NULL, fd), 0);
     CHECK_EQ(place.io->close(NULL, fd), -EBADF);
@@ -243,11 +243,63 @@ a_rename_replaces_and_a_link_does_not(void)
     CHECK_EQ(place.io->rename_at(NULL, place.dirfd, "a", "b"), 0);
     CHECK_EQ(place.io->fstat(NULL, b, &st), 0);
     CHECK_EQ(st.links, 0);
-    CHECK_EQ(place.io->link_at(NULL, place.dirfd, "b", "c"), 0);
+    CHECK_EQ(place.io->link_at(NULL, place.dirfd, "b", place.dirfd, "c"), 0);
     CHECK_EQ(place.io->fstat(NULL, a, &st), 0);
     CHECK_EQ(st.links, 2);
     CHECK_EQ(place.io->close(NULL, a), 0);
     CHECK_EQ(place.io->close(NULL, b), 0);
+    place_remove(&place);
+}
+
+/* Where the file system has no reflinks (TMPDIR says which one is tried), nothing is left behind. */
+static void
+a_clone_has_the_bytes_and_is_a_file_of_its_own(void)
+{
+    uint8_t was, is, other = 0xAB;
+    struct place place;
+    struct dcp_stat st;
+    int a, c, rc;
+
+    place_make(&place);
+    a = make_file(&place, "a", 3 * PAGE + 7);
+    CHECK_EQ(place.io->clone_at(NULL, place.dirfd, "absent", place.dirfd, "c"), -ENOENT);
+    CHECK_EQ(place.io->open_at(NULL, place.dirfd, "c", O_RDONLY, 0), -ENOENT);
+    CHECK_EQ(place.io->clone_at(NULL, place.dirfd, "a", place.dirfd, "a"), -EEXIST);
+    rc = place.io->clone_at(NULL, place.dirfd, "a", place.dirfd, "c");
+    CHECK(rc == 0 || rc == -EOPNOTSUPP);
+    c = place.io->open_at(NULL, place.dirfd, "c", O_RDWR, 0);
+    CHECK_EQ(c >= 0, rc == 0);
+    if (rc == 0) {
+        CHECK_EQ(place.io->fstat(NULL, c, &st), 0);
+        CHECK(st.size_bytes == 3 * PAGE + 7 && st.links == 1);
+        CHECK_EQ(place.io->pread(NULL, a, &was, 1, PAGE), 1);
+        CHECK_EQ(place.io->pread(NULL, c, &is, 1, PAGE), 1);
+        CHECK_EQ(is, was);
+        CHECK_EQ(place.io->pwrite(NULL, c, &other, 1, PAGE), 1);
+        CHECK_EQ(place.io->pread(NULL, a, &is, 1, PAGE), 1);
+        CHECK_EQ(is, was);
+        CHECK_EQ(place.io->close(NULL, c), 0);
+    } else {
+        printf("     (no reflinks in %s)\n", place.path);
+    }
+    CHECK_EQ(place.io->close(NULL, a), 0);
+    place_remove(&place);
+}
+
+static void
+a_mode_is_that_of_the_file_and_not_of_the_name(void)
+{
+    struct place place;
+    struct stat st;
+    int a;
+
+    place_make(&place);
+    a = make_file(&place, "a", 1);
+    CHECK_EQ(place.io->link_at(NULL, place.dirfd, "a", place.dirfd, "b"), 0);
+    CHECK_EQ(place.io->chmod(NULL, a, 0444), 0);
+    CHECK_EQ(fstatat(place.dirfd, "b", &st, 0), 0);
+    CHECK_EQ(st.st_mode & 07777, 0444);
+    CHECK_EQ(place.io->close(NULL, a), 0);
     place_remove(&place);
 }
 
@@ -556,6 +608,8 @@ CTEST_MAIN(RUN(mkdirs_makes_every_part_and_is_content_with_what_is_there);
            RUN(bytes_come_back_and_sizes_are_told); RUN(names_are_listed_from_the_start_every_time);
            RUN(a_removed_directory_is_recognised_by_its_descriptor);
            RUN(a_rename_replaces_and_a_link_does_not);
+           RUN(a_clone_has_the_bytes_and_is_a_file_of_its_own);
+           RUN(a_mode_is_that_of_the_file_and_not_of_the_name);
            RUN(direct_writes_work_at_the_alignment_that_is_told);
            RUN(files_in_memory_are_told_from_files_on_disk);
            RUN(cached_counts_pages_that_are_resident);

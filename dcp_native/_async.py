@@ -83,6 +83,7 @@ def start(
             agreement.connect(process_group)
         save.plan(state_dict)
         save.agree()
+        save.compare()
     except BaseException as error:  # CheckpointException is no Exception
         interrupt = save.interrupt()
         save.leave(error)

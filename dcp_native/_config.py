@@ -22,6 +22,14 @@ class Config:
             refuses are unpickled as torch does.  Off: refused by name.
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
+        incremental_links: how a save with ``base=`` takes over unchanged data files.
+            ``"reflink"`` shares their blocks (btrfs, XFS, bcachefs and the like; where the file
+            system cannot, everything is written and the report says so).  ``"hard"`` makes hard
+            links, on any file system, and makes the files read-only, for whoever truncates one of
+            them in place (as stock torch's overwrite does, run as root) damages every checkpoint
+            that links it.
+        content_hash: store content hashes with every save, so that the next one can name it as
+            its ``base``.  A save that is given a base stores them anyway.
         broadcast_metadata: ``save`` gives every rank the metadata itself; else all but the
             coordinator read it from the checkpoint when they first look at it.  Only where all
             ranks of a save have this set, and not for ``async_save``, whose background runs no
@@ -33,6 +41,8 @@ class Config:
     strict_coverage: bool = True
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
+    incremental_links: Literal["reflink", "hard"] = "reflink"
+    content_hash: bool = False
     broadcast_metadata: bool = False
     native: bool = True
 
@@ -41,10 +51,18 @@ class Config:
             raise ValueError(
                 f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
             )
+        if self.incremental_links not in LINK_MODE:
+            raise ValueError(
+                f"incremental_links must be one of {sorted(LINK_MODE)}, "
+                f"not {self.incremental_links!r}"
+            )
 
 
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+
+LINK_MODE = {"reflink": 0, "hard": 1}
+"""Values of enum dcp_link_mode (csrc/include/dcp_transfer.h)."""
 
 
 def _as_bool(text: str) -> bool:
@@ -60,6 +78,8 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE_INCREMENTAL_LINKS": ("incremental_links", str),
+    "DCP_NATIVE_CONTENT_HASH": ("content_hash", _as_bool),
     "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSys
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 
 from . import _native
-from ._config import DIRECT_IO, config
+from ._config import DIRECT_IO, LINK_MODE, config
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
@@ -38,12 +38,14 @@ class NativeSave:
         *,
         use_collectives: bool,
         kind: str,
+        base: str | os.PathLike | None = None,
     ) -> None:
         self.writer = writer
         self.planner = planner
         self.group = group
         self.use_collectives = use_collectives
         self.kind = kind
+        self.base = None if base is None else os.fspath(base)
         self.error: BaseException | None = None
         self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
@@ -59,13 +61,18 @@ class NativeSave:
             save_id=None if meta is None else meta.save_id,
             version=CURRENT_DCP_VERSION,
             identity=f"host {socket.gethostname()} pid {os.getpid()} rank {group.rank}",
-            call_hash=hash64(kind, os.fspath(writer.path), use_collectives, writer.overwrite),
+            call_hash=hash64(
+                kind, os.fspath(writer.path), use_collectives, writer.overwrite, self.base
+            ),
             plan_salt=hash64(lowest, flatten, self._plan_number),
             use_collectives=use_collectives,
             dedup_save_to_lowest_rank=lowest,
             sync_files=writer.sync_files,
             broadcast_metadata=config().broadcast_metadata and kind == "save",
             direct=DIRECT_IO[config().direct_io],
+            base=self.base,
+            link_mode=LINK_MODE[config().incremental_links],
+            content_hash=config().content_hash,
         )
 
     # ---- local steps: errors wait for the next agreement ----
@@ -153,11 +160,26 @@ class NativeSave:
         if not self._native.info()["call_agrees"]:
             warnings.warn(
                 "the ranks of this save were called differently: checkpoint id, kind of save, "
-                "use_collectives, overwrite and config.broadcast_metadata must agree. This rank's "
-                f"checkpoint id is {self.writer.path}; only the coordinator's directory is "
-                "committed.",
+                "use_collectives, overwrite, base and config.broadcast_metadata must agree. This "
+                f"rank's checkpoint id is {self.writer.path}, its base {self.base}; only the "
+                "coordinator's directory is committed.",
                 stacklevel=6,
             )
+
+    def compare(self) -> None:
+        """With a base, collective: what has not changed since is linked, not written."""
+        if not self.use_collectives:
+            if self.error is None:
+                try:
+                    self._native.compare(None)
+                except BaseException as error:
+                    self.fail(error)
+            return
+        try:
+            failures = self._native.compare(as_record(self.error))
+        except BaseException as error:
+            raise_alone("plan", self.group.rank, error, self._native.interrupt())
+        raise_failures("plan", failures, self.group.rank, self.error, self._native.interrupt())
 
     def leave(self, error: BaseException) -> None:
         """This rank breaks off with ``error``: let the others fail by name where they wait for it.
@@ -186,7 +208,22 @@ class NativeSave:
         """Report a committed save; its Metadata, not yet read."""
         info = self._native.info()
         set_report({"kind": self.kind, "path": "native", "reason": None, **info})
+        self._warn_if_nothing_was_trained(info)
         return lazy_metadata(self._native.metadata(), self._metadata_path, info["save_id"])
+
+    def _warn_if_nothing_was_trained(self, info: dict[str, Any]) -> None:
+        count = info["trainable_items"]
+        if (
+            info["is_coordinator"]
+            and info["trainable_bytes"] > 0
+            and info["trainable_unchanged"] == count
+        ):
+            logger.warning(
+                "%s: not one of the %d trainable tensors that rank %d saves has changed since the "
+                "checkpoint before; that is nearly always a bug in the trainer (an optimizer that "
+                "never steps, a state dict taken from another model)",
+                self.writer.path, count, self.group.rank,
+            )  # fmt: skip
 
     def info(self) -> dict[str, Any]:
         """Facts of the native save."""

@@ -29,7 +29,7 @@ from typing_extensions import deprecated
 
 from . import _async, _roles
 from ._groups import group_for
-from ._report import note_path
+from ._report import logger, note_path
 from ._save import NativeSave
 
 __all__ = [
@@ -78,6 +78,7 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    base: str | os.PathLike | None = None,
 ) -> Metadata:
     """Save a state dict, each rank its own shards; mirrors ``torch.distributed.checkpoint.save``.
 
@@ -89,6 +90,11 @@ def save(
         process_group: ranks that save together; default: all.
         no_dist: save this process's state alone.
         use_collectives: False lets every rank write its own ``__{rank}.metadata``.
+        base: directory of an earlier checkpoint of ours, maybe ``checkpoint_id`` itself (not in
+            torch).  Tensors that have not changed since are linked from there instead of written
+            (``Config.incremental_links`` says how); the result needs the base no longer, and stock
+            torch loads it.  Where nothing can be taken over everything is written, and
+            ``last_report()["base_reason"]`` says why.  Give it on all ranks or on none.
 
     Returns:
         The checkpoint's metadata; it is read from memory or disk when first looked at.
@@ -103,7 +109,9 @@ def save(
         warnings.warn(_NO_DIST_TEXT, stacklevel=2)
     with _profile():
         writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
-        return _save(state_dict, writer, process_group, 0, no_dist, planner, use_collectives, True)
+        return _save(
+            state_dict, writer, process_group, 0, no_dist, planner, use_collectives, True, base
+        )
 
 
 @_dcp_method_logger(log_exceptions=True)
@@ -118,11 +126,13 @@ def async_save(
     async_stager: AsyncStager | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    base: str | os.PathLike | None = None,
 ) -> Future | AsyncSaveResponse:
     """Save in the background; mirrors ``torch.distributed.checkpoint.async_save``.
 
     Plans (a collective call) and copies what this rank keeps before it returns; after that the
     caller may change every tensor.  Writing and committing need no Python and no collectives.
+    With ``base`` (see :func:`save`) only what has changed since is copied and written.
 
     Returns:
         A future of the Metadata, or AsyncSaveResponse when the stager stages asynchronously.
@@ -148,6 +158,7 @@ def async_save(
         reason = "use_collectives is False"
     note_path("async_save", reason)
     if reason is not None:
+        _note_unused_base(base, reason)
         return _torch.async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
@@ -166,6 +177,7 @@ def async_save(
         group_for(process_group, alone),
         use_collectives=use_collectives,
         kind="async_save",
+        base=base,
     )
     upload = _async.start(save_, state_dict, None if alone else process_group, alone)
     if async_stager is not None and _async.stages_asynchronously(async_stager):
@@ -173,6 +185,16 @@ def async_save(
         staged.set_result(None)
         return AsyncSaveResponse(staging_completion=staged, upload_completion=upload)
     return upload
+
+
+def _note_unused_base(base: str | os.PathLike | None, reason: str) -> None:
+    """A full save loses nothing; that it is one must not go unnoticed."""
+    if base is not None:
+        logger.warning(
+            "base=%s is not used and everything is written: torch's own implementation runs, "
+            "because %s",
+            os.fspath(base), reason,
+        )  # fmt: skip
 
 
 def _save_state_dict(
@@ -207,10 +229,12 @@ def _save(
     planner: SavePlanner | None,
     use_collectives: bool,
     call_stateful: bool,
+    base: str | os.PathLike | None = None,
 ) -> Metadata:
     reason = _roles.save_reason(writer, planner) or _roles.group_reason(process_group, no_dist)
     note_path("save", reason)
     if reason is not None:
+        _note_unused_base(base, reason)
         return _torch._save_state_dict(
             _stateful_to_state_dict(state_dict) if call_stateful else state_dict,
             writer,
@@ -223,12 +247,15 @@ def _save(
     _async.wait_for_save_in_flight()
     alone = no_dist or not (dist.is_available() and dist.is_initialized())
     group = group_for(process_group, alone, 0 if alone else coordinator_rank)
-    save_ = NativeSave(writer, planner, group, use_collectives=use_collectives, kind="save")
+    save_ = NativeSave(
+        writer, planner, group, use_collectives=use_collectives, kind="save", base=base
+    )
     try:
         if call_stateful:
             state_dict = _stateful_to_state_dict(state_dict)
         save_.plan(state_dict)
         save_.agree()
+        save_.compare()
         save_.write()
         return save_.finish()
     except BaseException as error:  # of state_dict(), or an interrupt between the steps

@@ -6,6 +6,16 @@
 
 #include "dcp_transfer.h"
 
+/* Checksums of what the last save of a plan saved. */
+struct dcp_last_crcs {
+    struct dcp_hash128 plan_id; /* of the installed plan */
+    struct dcp_save_id save_id;
+    uint32_t *crcs; /* owned, per item of this rank's plan; NULL: there was no such save */
+    uint8_t *known; /* owned bitmap: items whose checksum is there */
+};
+
+void dcp_last_crcs_clean_up(struct dcp_last_crcs *last);
+
 /* A plan that every rank of the group installed; it stays until another one is installed. */
 struct dcp_installed_plan {
     bool valid;
@@ -17,6 +27,7 @@ struct dcp_installed_plan {
     struct dcp_plan *plans;         /* coordinator: owned, all ranks */
     uint32_t plans_count;
     struct dcp_global_plan global; /* coordinator: borrows `plans` */
+    struct dcp_last_crcs last;     /* owned */
 };
 
 struct dcp_group {

@@ -2,8 +2,9 @@
  * save.c: one save from an open directory to an agreed plan (design sections 3 and 5).
  *
  * The order of a whole save is its promise: vote before anything is written (here, save_plan.c),
- * data durable on every rank before the status all-reduce (save_write.c), `.metadata` renamed only
- * when every status is good, files swept only after that (save_commit.c).
+ * with a base compare what all ranks keep (save_compare.c), data durable on every rank before the
+ * status all-reduce (save_write.c), `.metadata` renamed only when every status is good, files swept
+ * only after that (save_commit.c).
  */
 #include "save.h"
 
@@ -48,7 +49,10 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->sync = params->sync;
     save->share_metadata = params->share_metadata;
     save->direct = params->direct;
-    return save->dir_path != NULL &&
+    save->base_path = copy_text(params->base_path);
+    save->link_mode = params->link_mode;
+    save->content_hash = params->content_hash || params->base_path != NULL;
+    return save->dir_path != NULL && (params->base_path == NULL || save->base_path != NULL) &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&
            (params->meta.storage_save_id == NULL || save->storage_save_id != NULL) &&
            (params->meta.version == NULL || save->version != NULL) &&
@@ -89,6 +93,11 @@ dcp_save_destroy(struct dcp_save *save)
     if (save->dirfd >= 0) {
         save->io->close(save->io->ctx, save->dirfd);
     }
+    dcp_reuse_clean_up(&save->reuse);
+    dcp_joined_reuse_clean_up(&save->joined);
+    dcp_layout_clean_up(&save->layout);
+    dcp_free(save->write);
+    dcp_last_crcs_clean_up(&save->crcs);
     dcp_installed_plan_clean_up(&save->own);
     dcp_plan_clean_up(&save->plan);
     dcp_buf_clean_up(&save->metadata);
@@ -97,6 +106,7 @@ dcp_save_destroy(struct dcp_save *save)
     dcp_free(save->storage_save_id);
     dcp_free(save->version);
     dcp_free(save->identity);
+    dcp_free(save->base_path);
     dcp_free(save);
 }
 
@@ -172,6 +182,7 @@ dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan)
     dcp_plan_clean_up(&save->plan);
     save->plan = *plan;
     memset(plan, 0, sizeof *plan);
+    save->plan.content_hash = save->content_hash;
     save->names_hash = dcp_plan_names_hash(&save->plan);
     save->fingerprint = dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
 }
@@ -189,6 +200,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         .ok = ok,
         .call = save->call_hash,
         .is_coordinator = save->info.is_coordinator,
+        .has_base = save->base_path != NULL,
         .save_id = save->info.save_id,
         .n0 = save->info.n0,
         .names_hash = save->names_hash,
@@ -212,6 +224,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         save->info.save_id = ballot.save_id;
         save->info.n0 = ballot.n0;
         save->info.call_agrees = ballot.call_agrees;
+        save->info.incremental = ballot.has_base;
         save->coordinator_names_hash = ballot.names_hash;
         save->coordinator_held_plan = ballot.held_plan;
     }
@@ -241,6 +254,7 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
 
     if (save->independent) {
         rc = dcp_save_plan_alone(save, err);
+        save->info.incremental = save->base_path != NULL;
     } else {
         rc = vote(save, mine == NULL, &verdict, err);
         start_ns = dcp_now_ns();
@@ -260,6 +274,10 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
     if (rc != 0) {
         dcp_save_abandon(save);
         return rc;
+    }
+    if (save->base_path != NULL && !save->info.incremental) {
+        snprintf(save->info.base_reason, sizeof save->info.base_reason,
+                 "another rank was given no base");
     }
     save->info.fast = verdict == DCP_VERDICT_FAST;
     save->agreed = true;
@@ -282,5 +300,8 @@ dcp_save_plan(const struct dcp_save *save)
 const uint8_t *
 dcp_save_keep(const struct dcp_save *save)
 {
+    if (save->compared) {
+        return save->write;
+    }
     return save->independent ? save->own.keep : save->group->installed.keep;
 }

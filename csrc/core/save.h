@@ -1,6 +1,5 @@
 /*
- * save.h: one save in flight (private to save.c, save_plan.c, save_gather.c, save_write.c and
- * save_commit.c).
+ * save.h: one save in flight (private to the files save*.c and unchanged.c).
  */
 #ifndef DCP_CORE_SAVE_H
 #define DCP_CORE_SAVE_H
@@ -8,6 +7,7 @@
 #include <sys/types.h>
 
 #include "group.h"
+#include "incremental.h"
 
 struct dcp_save {
     struct dcp_group *group; /* borrows */
@@ -21,6 +21,9 @@ struct dcp_save {
     uint64_t call_hash, plan_salt;
     bool independent, to_lowest_rank, sync, share_metadata;
     enum dcp_direct direct;
+    char *base_path; /* owned; NULL: none */
+    enum dcp_link_mode link_mode;
+    bool content_hash;
 
     pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
     int dirfd;    /* -1 until dcp_save_open */
@@ -34,8 +37,15 @@ struct dcp_save {
     struct dcp_installed_plan own; /* of an independent save; else the group's is used */
     struct dcp_buf metadata;       /* the image, where info.metadata tells */
     struct dcp_save_info info;
-    bool agreed;            /* the plan in `dcp_save_installed` holds for this save */
-    uint32_t created_files; /* by this save: the first ones of the layout */
+    bool agreed; /* the plan in `dcp_save_installed` holds for this save */
+    /* Of a save that was compared with a base: what is reused, and what is left to write. */
+    bool compared;
+    struct dcp_reuse reuse;
+    struct dcp_joined_reuse joined; /* coordinator */
+    uint8_t *write;                 /* owned bitmap */
+    struct dcp_layout layout;       /* of `write` */
+    struct dcp_last_crcs crcs;      /* of this save, until it is committed */
+    uint32_t created_files;         /* by this save: the first ones of the layout */
 };
 
 /* The plan this save goes by, once agreed. */
@@ -43,6 +53,13 @@ static inline struct dcp_installed_plan *
 dcp_save_installed(struct dcp_save *save)
 {
     return save->independent ? &save->own : &save->group->installed;
+}
+
+/* This rank's files: of all kept items, or of those that have changed since the base. */
+static inline const struct dcp_layout *
+dcp_save_layout(struct dcp_save *save)
+{
+    return save->compared ? &save->layout : &dcp_save_installed(save)->layout;
 }
 
 /* Collective: every rank's plan to the coordinator.  `local`, *ret_local_rc: what failed on this
@@ -57,5 +74,13 @@ int dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failu
                        struct dcp_error *err) DCP_MUST_CHECK;
 /* The same for one rank on its own. */
 int dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- unchanged.c ---- */
+
+/* After the writer ran: `crcs` are of the records of dcp_save_layout.  Fills the counts of info. */
+int dcp_unchanged_count(struct dcp_save *save, const uint32_t *crcs,
+                        struct dcp_error *err) DCP_MUST_CHECK;
+/* The save is committed: the next one of the group is compared with it. */
+void dcp_unchanged_keep(struct dcp_save *save);
 
 #endif

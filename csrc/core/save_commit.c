@@ -128,6 +128,7 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
         return rc;
     }
     save->info.outcome = DCP_OUTCOME_COMMITTED;
+    dcp_unchanged_keep(save);
     if (rc == 0) {
         share_metadata(save);
     }
@@ -137,12 +138,12 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
     return rc;
 }
 
-/* Removes the files that this save created, finished or not: a full disk must not stay full.  One
- * whose header tells of another save is left. */
+/* Removes the files that this save created, finished or not, and its links: a full disk must not
+ * stay full.  One whose header tells of another save is left. */
 static void
 discard_files(struct dcp_save *save)
 {
-    const struct dcp_layout *layout = &dcp_save_installed(save)->layout;
+    const struct dcp_layout *layout = dcp_save_layout(save);
     struct dcp_claim files = {.io = save->io, .dirfd = save->dirfd, .save_id = save->info.save_id};
 
     for (uint32_t i = 0; i < save->created_files; i++) {
@@ -154,6 +155,15 @@ discard_files(struct dcp_save *save)
         dcp_claim_discard(&files, &name, 1);
     }
     save->created_files = 0;
+    for (uint32_t i = 0; i < save->reuse.links_count; i++) {
+        const struct dcp_link *link = &save->reuse.links[i];
+        char text[DCP_CLAIM_NAME_BYTES];
+        const char *name = text;
+
+        dcp_data_file_name(text, sizeof text, save->plan.rank, save->info.n0 + link->n);
+        dcp_claim_discard_links(&files, &name, &link->from.written_by, 1);
+    }
+    save->reuse.links_count = 0;
 }
 
 enum dcp_outcome
@@ -182,6 +192,9 @@ dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome)
         return;
     }
     save->info.outcome = outcome;
+    if (outcome == DCP_OUTCOME_COMMITTED) {
+        dcp_unchanged_keep(save);
+    }
     if (outcome == DCP_OUTCOME_ABORTED || outcome == DCP_OUTCOME_SUPERSEDED) {
         discard_files(save);
     }

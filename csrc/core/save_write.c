@@ -10,13 +10,16 @@
 static int
 build_metadata(struct dcp_save *save, struct dcp_error *err)
 {
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
+    struct dcp_global_plan global = dcp_save_installed(save)->global;
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
+    if (save->compared) {
+        global.layouts = save->joined.layouts; /* borrows, as all else of the copy */
+    }
     dcp_buf_clear(&save->metadata);
-    rc = dcp_metadata_write(&installed->global, &save->meta, &save->info.save_id, save->info.n0,
-                            NULL, &save->metadata, err);
+    rc = dcp_metadata_write(&global, &save->meta, &save->info.save_id, save->info.n0,
+                            save->compared ? &save->joined.links : NULL, &save->metadata, err);
     save->info.metadata_ns = dcp_now_ns() - start_ns;
     save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
     return rc;
@@ -38,16 +41,37 @@ check_space(struct dcp_save *save, uint64_t need_bytes, struct dcp_error *err)
     return 0; /* where free space cannot be asked, the writes tell */
 }
 
+static int
+write_files(struct dcp_save *save, const struct dcp_source *sources,
+            const struct dcp_engine_options *options, struct dcp_error *err)
+{
+    const struct dcp_layout *layout = dcp_save_layout(save);
+    uint32_t *crcs = dcp_malloc_array(layout->records_count, sizeof *crcs);
+    int rc;
+
+    if (crcs == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the checksums of %u records",
+                             layout->records_count);
+    }
+    rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, layout, sources,
+                        &save->info.save_id, save->info.n0, options, crcs, &save->info.write, err);
+    if (rc == 0) {
+        rc = dcp_unchanged_count(save, crcs, err);
+    }
+    dcp_free(crcs);
+    return rc;
+}
+
 int
 dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
                _Atomic uint64_t *progress_bytes, struct dcp_error *err)
 {
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
     struct dcp_engine_options options = {
         .direct = save->direct,
         .sync = save->sync,
         .cancel = cancel,
         .progress_bytes = progress_bytes,
+        .hashes = save->reuse.hashes,
         .created_files = &save->created_files,
     };
     uint64_t start_ns = dcp_now_ns();
@@ -61,12 +85,10 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         rc = build_metadata(save, err);
     }
     if (rc == 0) {
-        rc = check_space(save, installed->layout.total_bytes, err);
+        rc = check_space(save, dcp_save_layout(save)->total_bytes, err);
     }
     if (rc == 0) {
-        rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, &installed->layout,
-                            sources, &save->info.save_id, save->info.n0, &options, NULL,
-                            &save->info.write, err);
+        rc = write_files(save, sources, &options, err);
     }
     /* The names must be durable before this rank says so. */
     if (rc == 0 && save->sync) {

@@ -21,7 +21,7 @@ enum vote_lane {
     VOTE_PLAN_ID_LO = 2, /* and ~ */
     VOTE_PLAN_ID_HI = 4, /* and ~ */
     VOTE_REUSE = 6,
-    VOTE_OK = 7,
+    VOTE_OK = 7,       /* 0: failed here, 1: ok, 2: ok and given a base */
     VOTE_CALL = 8,     /* and ~ */
     VOTE_SAVE_ID = 10, /* two lanes */
     VOTE_N0 = 12,
@@ -79,7 +79,7 @@ fill_vote(const struct dcp_vote *vote, bool ok, int64_t lanes[DCP_VOTE_LANES])
     put_equal(lanes, VOTE_PLAN_ID_LO, vote->plan_id.lo);
     put_equal(lanes, VOTE_PLAN_ID_HI, vote->plan_id.hi);
     lanes[VOTE_REUSE] = vote->reuse;
-    lanes[VOTE_OK] = ok;
+    lanes[VOTE_OK] = !ok ? 0 : vote->has_base ? 2 : 1;
     put_equal(lanes, VOTE_CALL, vote->call);
     if (!vote->is_coordinator) {
         for (int lane = VOTE_SAVE_ID; lane < DCP_VOTE_LANES; lane++) {
@@ -142,6 +142,7 @@ dcp_vote_run(const struct dcp_comm *comm, struct dcp_vote *vote, enum dcp_verdic
                              comm->size, comm->kind);
     }
     vote->call_agrees = is_equal(lanes, VOTE_CALL);
+    vote->has_base = lanes[VOTE_OK] == 2;
     if (verdict != DCP_VERDICT_FAILED && !vote->is_coordinator) {
         memcpy(vote->save_id.bytes, &lanes[VOTE_SAVE_ID], sizeof vote->save_id.bytes);
         vote->n0 = (uint64_t)lanes[VOTE_N0];

@@ -3,7 +3,8 @@
  * sections 3, 5, 7).
  *
  * A group is what ranks share between saves: the comm table and the installed plan.  A save goes
- *     open -> claim (coordinator) -> agree (vote, plan) -> write -> finish (status, commit, result)
+ *     open -> claim (coordinator) -> agree (vote, plan) -> compare (with a base) -> write
+ *          -> finish (status, commit, result)
  * and a load
  *     open (vote, metadata) -> status of planning -> read -> status of reading.
  * Every step that talks to other ranks is entered by every rank exactly once, whatever failed
@@ -37,6 +38,14 @@ void dcp_group_poison(struct dcp_group *group);
 /* ---- save ---- */
 struct dcp_save;
 
+/* How a save with `base=` takes over files of an earlier checkpoint. */
+enum dcp_link_mode {
+    DCP_LINK_REFLINK = 0, /* a file of its own that shares blocks: nothing can reach through it */
+    DCP_LINK_HARD = 1,    /* one file with two names, made read-only */
+};
+
+enum { DCP_BASE_REASON_BYTES = 192 };
+
 struct dcp_save_params {
     const struct dcp_io *io;
     const char *dir_path;
@@ -49,6 +58,9 @@ struct dcp_save_params {
     bool sync;           /* sync_files */
     bool share_metadata; /* with the ranks that have no image, if all ask for it */
     enum dcp_direct direct;
+    const char *base_path; /* an earlier checkpoint, maybe of this very directory; NULL: none */
+    enum dcp_link_mode link_mode;
+    bool content_hash; /* store hashes, so that a later save can name this one as its base */
 };
 
 int dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
@@ -70,6 +82,13 @@ void dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan);
  * the exchange itself failed on this rank. */
 int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Collective when every rank named a base (info.incremental, the same everywhere), else nothing.
+ * Finds out what has not changed since the base and links the files that hold it; what is left is
+ * written.  After dcp_save_agree, before staging.  `mine` and return values as dcp_save_agree's. */
+int dcp_save_compare(struct dcp_save *save, const struct dcp_failure *mine,
+                     const struct dcp_source *sources, atomic_int *cancel,
+                     struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
  * plan's items. */
@@ -98,14 +117,23 @@ struct dcp_save_info {
     bool call_agrees; /* false: ranks named different checkpoints */
     bool is_coordinator;
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
-    uint64_t vote_ns, plan_ns, metadata_ns, write_ns, commit_ns;
+    bool incremental; /* every rank named a base */
+    uint64_t reused_items, reused_bytes, linked_files;
+    char base_reason[DCP_BASE_REASON_BYTES]; /* why nothing, or not more, is reused; "" */
+    /* Since the group's last save, by checksum, where that had the same plan (and was not
+     * independent); and since the base. */
+    uint64_t compared_items, unchanged_items, unchanged_bytes;
+    /* Of the kept items: those that require gradients; when none of the plan does, those of
+     * floating point. */
+    uint64_t trainable_items, trainable_bytes, trainable_unchanged;
+    uint64_t vote_ns, plan_ns, hash_ns, compare_ns, metadata_ns, write_ns, commit_ns;
     struct dcp_write_stats write;
     /* Coordinator: after dcp_save_write.  Others: after a dcp_save_finish that shared it. */
     struct dcp_span metadata;
 };
 void dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret);
 const struct dcp_plan *dcp_save_plan(const struct dcp_save *save);
-/* Bitmap of kept items of this rank, after dcp_save_agree. */
+/* Bitmap of the items that this rank writes, after dcp_save_agree and dcp_save_compare. */
 const uint8_t *dcp_save_keep(const struct dcp_save *save);
 
 /* ---- staging: a private copy of what a save will write ---- */

@@ -1,10 +1,10 @@
 /*
  * save_object.c: _native.Save: one save in flight.
  *
- * Order of calls: open, claim, add, agree, (stage), write, finish; or after a background write
- * publish / conclude / abandon.  agree and finish are collective and return None, or the failures
- * of all ranks as a list of (rank, pickled exception or exception).  leave makes whichever of the
- * two the other ranks wait in.
+ * Order of calls: open, claim, add, agree, compare, (stage), write, finish; or after a background
+ * write publish / conclude / abandon.  agree, compare (with a base) and finish are collective and
+ * return None, or the failures of all ranks as a list of (rank, pickled exception or exception).
+ * leave makes whichever of them the other ranks wait in.
  *
  * What the core touches while the GIL is dropped lives in this object, which native_run keeps
  * alive.
@@ -20,7 +20,7 @@
 
 /* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
  * can make a rank enter the same one twice. */
-enum phase { PHASE_PLANNING, PHASE_AGREED, PHASE_OVER };
+enum phase { PHASE_PLANNING, PHASE_COMPARING, PHASE_AGREED, PHASE_OVER };
 
 struct save_object {
     PyObject_HEAD PyObject *group; /* struct group_object */
@@ -276,10 +276,47 @@ static PyObject *
 save_agree(PyObject *object, PyObject *record)
 {
     struct save_object *self = as_save(object);
+    struct dcp_save_info info;
     PyObject *result;
 
     self->phase = PHASE_OVER;
     result = run_collective(object, step_agree, record);
+    if (result == Py_None) {
+        dcp_save_get_info(self->save, &info);
+        self->phase = info.incremental && !self->independent ? PHASE_COMPARING : PHASE_AGREED;
+    }
+    return result;
+}
+
+PyDoc_STRVAR(compare_doc,
+             "compare(failure, /)\n--\n\n"
+             "With a base, collective: link what has not changed since.  None, or the failures of "
+             "all ranks.");
+
+static int
+step_compare(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+
+    return dcp_save_compare(self->save, self->mine_given ? &self->mine : NULL, self->items.sources,
+                            &self->cancel, &self->failures, err);
+}
+
+static PyObject *
+save_compare(PyObject *object, PyObject *record)
+{
+    struct save_object *self = as_save(object);
+    struct dcp_save_info info;
+    PyObject *result;
+
+    dcp_save_get_info(self->save, &info);
+    if (!info.incremental) {
+        Py_RETURN_NONE;
+    }
+    if (self->phase == PHASE_COMPARING) {
+        self->phase = PHASE_OVER;
+    }
+    result = run_collective(object, step_compare, record);
     if (result == Py_None) {
         self->phase = PHASE_AGREED;
     }
@@ -379,6 +416,9 @@ save_leave(PyObject *object, PyObject *record)
 
     if (self->phase == PHASE_OVER) {
         Py_RETURN_NONE;
+    }
+    if (self->phase == PHASE_COMPARING) {
+        return save_compare(object, record);
     }
     return self->phase == PHASE_PLANNING && !self->independent ? save_agree(object, record)
                                                                : save_finish(object, record);
@@ -499,6 +539,7 @@ static PyMethodDef save_methods[] = {
     {"claim", save_claim, METH_NOARGS, claim_doc},
     {"add", (PyCFunction)(void (*)(void))save_add, METH_VARARGS | METH_KEYWORDS, add_doc},
     {"agree", save_agree, METH_O, agree_doc},
+    {"compare", save_compare, METH_O, compare_doc},
     {"stage", save_stage, METH_NOARGS, stage_doc},
     {"write", save_write, METH_NOARGS, write_doc},
     {"finish", save_finish, METH_O, finish_doc},
@@ -517,7 +558,7 @@ PyDoc_STRVAR(save_doc,
              "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
              "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
              "dedup_save_to_lowest_rank=False, sync_files=True, broadcast_metadata=False, "
-             "direct=0)\n--\n\n"
+             "direct=0, base=None, link_mode=0, content_hash=False)\n--\n\n"
              "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {

@@ -21,16 +21,19 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "sync_files",
                             "broadcast_metadata",
                             "direct",
+                            "base",
+                            "link_mode",
+                            "content_hash",
                             NULL};
     unsigned long long call_hash = 0, plan_salt = 0;
     int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, share = 0;
-    int direct = DCP_DIRECT_AUTO;
+    int direct = DCP_DIRECT_AUTO, link_mode = DCP_LINK_REFLINK, content_hash = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKppppi:Save", names, ret_group,
-                                     &params->dir_path, &params->meta.checkpoint_id, &is_path,
-                                     &params->meta.storage_save_id, &params->meta.version,
-                                     &params->identity, &call_hash, &plan_salt, &use_collectives,
-                                     &lowest, &sync, &share, &direct)) {
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "Os|$zpzzzKKppppizip:Save", names, ret_group, &params->dir_path,
+            &params->meta.checkpoint_id, &is_path, &params->meta.storage_save_id,
+            &params->meta.version, &params->identity, &call_hash, &plan_salt, &use_collectives,
+            &lowest, &sync, &share, &direct, &params->base_path, &link_mode, &content_hash)) {
         return -1;
     }
     params->io = dcp_io_posix();
@@ -42,5 +45,7 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
     params->sync = sync != 0;
     params->share_metadata = share != 0;
     params->direct = (enum dcp_direct)direct;
+    params->link_mode = (enum dcp_link_mode)link_mode;
+    params->content_hash = content_hash != 0;
     return 0;
 }

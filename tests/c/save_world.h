@@ -1,6 +1,7 @@
 /*
  * save_world.h: whole saves and loads of simulated ranks, with bytes that tell which save wrote
- * them.
+ * them.  One generation is special: SAVE_PARTLY is generation 1 with a few items changed, as the
+ * next step of an incremental chain.
  *
  * The state of a rank mixes what jobs have: rows of a sharded tensor, replicas as under DDP, its
  * own tensors and objects.  Byte i of a tensor differs between any two generations, so that a load
@@ -15,7 +16,7 @@
 
 #define SAVE_DIR "/ckpt"
 
-enum { SAVE_ITEMS = 6, SAVE_GENERATIONS = 8, SAVE_REPLICAS = 3 };
+enum { SAVE_ITEMS = 6, SAVE_GENERATIONS = 8, SAVE_REPLICAS = 3, SAVE_PARTLY = 7 };
 
 /* One thing that is different about a rank's plan. */
 enum save_change {
@@ -35,14 +36,19 @@ enum save_change {
 };
 
 struct save_request {
-    int generation; /* 1 .. SAVE_GENERATIONS - 1 */
+    int generation;   /* 1 .. SAVE_GENERATIONS - 1 */
+    const char *dir;  /* NULL: SAVE_DIR */
+    const char *base; /* NULL: none */
+    enum dcp_link_mode link_mode;
+    bool content_hash;
     enum save_change change;
     enum dcp_direct direct;
     bool independent, share_metadata;
-    bool fail_before_agree, fail_before_finish; /* as if the caller had raised there */
+    /* As if the caller had raised there. */
+    bool fail_before_agree, fail_before_compare, fail_before_finish;
     /* The allocation of this number fails and all later ones, on all ranks: they share a heap.
-     * From before agree or before write on, until the caller ends it; 0: none. */
-    uint64_t fail_allocation_of_agree, fail_allocation_of_write;
+     * From before agree, compare or write on, until the caller ends it; 0: none. */
+    uint64_t fail_allocation_of_agree, fail_allocation_of_compare, fail_allocation_of_write;
 };
 
 struct save_result {
@@ -59,6 +65,7 @@ void save_once(struct dcp_group *group, const struct dcp_io *io, const struct sa
 void save_result_clean_up(struct save_result *result);
 
 struct load_request {
+    const char *dir;            /* NULL: SAVE_DIR */
     uint32_t saved_size;        /* ranks that saved */
     uint32_t without_state_of;  /* a rank whose own tensor is not read; UINT32_MAX: none */
     bool own_part;              /* only what this rank saved by itself: its rows and its own */
@@ -81,6 +88,7 @@ void load_result_clean_up(struct load_result *result);
 
 /* One rank reads everything with a table of its own: the generation, -1, or 0 when it cannot. */
 int save_world_generation(struct io_memory *fs, uint32_t saved_size);
+int save_world_generation_of(struct io_memory *fs, const char *dir, uint32_t saved_size);
 bool failure_lists_equal(const struct dcp_failure_list *a, const struct dcp_failure_list *b);
 
 #endif

@@ -4,7 +4,8 @@
  * Two simulated ranks save generation 1 and then generation 2 on top of it; at call k of the second
  * save the disk stops.  What survives is what was synced and an arbitrary choice of the rest (or, as
  * after kill -9, everything).  Then exactly one of the two generations loads, bit for bit: the new one
- * for certain if the save had said so.  The next save works and leaves no junk.
+ * for certain if the save had said so.  The next save works and leaves no junk.  The same with the
+ * old checkpoint as the base of the new one.
  */
 #include "ctest.h"
 #include "save_world.h"
@@ -13,6 +14,14 @@
 #include <errno.h>
 
 enum { RANKS = 2, TIMEOUT_MS = 20000, OLD = 1, NEW = 2, NEXT = 3, MOST_STEPS = 400 };
+
+/* How the two saves are made and how the second one ends. */
+struct way {
+    bool power_cut;
+    enum dcp_direct direct;
+    bool incremental;
+    enum dcp_link_mode link_mode;
+};
 
 struct job {
     const struct dcp_io *table;
@@ -39,13 +48,17 @@ save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 
 /* True when every rank was told that the save is committed. */
 static bool
-save(struct io_memory *fs, int generation, enum dcp_direct direct)
+save(struct io_memory *fs, int generation, const struct way *way)
 {
     struct job *job = dcp_calloc(1, sizeof *job);
     bool committed = true;
 
     job->table = &io_memory_process(fs, 0)->io;
-    job->request = (struct save_request){.generation = generation, .direct = direct};
+    job->request = (struct save_request){.generation = generation,
+                                         .direct = way->direct,
+                                         .content_hash = way->incremental,
+                                         .base = generation == SAVE_PARTLY ? SAVE_DIR : NULL,
+                                         .link_mode = way->link_mode};
     sim_ranks_run(RANKS, TIMEOUT_MS, save_rank, job);
     for (uint32_t r = 0; r < RANKS; r++) {
         committed = committed && job->results[r].rc == 0;
@@ -62,9 +75,9 @@ is_junk(const char *name)
 }
 
 static void
-check_next_save(struct io_memory *fs, enum dcp_direct direct)
+check_next_save(struct io_memory *fs, const struct way *way)
 {
-    CHECK(save(fs, NEXT, direct));
+    CHECK(save(fs, NEXT, way));
     CHECK_EQ(save_world_generation(fs, RANKS), NEXT);
     CHECK_EQ(io_memory_names_count(fs, SAVE_DIR), RANKS + 1); /* one file a rank and .metadata */
     for (size_t i = 0; i < io_memory_names_count(fs, SAVE_DIR); i++) {
@@ -74,34 +87,35 @@ check_next_save(struct io_memory *fs, enum dcp_direct direct)
 
 /* One save that meets the end at call `step`.  False when it got through all of them. */
 static bool
-crash_once(uint64_t step, uint64_t seed, bool power_cut, enum dcp_direct direct, unsigned *ret_seen)
+crash_once(uint64_t step, uint64_t seed, const struct way *way, unsigned *ret_seen)
 {
+    const int newer = way->incremental ? SAVE_PARTLY : NEW;
     struct io_memory *fs = io_memory_new(seed);
     bool crashed, told;
     int found;
 
-    CHECK(save(fs, OLD, direct));
+    CHECK(save(fs, OLD, way));
     io_memory_faults(fs)->crash_at = step;
-    told = save(fs, NEW, direct);
+    told = save(fs, newer, way);
     crashed = io_memory_crashed(fs);
-    io_memory_reboot(fs, power_cut, seed * 31 + step);
+    io_memory_reboot(fs, way->power_cut, seed * 31 + step);
     found = save_world_generation(fs, RANKS);
-    CHECK(found == OLD || found == NEW);
-    CHECK(!told || found == NEW);
+    CHECK(found == OLD || found == newer);
+    CHECK(!told || found == newer);
     CHECK(crashed || told);
-    if (found == OLD || found == NEW) {
-        ret_seen[found]++;
+    if (found == OLD || found == newer) {
+        ret_seen[found == OLD ? OLD : NEW]++;
     } else {
         fprintf(stderr, "step %llu, seed %llu: generation %d\n", (unsigned long long)step,
                 (unsigned long long)seed, found);
     }
-    check_next_save(fs, direct);
+    check_next_save(fs, way);
     io_memory_free(fs);
     return crashed;
 }
 
 static void
-crash_everywhere(bool power_cut, enum dcp_direct direct, uint64_t seeds)
+crash_everywhere(const struct way *way, uint64_t seeds)
 {
     unsigned seen[NEXT] = {0};
     uint64_t step = 1;
@@ -109,7 +123,7 @@ crash_everywhere(bool power_cut, enum dcp_direct direct, uint64_t seeds)
     for (; step < MOST_STEPS; step++) {
         bool crashed = false;
         for (uint64_t seed = 1; seed <= seeds; seed++) {
-            crashed = crash_once(step, seed, power_cut, direct, seen) || crashed;
+            crashed = crash_once(step, seed, way, seen) || crashed;
         }
         if (!crashed) {
             break;
@@ -125,19 +139,33 @@ crash_everywhere(bool power_cut, enum dcp_direct direct, uint64_t seeds)
 static void
 a_power_cut_at_any_step_leaves_one_of_the_two(void)
 {
-    crash_everywhere(true, DCP_DIRECT_OFF, 24);
+    crash_everywhere(&(struct way){.power_cut = true, .direct = DCP_DIRECT_OFF}, 24);
 }
 
 static void
 so_it_does_with_direct_writes(void)
 {
-    crash_everywhere(true, DCP_DIRECT_ON, 8);
+    crash_everywhere(&(struct way){.power_cut = true, .direct = DCP_DIRECT_ON}, 8);
 }
 
 static void
 a_kill_at_any_step_leaves_one_of_the_two(void)
 {
-    crash_everywhere(false, DCP_DIRECT_OFF, 1);
+    crash_everywhere(&(struct way){.direct = DCP_DIRECT_OFF}, 1);
+}
+
+static void
+so_it_does_with_the_old_checkpoint_as_the_base_of_the_new_one(void)
+{
+    for (int hard = 0; hard < 2; hard++) {
+        struct way way = {.power_cut = true,
+                          .direct = DCP_DIRECT_OFF,
+                          .incremental = true,
+                          .link_mode = hard ? DCP_LINK_HARD : DCP_LINK_REFLINK};
+        crash_everywhere(&way, 12);
+        way.power_cut = false;
+        crash_everywhere(&way, 1);
+    }
 }
 
 /* A disk that is full, broken or deaf at any call is an error, and what was there stays. */
@@ -145,6 +173,7 @@ static void
 a_failing_call_leaves_one_of_the_two(void)
 {
     static const int errnos[] = {EIO, ENOSPC};
+    const struct way way = {.direct = DCP_DIRECT_OFF};
     unsigned seen[NEXT] = {0};
 
     for (size_t e = 0; e < sizeof errnos / sizeof errnos[0]; e++) {
@@ -154,7 +183,7 @@ a_failing_call_leaves_one_of_the_two(void)
             bool told;
             int found;
 
-            CHECK(save(fs, OLD, DCP_DIRECT_OFF));
+            CHECK(save(fs, OLD, &way));
             *io_memory_faults(fs) = (struct io_memory_faults){
                 .space_bytes = UINT64_MAX,
                 .crash_at = UINT64_MAX,
@@ -165,7 +194,7 @@ a_failing_call_leaves_one_of_the_two(void)
                 .fail_errno = errnos[e],
             };
             before = io_memory_calls(fs);
-            told = save(fs, NEW, DCP_DIRECT_OFF);
+            told = save(fs, NEW, &way);
             bool reached = io_memory_calls(fs) - before >= nth;
             io_memory_reboot(fs, false, nth);
             found = save_world_generation(fs, RANKS);
@@ -174,7 +203,7 @@ a_failing_call_leaves_one_of_the_two(void)
             if (found == OLD || found == NEW) {
                 seen[found]++;
             }
-            check_next_save(fs, DCP_DIRECT_OFF);
+            check_next_save(fs, &way);
             io_memory_free(fs);
             if (!reached) {
                 break;
@@ -187,4 +216,5 @@ a_failing_call_leaves_one_of_the_two(void)
 
 CTEST_MAIN(RUN(a_power_cut_at_any_step_leaves_one_of_the_two); RUN(so_it_does_with_direct_writes);
            RUN(a_kill_at_any_step_leaves_one_of_the_two);
+           RUN(so_it_does_with_the_old_checkpoint_as_the_base_of_the_new_one);
            RUN(a_failing_call_leaves_one_of_the_two);)

@@ -19,6 +19,7 @@ enum deviation {
     PLAN_ID_HIGH_BIT,
     PLAN_ID_OF_HIGH_HALF,
     NO_REUSE,
+    NO_BASE,
     NOT_OK,
     CALL,
     CALL_HIGH_BIT,
@@ -74,6 +75,9 @@ deviate(enum deviation deviation, struct dcp_vote *vote)
     case NO_REUSE:
         vote->reuse = false;
         break;
+    case NO_BASE:
+        vote->has_base = false;
+        break;
     case NOT_OK:
         vote->ok = false;
         break;
@@ -103,6 +107,7 @@ run_vote(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
         .reuse = true,
         .ok = true,
         .call = 0x7fffffffffffffff,
+        .has_base = true,
         .is_coordinator = rank == c->coordinator,
     };
     if (vote->is_coordinator) {
@@ -142,6 +147,7 @@ check_verdict(const struct vote_case *c, int rc, enum dcp_verdict verdict, bool 
         }
         CHECK_EQ(c->verdict[r], verdict);
         CHECK_EQ(c->vote[r].call_agrees, call_agrees);
+        CHECK_EQ(c->vote[r].has_base, verdict != DCP_VERDICT_FAILED && c->deviation != NO_BASE);
         if (verdict != DCP_VERDICT_FAILED) {
             CHECK(memcmp(c->vote[r].save_id.bytes, id.bytes, sizeof id.bytes) == 0);
             CHECK_EQ(c->vote[r].n0, COORDINATOR_N0);
@@ -158,6 +164,7 @@ check_case(const struct vote_case *c)
     bool alone = c->size == 1;
     switch (c->deviation) {
     case NOTHING:
+    case NO_BASE:
         check_verdict(c, 0, DCP_VERDICT_FAST, true);
         break;
     case PLAN_ID_LOW_BIT:

@@ -208,6 +208,8 @@ MET_BY = {
     "async-in-flight": "ranks/cases_async.py",
     "async-process": "test_differences.py",
     "independent-failure": "ranks/cases_failures.py",
+    "base-keyword": "test_incremental.py",
+    "nothing-trained": "test_incremental.py",
 }
 
 

@@ -22,6 +22,15 @@ class Config:
             refuses are unpickled as torch does.  Off: refused by name.
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
+        io_uring: ``"auto"`` writes through io_uring where the kernel allows it and a save has more
+            than one request, ``"off"`` by a thread, ``"on"`` fails where it is not possible.
+        writer_nice: nice value, 1 to 19, of the threads that write; with async_save of the one that
+            fills their buffers too.  0 leaves it.  The trainer's threads are never touched, so a
+            foreground save through io_uring, which has no writing thread, has nothing to slow down.
+        writer_io_class: I/O class of those threads and of requests through io_uring: ``"none"``
+            leaves it, ``"best-effort:0"`` to ``"best-effort:7"`` (the lowest), ``"idle"``.  Of use
+            where the device has an I/O scheduler that looks at it (bfq, mq-deadline).
+        write_limit_bytes_s: most bytes per second that each rank writes; 0 is no limit.
         native: False sends every call through torch's own implementation.
     """
 
@@ -29,6 +38,10 @@ class Config:
     strict_coverage: bool = True
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
+    io_uring: Literal["auto", "off", "on"] = "auto"
+    writer_nice: int = 0
+    writer_io_class: str = "none"
+    write_limit_bytes_s: int = 0
     native: bool = True
 
     def __post_init__(self) -> None:
@@ -36,10 +49,43 @@ class Config:
             raise ValueError(
                 f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
             )
+        if self.io_uring not in IO_URING:
+            raise ValueError(f"io_uring must be one of {sorted(IO_URING)}, not {self.io_uring!r}")
+        if not 0 <= self.writer_nice <= 19:
+            raise ValueError(f"writer_nice must be 0 to 19, not {self.writer_nice!r}")
+        if not 0 <= self.write_limit_bytes_s < 1 << 60:
+            raise ValueError(
+                f"write_limit_bytes_s must be 0 to 2**60, not {self.write_limit_bytes_s!r}"
+            )
+        io_priority(self.writer_io_class)
 
 
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+IO_URING = {"auto": 0, "off": 1, "on": 2}
+"""Values of enum dcp_queue_use (csrc/include/dcp_engine.h)."""
+
+_IO_CLASS_SHIFT = 13
+_BEST_EFFORT, _IDLE = 2, 3
+
+
+def io_priority(io_class: str) -> int:
+    """``Config.writer_io_class`` as ioprio_set(2) takes it; 0 leaves it.
+
+    Raises:
+        ValueError: for a class or level that does not exist.
+    """
+    if io_class == "none":
+        return 0
+    if io_class == "idle":
+        return _IDLE << _IO_CLASS_SHIFT
+    name, _, level = io_class.partition(":")
+    if name == "best-effort" and level in tuple("01234567"):
+        return _BEST_EFFORT << _IO_CLASS_SHIFT | int(level)
+    raise ValueError(
+        'writer_io_class must be "none", "best-effort:0" to "best-effort:7" or "idle", '
+        f"not {io_class!r}"
+    )
 
 
 def _as_bool(text: str) -> bool:
@@ -55,6 +101,10 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE_IO_URING": ("io_uring", str),
+    "DCP_NATIVE_WRITER_NICE": ("writer_nice", int),
+    "DCP_NATIVE_WRITER_IO_CLASS": ("writer_io_class", str),
+    "DCP_NATIVE_WRITE_LIMIT_BYTES_S": ("write_limit_bytes_s", int),
     "DCP_NATIVE": ("native", _as_bool),
 }
 """Environment variable -> (field, parser).  Read once, at import."""

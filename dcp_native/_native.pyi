@@ -49,6 +49,10 @@ class Save:
         dedup_save_to_lowest_rank: bool = False,
         sync_files: bool = True,
         direct: int = 0,
+        io_uring: int = 0,
+        writer_nice: int = 0,
+        writer_io_priority: int = 0,
+        write_limit_bytes_s: int = 0,
     ) -> Save: ...
     def open(self) -> bool: ...
     def claim(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSys
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 
 from . import _native
-from ._config import DIRECT_IO, config
+from ._config import DIRECT_IO, IO_URING, config, io_priority
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import LazyMetadata
 from ._report import logger, set_report
@@ -24,6 +25,17 @@ def hash64(*parts: object) -> int:
     """A 64-bit number that equal parts share on every rank."""
     text = "\0".join(map(repr, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@functools.cache
+def _warn_of_priority() -> None:
+    """Once per process: every save would say it again."""
+    logger.warning(
+        "the writer's priority could not be set (writer_nice=%s, writer_io_class=%r); saves go on "
+        "without it",
+        config().writer_nice,
+        config().writer_io_class,
+    )
 
 
 class NativeSave:
@@ -62,6 +74,10 @@ class NativeSave:
             dedup_save_to_lowest_rank=lowest,
             sync_files=writer.sync_files,
             direct=DIRECT_IO[config().direct_io],
+            io_uring=IO_URING[config().io_uring],
+            writer_nice=config().writer_nice,
+            writer_io_priority=io_priority(config().writer_io_class),
+            write_limit_bytes_s=config().write_limit_bytes_s,
         )
 
     # ---- local steps: errors wait for the next agreement ----
@@ -172,6 +188,8 @@ class NativeSave:
         """Report a committed save; its Metadata, not yet read."""
         info = self._native.info()
         set_report({"kind": self.kind, "path": "native", "reason": None, **info})
+        if info["priority_failures"] > 0:
+            _warn_of_priority()
         name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
         return LazyMetadata(
             self._native.metadata(), os.path.join(self.writer.path, name), info["save_id"]

@@ -44,6 +44,7 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->to_lowest_rank = params->to_lowest_rank;
     save->sync = params->sync;
     save->direct = params->direct;
+    save->tuning = params->tuning;
     return save->dir_path != NULL &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&
            (params->meta.storage_save_id == NULL || save->storage_save_id != NULL) &&

@@ -20,6 +20,8 @@ struct dcp_save {
     uint64_t call_hash, plan_salt;
     bool independent, to_lowest_rank, sync;
     enum dcp_direct direct;
+    struct dcp_write_tuning tuning;
+    bool own_thread; /* dcp_save_lend_thread */
 
     pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
     int dirfd;    /* -1 until dcp_save_open */

@@ -48,6 +48,7 @@ struct dcp_save_params {
     bool to_lowest_rank; /* dedup */
     bool sync;           /* sync_files */
     enum dcp_direct direct;
+    struct dcp_write_tuning tuning;
 };
 
 int dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
@@ -70,6 +71,9 @@ void dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan);
 int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
+/* The thread that will call dcp_save_write is not the trainer's: it takes the priority of
+ * params.tuning, as the engine's own threads do. */
+void dcp_save_lend_thread(struct dcp_save *save);
 /* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
  * plan's items. */
 int dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,

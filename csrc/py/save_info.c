@@ -41,7 +41,7 @@ save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
         PyOS_snprintf(id + 2 * i, 3, "%02x", info->save_id.bytes[i]);
     }
     return Py_BuildValue(
-        "{sssKsssOsOsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id", id, "n0",
+        "{sssKsssOsOsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id", id, "n0",
         (unsigned long long)info->n0, "outcome", save_outcome_name(info->outcome), "fast",
         info->fast ? Py_True : Py_False, "call_agrees", info->call_agrees ? Py_True : Py_False,
         "is_coordinator", info->is_coordinator ? Py_True : Py_False, "kept_items",
@@ -57,6 +57,9 @@ save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
         (unsigned long long)info->write.files_count, "direct_files_count",
         (unsigned long long)info->write.direct_files_count, "copy_ns",
         (unsigned long long)info->write.copy_ns, "sync_ns", (unsigned long long)info->write.sync_ns,
-        "ring_bytes", (unsigned long long)info->write.ring_bytes, "progress_bytes",
+        "queue_writes_count", (unsigned long long)info->write.queue_writes_count,
+        "priority_failures", (unsigned long long)info->write.priority_failures, "limited_ns",
+        (unsigned long long)info->write.limited_ns, "ring_bytes",
+        (unsigned long long)info->write.ring_bytes, "progress_bytes",
         (unsigned long long)progress_bytes);
 }

@@ -20,15 +20,21 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "dedup_save_to_lowest_rank",
                             "sync_files",
                             "direct",
+                            "io_uring",
+                            "writer_nice",
+                            "writer_io_priority",
+                            "write_limit_bytes_s",
                             NULL};
-    unsigned long long call_hash = 0, plan_salt = 0;
+    unsigned long long call_hash = 0, plan_salt = 0, limit_bytes_s = 0;
     int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, direct = DCP_DIRECT_AUTO;
+    int queue = DCP_QUEUE_AUTO, nice = 0;
+    unsigned io_priority = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKpppi:Save", names, ret_group,
-                                     &params->dir_path, &params->meta.checkpoint_id, &is_path,
-                                     &params->meta.storage_save_id, &params->meta.version,
-                                     &params->identity, &call_hash, &plan_salt, &use_collectives,
-                                     &lowest, &sync, &direct)) {
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "Os|$zpzzzKKpppiiiIK:Save", names, ret_group, &params->dir_path,
+            &params->meta.checkpoint_id, &is_path, &params->meta.storage_save_id,
+            &params->meta.version, &params->identity, &call_hash, &plan_salt, &use_collectives,
+            &lowest, &sync, &direct, &queue, &nice, &io_priority, &limit_bytes_s)) {
         return -1;
     }
     params->io = dcp_io_posix();
@@ -39,5 +45,9 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
     params->to_lowest_rank = lowest != 0;
     params->sync = sync != 0;
     params->direct = (enum dcp_direct)direct;
+    params->tuning = (struct dcp_write_tuning){.queue = (enum dcp_queue_use)queue,
+                                               .nice = nice,
+                                               .io_priority = io_priority,
+                                               .limit_bytes_s = limit_bytes_s};
     return 0;
 }

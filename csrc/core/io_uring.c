@@ -224,7 +224,6 @@ dcp_uring_open(void *ctx, unsigned depth, struct dcp_io_queue **ret_queue)
 int
 dcp_uring_write(void *ctx, struct dcp_io_queue *queue, const struct dcp_io_write *write)
 {
-    uint32_t tail = atomic_load_explicit(queue->sq_tail, memory_order_relaxed);
     (void)ctx;
 
     if (queue->pid != (int64_t)getpid()) {
@@ -236,6 +235,7 @@ dcp_uring_write(void *ctx, struct dcp_io_queue *queue, const struct dcp_io_write
     if (write->offset > INT64_MAX || write->len > DCP_MAX_REQUEST_BYTES) {
         return -EFBIG;
     }
+    uint32_t tail = atomic_load_explicit(queue->sq_tail, memory_order_relaxed);
     queue->sqes[tail & queue->sq_mask] = (struct raw_sqe){
         .opcode = RAW_OP_WRITE,
         .io_priority = (uint16_t)write->io_priority,

@@ -16,7 +16,7 @@
  */
 #include "writer.h"
 
-#include <stdio.h>
+#include <errno.h>
 #include <string.h>
 
 /* One buffer's worth: a single request, which no copy can run beside. */
@@ -217,6 +217,55 @@ write_table(struct dcp_writer *writer, const struct dcp_placed_file *placed,
     return rc == 0 ? check_position(writer, placed->length_bytes, err) : rc;
 }
 
+/* Opens and allocates all files, where they are few and large. */
+static int
+open_ahead(struct dcp_writer *writer, struct dcp_error *err)
+{
+    const struct dcp_layout *layout = writer->layout;
+    if (layout->files_count < 2 || layout->files_count > DCP_AHEAD_FILES ||
+        layout->total_bytes < DCP_AHEAD_BYTES) {
+        return 0;
+    }
+    for (uint32_t i = 0; i < layout->files_count; i++) {
+        struct dcp_error local;
+        dcp_error_clear(&local);
+        int rc = dcp_write_file_open(writer, &layout->files[i], &writer->ahead[i], &local);
+        if (rc != 0 && (local.sys_errno == EMFILE || local.sys_errno == ENFILE)) {
+            return 0; /* one at a time, then */
+        }
+        if (rc != 0) {
+            if (err != NULL && err->code == 0) {
+                *err = local;
+            }
+            return rc;
+        }
+    }
+    return 0;
+}
+
+static int
+take_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+          struct dcp_write_file **ret_file, struct dcp_error *err)
+{
+    size_t index = (size_t)(placed - writer->layout->files);
+    if (index < DCP_AHEAD_FILES && writer->ahead[index] != NULL) {
+        *ret_file = writer->ahead[index];
+        writer->ahead[index] = NULL;
+        return 0;
+    }
+    return dcp_write_file_open(writer, placed, ret_file, err);
+}
+
+/* Given up half way: the job closes the file without calling it finished. */
+static void
+give_up_file(struct dcp_writer *writer, struct dcp_write_file *file)
+{
+    if (file != NULL) {
+        struct dcp_job job = {.file = file, .kind = DCP_WRITE_JOB_CLOSE, .flags = 1};
+        dcp_pump_push(&writer->pump, &job);
+    }
+}
+
 static int
 write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, struct dcp_buf *scratch,
            struct dcp_error *err)
@@ -227,7 +276,7 @@ write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, stru
     if (rc != 0) {
         goto done;
     }
-    rc = dcp_write_file_open(writer, placed, &file, err);
+    rc = take_file(writer, placed, &file, err);
     if (rc != 0) {
         goto done;
     }
@@ -259,17 +308,16 @@ static int
 write_files(struct dcp_writer *writer, struct dcp_error *err)
 {
     struct dcp_buf scratch = {0};
-    int rc = 0;
+    int rc = open_ahead(writer, err);
     if (writer->options->sync && writer->layout->files_count > 1) {
         dcp_pump_start(&writer->closer);
     }
     for (uint32_t i = 0; rc == 0 && i < writer->layout->files_count; i++) {
         rc = write_file(writer, &writer->layout->files[i], &scratch, err);
     }
-    if (writer->file != NULL) {
-        /* Given up half way: the job closes the file without calling it finished. */
-        struct dcp_job job = {.file = writer->file, .kind = DCP_WRITE_JOB_CLOSE, .flags = 1};
-        dcp_pump_push(&writer->pump, &job);
+    give_up_file(writer, writer->file);
+    for (int i = 0; i < DCP_AHEAD_FILES; i++) {
+        give_up_file(writer, writer->ahead[i]);
     }
     dcp_buf_clean_up(&scratch);
     return rc;

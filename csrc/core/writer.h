@@ -82,7 +82,7 @@ struct dcp_writer {
     _Atomic uint64_t priority_failures; /* of any thread */
     /* write and limited time: of the writing thread; direct_files, sync time: of the closing one */
     struct dcp_write_stats stats;
-    bool reserved; /* space for the sum of all files was there */
+    struct dcp_write_file *ahead[DCP_AHEAD_FILES]; /* the first ones, not begun; or NULL */
 
     /* the stream: where the next byte goes */
     struct dcp_write_file *file;

@@ -169,27 +169,18 @@ set_size(const struct dcp_writer *writer, const struct dcp_write_file *file, uin
     return rc < 0 ? fail(writer, file->name, -rc, what, len, err) : 0;
 }
 
-/* Meets a full disk, or a quota, before the data does: the first of several files reserves for all
- * and gives back what is not its own. */
+/* Meets a full disk, or a quota, before the data does. */
 static int
-preallocate(struct dcp_writer *writer, const struct dcp_write_file *file, struct dcp_error *err)
+preallocate(const struct dcp_writer *writer, const struct dcp_write_file *file,
+            struct dcp_error *err)
 {
-    uint64_t total_bytes = writer->layout->total_bytes;
-    int rc = 0;
-    if (file->in_memory) {
+    if (file->in_memory || file->length_bytes < DCP_PREALLOCATE_BYTES) {
         return 0;
     }
-    if (!writer->reserved && writer->layout->files_count > 1 && total_bytes >= DCP_RESERVE_BYTES) {
-        rc = reserve(writer, file, total_bytes, err);
-        rc = rc == 0 ? set_size(writer, file, 0, "sizing", err) : rc;
-        writer->reserved = true;
-    }
-    if (rc == 0 && file->length_bytes >= DCP_PREALLOCATE_BYTES) {
-        rc = reserve(writer, file, file->length_bytes, err);
-        if (rc == 0 && file->direct) {
-            rc = set_size(writer, file, dcp_align_up(file->length_bytes, file->align_bytes),
-                          "sizing", err);
-        }
+    int rc = reserve(writer, file, file->length_bytes, err);
+    if (rc == 0 && file->direct) {
+        rc = set_size(writer, file, dcp_align_up(file->length_bytes, file->align_bytes), "sizing",
+                      err);
     }
     return rc;
 }

@@ -31,6 +31,10 @@ class Config:
             leaves it, ``"best-effort:0"`` to ``"best-effort:7"`` (the lowest), ``"idle"``.  Of use
             where the device has an I/O scheduler that looks at it (bfq, mq-deadline).
         write_limit_bytes_s: most bytes per second that each rank writes; 0 is no limit.
+        broadcast_metadata: ``save`` gives every rank the metadata itself; else all but the
+            coordinator read it from the checkpoint when they first look at it.  Only where all
+            ranks of a save have this set, and not for ``async_save``, whose background runs no
+            collective.
         native: False sends every call through torch's own implementation.
     """
 
@@ -42,6 +46,7 @@ class Config:
     writer_nice: int = 0
     writer_io_class: str = "none"
     write_limit_bytes_s: int = 0
+    broadcast_metadata: bool = False
     native: bool = True
 
     def __post_init__(self) -> None:
@@ -105,6 +110,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_WRITER_NICE": ("writer_nice", int),
     "DCP_NATIVE_WRITER_IO_CLASS": ("writer_io_class", str),
     "DCP_NATIVE_WRITE_LIMIT_BYTES_S": ("write_limit_bytes_s", int),
+    "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }
 """Environment variable -> (field, parser).  Read once, at import."""

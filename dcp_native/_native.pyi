@@ -48,6 +48,7 @@ class Save:
         use_collectives: bool = True,
         dedup_save_to_lowest_rank: bool = False,
         sync_files: bool = True,
+        broadcast_metadata: bool = False,
         direct: int = 0,
         io_uring: int = 0,
         writer_nice: int = 0,

@@ -19,6 +19,7 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "use_collectives",
                             "dedup_save_to_lowest_rank",
                             "sync_files",
+                            "broadcast_metadata",
                             "direct",
                             "io_uring",
                             "writer_nice",
@@ -26,15 +27,15 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "write_limit_bytes_s",
                             NULL};
     unsigned long long call_hash = 0, plan_salt = 0, limit_bytes_s = 0;
-    int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, direct = DCP_DIRECT_AUTO;
-    int queue = DCP_QUEUE_AUTO, nice = 0;
+    int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, share = 0;
+    int direct = DCP_DIRECT_AUTO, queue = DCP_QUEUE_AUTO, nice = 0;
     unsigned io_priority = 0;
 
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "Os|$zpzzzKKpppiiiIK:Save", names, ret_group, &params->dir_path,
+            args, kwargs, "Os|$zpzzzKKppppiiiIK:Save", names, ret_group, &params->dir_path,
             &params->meta.checkpoint_id, &is_path, &params->meta.storage_save_id,
             &params->meta.version, &params->identity, &call_hash, &plan_salt, &use_collectives,
-            &lowest, &sync, &direct, &queue, &nice, &io_priority, &limit_bytes_s)) {
+            &lowest, &sync, &share, &direct, &queue, &nice, &io_priority, &limit_bytes_s)) {
         return -1;
     }
     params->io = dcp_io_posix();
@@ -44,6 +45,7 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
     params->independent = use_collectives == 0;
     params->to_lowest_rank = lowest != 0;
     params->sync = sync != 0;
+    params->share_metadata = share != 0;
     params->direct = (enum dcp_direct)direct;
     params->tuning = (struct dcp_write_tuning){.queue = (enum dcp_queue_use)queue,
                                                .nice = nice,

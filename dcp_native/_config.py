@@ -30,6 +30,15 @@ class Config:
             that links it.
         content_hash: store content hashes with every save, so that the next one can name it as
             its ``base``.  A save that is given a base stores them anyway.
+        io_uring: ``"auto"`` writes through io_uring where the kernel allows it and a save has more
+            than one request, ``"off"`` by a thread, ``"on"`` fails where it is not possible.
+        writer_nice: nice value, 1 to 19, of the threads that write; with async_save of the one that
+            fills their buffers too.  0 leaves it.  The trainer's threads are never touched, so a
+            foreground save through io_uring, which has no writing thread, has nothing to slow down.
+        writer_io_class: I/O class of those threads and of requests through io_uring: ``"none"``
+            leaves it, ``"best-effort:0"`` to ``"best-effort:7"`` (the lowest), ``"idle"``.  Of use
+            where the device has an I/O scheduler that looks at it (bfq, mq-deadline).
+        write_limit_bytes_s: most bytes per second that each rank writes; 0 is no limit.
         broadcast_metadata: ``save`` gives every rank the metadata itself; else all but the
             coordinator read it from the checkpoint when they first look at it.  Only where all
             ranks of a save have this set, and not for ``async_save``, whose background runs no
@@ -43,6 +52,10 @@ class Config:
     direct_io: Literal["auto", "off", "on"] = "auto"
     incremental_links: Literal["reflink", "hard"] = "reflink"
     content_hash: bool = False
+    io_uring: Literal["auto", "off", "on"] = "auto"
+    writer_nice: int = 0
+    writer_io_class: str = "none"
+    write_limit_bytes_s: int = 0
     broadcast_metadata: bool = False
     native: bool = True
 
@@ -56,10 +69,43 @@ class Config:
                 f"incremental_links must be one of {sorted(LINK_MODE)}, "
                 f"not {self.incremental_links!r}"
             )
+        if self.io_uring not in IO_URING:
+            raise ValueError(f"io_uring must be one of {sorted(IO_URING)}, not {self.io_uring!r}")
+        if not 0 <= self.writer_nice <= 19:
+            raise ValueError(f"writer_nice must be 0 to 19, not {self.writer_nice!r}")
+        if not 0 <= self.write_limit_bytes_s < 1 << 60:
+            raise ValueError(
+                f"write_limit_bytes_s must be 0 to 2**60, not {self.write_limit_bytes_s!r}"
+            )
+        io_priority(self.writer_io_class)
 
 
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+IO_URING = {"auto": 0, "off": 1, "on": 2}
+"""Values of enum dcp_queue_use (csrc/include/dcp_engine.h)."""
+
+_IO_CLASS_SHIFT = 13
+_BEST_EFFORT, _IDLE = 2, 3
+
+
+def io_priority(io_class: str) -> int:
+    """``Config.writer_io_class`` as ioprio_set(2) takes it; 0 leaves it.
+
+    Raises:
+        ValueError: for a class or level that does not exist.
+    """
+    if io_class == "none":
+        return 0
+    if io_class == "idle":
+        return _IDLE << _IO_CLASS_SHIFT
+    name, _, level = io_class.partition(":")
+    if name == "best-effort" and level in tuple("01234567"):
+        return _BEST_EFFORT << _IO_CLASS_SHIFT | int(level)
+    raise ValueError(
+        'writer_io_class must be "none", "best-effort:0" to "best-effort:7" or "idle", '
+        f"not {io_class!r}"
+    )
 
 LINK_MODE = {"reflink": 0, "hard": 1}
 """Values of enum dcp_link_mode (csrc/include/dcp_transfer.h)."""
@@ -80,6 +126,10 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
     "DCP_NATIVE_INCREMENTAL_LINKS": ("incremental_links", str),
     "DCP_NATIVE_CONTENT_HASH": ("content_hash", _as_bool),
+    "DCP_NATIVE_IO_URING": ("io_uring", str),
+    "DCP_NATIVE_WRITER_NICE": ("writer_nice", int),
+    "DCP_NATIVE_WRITER_IO_CLASS": ("writer_io_class", str),
+    "DCP_NATIVE_WRITE_LIMIT_BYTES_S": ("write_limit_bytes_s", int),
     "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }

@@ -53,6 +53,10 @@ class Save:
         base: str | None = None,
         link_mode: int = 0,
         content_hash: bool = False,
+        io_uring: int = 0,
+        writer_nice: int = 0,
+        writer_io_priority: int = 0,
+        write_limit_bytes_s: int = 0,
     ) -> Save: ...
     def open(self) -> bool: ...
     def claim(self) -> None: ...

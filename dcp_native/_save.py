@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSys
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 
 from . import _native
-from ._config import DIRECT_IO, LINK_MODE, config
+from ._config import DIRECT_IO, IO_URING, LINK_MODE, config, io_priority
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
@@ -25,6 +26,17 @@ def hash64(*parts: object) -> int:
     """A 64-bit number that equal parts share on every rank."""
     text = "\0".join(map(repr, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@functools.cache
+def _warn_of_priority() -> None:
+    """Once per process: every save would say it again."""
+    logger.warning(
+        "the writer's priority could not be set (writer_nice=%s, writer_io_class=%r); saves go on "
+        "without it",
+        config().writer_nice,
+        config().writer_io_class,
+    )
 
 
 class NativeSave:
@@ -73,6 +85,10 @@ class NativeSave:
             base=self.base,
             link_mode=LINK_MODE[config().incremental_links],
             content_hash=config().content_hash,
+            io_uring=IO_URING[config().io_uring],
+            writer_nice=config().writer_nice,
+            writer_io_priority=io_priority(config().writer_io_class),
+            write_limit_bytes_s=config().write_limit_bytes_s,
         )
 
     # ---- local steps: errors wait for the next agreement ----
@@ -209,6 +225,8 @@ class NativeSave:
         info = self._native.info()
         set_report({"kind": self.kind, "path": "native", "reason": None, **info})
         self._warn_if_nothing_was_trained(info)
+        if info["priority_failures"] > 0:
+            _warn_of_priority()
         return lazy_metadata(self._native.metadata(), self._metadata_path, info["save_id"])
 
     def _warn_if_nothing_was_trained(self, info: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 /*
  * io_posix.c: the real table: one system call per entry, results as the kernel gives them.
  *
- * This is the only file of the core that touches the file system.  Nothing is retried and nothing
+ * With io_uring.c, which has the queue, this is all of the core that makes system calls on files
+ * and threads.  Nothing is retried and nothing
  * is decided here, so that what a test does to the in-memory table is all that can happen.  Two
  * entries ask instead of act, because the answer is not to be had from one call everywhere:
  *   dio_align  STATX_DIOALIGN (Linux 6.1) says what direct I/O needs; where kernel or file system
@@ -24,19 +25,23 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "dcp_limits.h"
+#include "io_uring.h"
 
 enum {
     DIRECTORY_MODE = 0777, /* less umask, as mkdir -p */
     FILE_MODE = 0666,      /* less umask */
     RAW_STATX_DIOALIGN = 0x2000,
     RAW_SYS_CACHESTAT = 451, /* the same number on every architecture */
+    RAW_IOPRIO_WHO_PROCESS = 1,
     /* Mapped at a time for mincore, with room for one byte per page of 4 KiB or more. */
     MINCORE_BYTES = 32 << 20,
     MINCORE_PAGES = MINCORE_BYTES >> 12,
@@ -473,6 +478,51 @@ posix_space(void *ctx, int dirfd, struct dcp_space *ret)
     return 0;
 }
 
+/* ---- threads and time ---- */
+
+/* On Linux 0 names the calling thread, not its process. */
+static int
+posix_thread_priority(void *ctx, int nice, unsigned io_priority)
+{
+    (void)ctx;
+
+    if (nice > 0) {
+        errno = 0;
+        int now = getpriority(PRIO_PROCESS, 0);
+        if (now == -1 && errno != 0) {
+            return -errno;
+        }
+        if (now < nice && setpriority(PRIO_PROCESS, 0, nice) != 0) {
+            return -errno;
+        }
+    }
+    if (io_priority != 0 &&
+        syscall(SYS_ioprio_set, RAW_IOPRIO_WHO_PROCESS, 0, (int)io_priority) != 0) {
+        return -errno;
+    }
+    return 0;
+}
+
+static uint64_t
+posix_now_ns(void *ctx)
+{
+    struct timespec now;
+    (void)ctx;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void
+posix_sleep_ns(void *ctx, uint64_t ns)
+{
+    struct timespec span = {.tv_sec = (time_t)(ns / 1000000000u),
+                            .tv_nsec = (long)(ns % 1000000000u)};
+    (void)ctx;
+
+    (void)nanosleep(&span, NULL);
+}
+
 static const struct dcp_io posix_table = {
     .ctx = NULL,
     .mkdirs = posix_mkdirs,
@@ -498,6 +548,13 @@ static const struct dcp_io posix_table = {
     .rename_at = posix_rename_at,
     .unlink_at = posix_unlink_at,
     .list = posix_list,
+    .queue_open = dcp_uring_open,
+    .queue_write = dcp_uring_write,
+    .queue_reap = dcp_uring_reap,
+    .queue_close = dcp_uring_close,
+    .thread_priority = posix_thread_priority,
+    .now_ns = posix_now_ns,
+    .sleep_ns = posix_sleep_ns,
 };
 
 const struct dcp_io *

@@ -38,12 +38,12 @@ dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring 
 {
     uint32_t count = buffers_count != 0 ? buffers_count : DCP_RING_BUFFERS;
     uint64_t bytes = buffer_bytes != 0 ? buffer_bytes : DCP_RING_BUFFER_BYTES;
-    if (count < 2 || count > DCP_PUMP_JOBS / 2 || bytes % DCP_DIRECT_ALIGN_BYTES != 0 ||
+    if (count < 2 || count > DCP_RING_MOST_BUFFERS || bytes % DCP_DIRECT_ALIGN_BYTES != 0 ||
         bytes > DCP_MAX_REQUEST_BYTES) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "a ring of %u buffers of %llu bytes was asked for; use 2 to %d "
                              "buffers, each a multiple of %u bytes",
-                             count, (unsigned long long)bytes, DCP_PUMP_JOBS / 2,
+                             count, (unsigned long long)bytes, DCP_RING_MOST_BUFFERS,
                              DCP_DIRECT_ALIGN_BYTES);
     }
     for (int i = 0; i < KEPT_RINGS; i++) {
@@ -123,6 +123,9 @@ static void *
 pump_main(void *arg)
 {
     struct dcp_pump *pump = arg;
+    if (pump->on_start != NULL) {
+        pump->on_start(pump->ctx);
+    }
     for (;;) {
         pthread_mutex_lock(&pump->lock);
         while (pump->finished == pump->pushed && !pump->closing) {
@@ -204,6 +207,15 @@ dcp_pump_wait(struct dcp_pump *pump, uint64_t number)
         }
         pump->wait_ns += dcp_engine_now_ns() - start_ns;
     }
+    int code = pump->code;
+    pthread_mutex_unlock(&pump->lock);
+    return code;
+}
+
+int
+dcp_pump_code(struct dcp_pump *pump)
+{
+    pthread_mutex_lock(&pump->lock);
     int code = pump->code;
     pthread_mutex_unlock(&pump->lock);
     return code;

@@ -21,6 +21,8 @@ struct dcp_ring {
     int64_t pid; /* the process that mapped it: a fork does not inherit the mapping */
 };
 
+enum { DCP_RING_MOST_BUFFERS = 8 };
+
 /* 0 for either number: the default.  Takes a kept ring of that shape or maps a new one. */
 int dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
                      struct dcp_error *err) DCP_MUST_CHECK;
@@ -47,10 +49,12 @@ struct dcp_job {
 /* `failed` is true once a job failed: the run function then only cleans up. */
 typedef int (*dcp_job_fn)(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
 
-enum { DCP_PUMP_JOBS = 16 };
+/* Enough files between writing and syncing for one commit of a journal to serve many. */
+enum { DCP_PUMP_JOBS = 64 };
 
 struct dcp_pump {
-    dcp_job_fn run; /* set before the thread starts */
+    dcp_job_fn run;              /* set before the thread starts */
+    void (*on_start)(void *ctx); /* the same; called first on the thread; may be NULL */
     void *ctx;
     bool threaded;
     pthread_t thread;
@@ -74,7 +78,9 @@ void dcp_pump_start(struct dcp_pump *pump);
 uint64_t dcp_pump_push(struct dcp_pump *pump, const struct dcp_job *job);
 /* Waits until job `number` has run.  0, or the code of the first failure of any job so far. */
 int dcp_pump_wait(struct dcp_pump *pump, uint64_t number) DCP_MUST_CHECK;
-/* The same for all jobs pushed so far. */
+/* The code of the first failure so far, without waiting; 0. */
+int dcp_pump_code(struct dcp_pump *pump) DCP_MUST_CHECK;
+/* Waits for all jobs pushed so far. */
 int dcp_pump_drain(struct dcp_pump *pump) DCP_MUST_CHECK;
 /* Runs what is queued, joins the thread, hands over the first failure. */
 int dcp_pump_clean_up(struct dcp_pump *pump, struct dcp_error *err) DCP_MUST_CHECK;

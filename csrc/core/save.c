@@ -52,6 +52,7 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->base_path = copy_text(params->base_path);
     save->link_mode = params->link_mode;
     save->content_hash = params->content_hash || params->base_path != NULL;
+    save->tuning = params->tuning;
     return save->dir_path != NULL && (params->base_path == NULL || save->base_path != NULL) &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&
            (params->meta.storage_save_id == NULL || save->storage_save_id != NULL) &&

@@ -24,6 +24,8 @@ struct dcp_save {
     char *base_path; /* owned; NULL: none */
     enum dcp_link_mode link_mode;
     bool content_hash;
+    struct dcp_write_tuning tuning;
+    bool own_thread; /* dcp_save_lend_thread */
 
     pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
     int dirfd;    /* -1 until dcp_save_open */

@@ -6,6 +6,20 @@
 #include "save.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+
+/* From about a millisecond of building on it pays to start a thread. */
+enum { METADATA_THREAD_CHUNKS = 4096 };
+
+/* The metadata image, built beside the writing of the files. */
+struct metadata_job {
+    struct dcp_save *save;
+    pthread_t thread;
+    bool threaded;
+    int rc; /* valid once joined */
+    struct dcp_error err;
+};
 
 static int
 build_metadata(struct dcp_save *save, struct dcp_error *err)
@@ -23,6 +37,50 @@ build_metadata(struct dcp_save *save, struct dcp_error *err)
     save->info.metadata_ns = dcp_now_ns() - start_ns;
     save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
     return rc;
+}
+
+static void *
+metadata_main(void *arg)
+{
+    struct metadata_job *job = arg;
+
+    job->rc = build_metadata(job->save, &job->err);
+    return NULL;
+}
+
+/* Small ones, and all where no thread can be had, are built here and now. */
+static int
+metadata_start(struct dcp_save *save, struct metadata_job *job, struct dcp_error *err)
+{
+    sigset_t all, before;
+
+    *job = (struct metadata_job){.save = save};
+    dcp_error_clear(&job->err);
+    if (!save->info.is_coordinator) {
+        return 0;
+    }
+    if (dcp_save_installed(save)->global.chunks_count >= METADATA_THREAD_CHUNKS) {
+        /* Signals go to the trainer's threads. */
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        job->threaded = pthread_create(&job->thread, NULL, metadata_main, job) == 0;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    return job->threaded ? 0 : build_metadata(save, err);
+}
+
+/* The first failure is told. */
+static int
+metadata_join(struct metadata_job *job, int rc, struct dcp_error *err)
+{
+    if (!job->threaded) {
+        return rc;
+    }
+    pthread_join(job->thread, NULL);
+    if (rc == 0 && job->rc != 0) {
+        *err = job->err;
+    }
+    return rc != 0 ? rc : job->rc;
 }
 
 /* A full disk is better met before the first byte than at the last one. */
@@ -62,12 +120,20 @@ write_files(struct dcp_save *save, const struct dcp_source *sources,
     return rc;
 }
 
+void
+dcp_save_lend_thread(struct dcp_save *save)
+{
+    save->own_thread = true;
+}
+
 int
 dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
                _Atomic uint64_t *progress_bytes, struct dcp_error *err)
 {
     struct dcp_engine_options options = {
         .direct = save->direct,
+        .tuning = save->tuning,
+        .own_thread = save->own_thread,
         .sync = save->sync,
         .cancel = cancel,
         .progress_bytes = progress_bytes,
@@ -75,21 +141,22 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         .created_files = &save->created_files,
     };
     uint64_t start_ns = dcp_now_ns();
-    int rc = 0;
+    struct metadata_job metadata;
+    int rc;
 
     if (!save->agreed) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "a save was written before it was agreed");
     }
-    if (save->info.is_coordinator) {
-        rc = build_metadata(save, err);
+    rc = check_space(save, dcp_save_layout(save)->total_bytes, err);
+    if (rc != 0) {
+        return rc;
     }
-    if (rc == 0) {
-        rc = check_space(save, dcp_save_layout(save)->total_bytes, err);
-    }
+    rc = metadata_start(save, &metadata, err);
     if (rc == 0) {
         rc = write_files(save, sources, &options, err);
     }
+    rc = metadata_join(&metadata, rc, err);
     /* The names must be durable before this rank says so. */
     if (rc == 0 && save->sync) {
         int sync_rc = save->io->fsync(save->io->ctx, save->dirfd);

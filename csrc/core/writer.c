@@ -7,14 +7,16 @@
  * ring; the next file is filled while the last one is written and synced.
  *
  * Memory: the ring (32 MiB by default), 4 bytes per MiB of payload, 32 bytes per hashed record.
- * Threads: the calling thread copies, one thread that lives as long as the call writes with direct
- * I/O.  It is not started below INLINE_MOST_BYTES, where nothing overlaps, nor without direct I/O,
- * where writing is copying by the processor: a piece that goes to the kernel right after its
- * checksum, from the cache, beats a second thread that reads it from memory again.
+ * Threads: the calling thread copies.  With direct I/O the kernel's queue writes beside it, or,
+ * where there is none, one thread that lives as long as the call.  Neither is started below
+ * INLINE_MOST_BYTES, where nothing overlaps, nor without direct I/O, where writing is copying by
+ * the processor: a piece that goes to the kernel right after its checksum, from the cache, beats a
+ * second thread that reads it from memory again.  With several files one more thread syncs and
+ * closes them.
  */
 #include "writer.h"
 
-#include <stdio.h>
+#include <errno.h>
 #include <string.h>
 
 /* One buffer's worth: a single request, which no copy can run beside. */
@@ -256,6 +258,55 @@ write_tables(struct dcp_writer *writer, const struct dcp_placed_file *placed,
     return rc == 0 ? check_position(writer, placed->length_bytes, err) : rc;
 }
 
+/* Opens and allocates all files, where they are few and large. */
+static int
+open_ahead(struct dcp_writer *writer, struct dcp_error *err)
+{
+    const struct dcp_layout *layout = writer->layout;
+    if (layout->files_count < 2 || layout->files_count > DCP_AHEAD_FILES ||
+        layout->total_bytes < DCP_AHEAD_BYTES) {
+        return 0;
+    }
+    for (uint32_t i = 0; i < layout->files_count; i++) {
+        struct dcp_error local;
+        dcp_error_clear(&local);
+        int rc = dcp_write_file_open(writer, &layout->files[i], &writer->ahead[i], &local);
+        if (rc != 0 && (local.sys_errno == EMFILE || local.sys_errno == ENFILE)) {
+            return 0; /* one at a time, then */
+        }
+        if (rc != 0) {
+            if (err != NULL && err->code == 0) {
+                *err = local;
+            }
+            return rc;
+        }
+    }
+    return 0;
+}
+
+static int
+take_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+          struct dcp_write_file **ret_file, struct dcp_error *err)
+{
+    size_t index = (size_t)(placed - writer->layout->files);
+    if (index < DCP_AHEAD_FILES && writer->ahead[index] != NULL) {
+        *ret_file = writer->ahead[index];
+        writer->ahead[index] = NULL;
+        return 0;
+    }
+    return dcp_write_file_open(writer, placed, ret_file, err);
+}
+
+/* Given up half way: the job closes the file without calling it finished. */
+static void
+give_up_file(struct dcp_writer *writer, struct dcp_write_file *file)
+{
+    if (file != NULL) {
+        struct dcp_job job = {.file = file, .kind = DCP_WRITE_JOB_CLOSE, .flags = 1};
+        dcp_pump_push(&writer->pump, &job);
+    }
+}
+
 static int
 write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, struct dcp_buf *scratch,
            struct dcp_error *err)
@@ -266,15 +317,16 @@ write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, stru
     if (rc != 0) {
         goto done;
     }
-    rc = dcp_write_file_open(writer, placed, &file, err);
+    rc = take_file(writer, placed, &file, err);
     if (rc != 0) {
         goto done;
     }
-    if (file->direct && writer->layout->total_bytes > INLINE_MOST_BYTES) {
-        dcp_pump_start(&writer->pump);
-    }
     dcp_write_stream_open(writer, file);
-    rc = write_header(writer, placed, scratch, err);
+    if (file->direct && (writer->layout->total_bytes > INLINE_MOST_BYTES ||
+                         writer->options->tuning.queue == DCP_QUEUE_ON)) {
+        rc = dcp_write_queue_start(writer, err);
+    }
+    rc = rc == 0 ? write_header(writer, placed, scratch, err) : rc;
     for (uint32_t i = 0; rc == 0 && i < placed->records_count; i++) {
         rc = write_record(writer, placed->first_record + i, &blocks, scratch, err);
     }
@@ -297,17 +349,61 @@ static int
 write_files(struct dcp_writer *writer, struct dcp_error *err)
 {
     struct dcp_buf scratch = {0};
-    int rc = 0;
+    int rc = open_ahead(writer, err);
+    if (writer->options->sync && writer->layout->files_count > 1) {
+        dcp_pump_start(&writer->closer);
+    }
     for (uint32_t i = 0; rc == 0 && i < writer->layout->files_count; i++) {
         rc = write_file(writer, &writer->layout->files[i], &scratch, err);
     }
-    if (writer->file != NULL) {
-        /* Given up half way: the job closes the file without calling it finished. */
-        struct dcp_job job = {.file = writer->file, .kind = DCP_WRITE_JOB_CLOSE, .flags = 1};
-        dcp_pump_push(&writer->pump, &job);
+    give_up_file(writer, writer->file);
+    for (int i = 0; i < DCP_AHEAD_FILES; i++) {
+        give_up_file(writer, writer->ahead[i]);
     }
     dcp_buf_clean_up(&scratch);
     return rc;
+}
+
+static void
+count_time(struct dcp_writer *writer, uint64_t start_ns, uint64_t filled_ns)
+{
+    struct dcp_write_stats *stats = &writer->stats;
+    uint64_t waited_ns = writer->pump.wait_ns + writer->queue.wait_ns;
+    uint64_t inline_ns = 0; /* of the calling thread, besides copying */
+    stats->limited_ns = writer->rate.slept_ns;
+    if (!writer->pump.threaded) {
+        waited_ns += writer->closer.wait_ns;
+        inline_ns = stats->limited_ns + stats->write_ns;
+        inline_ns += writer->closer.threaded ? 0 : stats->sync_ns;
+    }
+    uint64_t filling_ns = filled_ns - start_ns;
+    stats->copy_ns = filling_ns - dcp_min_u64(filling_ns, waited_ns + inline_ns);
+    stats->wait_ns = waited_ns + (dcp_engine_now_ns() - filled_ns);
+}
+
+/* Fills, waits for everything, frees the threads.  The first failure is told. */
+static int
+run(struct dcp_writer *writer, uint64_t start_ns, struct dcp_error *err)
+{
+    int rc = dcp_pump_init(&writer->pump, dcp_write_file_job, writer, err);
+    if (rc != 0) {
+        return rc;
+    }
+    rc = dcp_pump_init(&writer->closer, dcp_write_close_job, writer, err);
+    if (rc == 0) {
+        writer->pump.on_start = writer->closer.on_start = dcp_write_thread_priority;
+        if (writer->options->own_thread) {
+            dcp_write_thread_priority(writer);
+        }
+        rc = write_files(writer, err);
+        int queue_rc = dcp_write_queue_finish(writer, rc != 0, err);
+        rc = rc != 0 ? rc : queue_rc;
+    }
+    uint64_t filled_ns = dcp_engine_now_ns();
+    int pump_rc = dcp_pump_clean_up(&writer->pump, err);
+    int closer_rc = dcp_pump_clean_up(&writer->closer, err);
+    count_time(writer, start_ns, filled_ns);
+    return rc != 0 ? rc : pump_rc != 0 ? pump_rc : closer_rc;
 }
 
 int
@@ -337,19 +433,13 @@ dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
     if (rc != 0) {
         return rc;
     }
-    rc = dcp_pump_init(&writer.pump, dcp_write_file_job, &writer, err);
-    if (rc == 0) {
-        rc = write_files(&writer, err);
-        uint64_t filled_ns = dcp_engine_now_ns();
-        int pump_rc = dcp_pump_clean_up(&writer.pump, err);
-        rc = rc != 0 ? rc : pump_rc;
-        struct dcp_write_stats *stats = &writer.stats;
-        uint64_t inline_ns = writer.pump.threaded ? 0 : stats->write_ns + stats->sync_ns;
-        stats->copy_ns = filled_ns - start_ns - writer.pump.wait_ns - inline_ns;
-        stats->wait_ns = writer.pump.wait_ns + (dcp_engine_now_ns() - filled_ns);
-        stats->ring_bytes = writer.ring->buffer_bytes * writer.ring->buffers_count;
+    dcp_rate_init(&writer.rate, io, options->tuning.limit_bytes_s, writer.ring->buffer_bytes);
+    rc = run(&writer, start_ns, err);
+    writer.stats.ring_bytes = writer.ring->buffer_bytes * writer.ring->buffers_count;
+    writer.stats.priority_failures = atomic_load(&writer.priority_failures);
+    if (!writer.queue.lost) {
+        dcp_ring_release(writer.ring);
     }
-    dcp_ring_release(writer.ring);
     writer.stats.wall_ns = dcp_engine_now_ns() - start_ns;
     if (rc == 0 && ret_stats != NULL) {
         *ret_stats = writer.stats;

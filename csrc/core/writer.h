@@ -1,14 +1,17 @@
 /*
- * writer.h: private: what the three files of the writer share.
+ * writer.h: private: what the files of the writer share.
  *
  * writer.c walks the layout, writer_stream.c turns one file's bytes into jobs, writer_file.c opens
- * files and runs the jobs.  The calling thread fills buffers; the pump's thread writes, syncs and
- * closes.  A struct dcp_write_file belongs to the caller until its last job is pushed, which frees
- * it.
+ * files and runs the jobs, writer_queue.c has the requests that are in flight without a thread.
+ * The calling thread fills buffers.  Requests run on the pump's thread, or in the queue, or, where
+ * neither pays, inside of the push; with several files a second pump syncs and closes them beside
+ * the writing of the next.  A struct dcp_write_file belongs to the caller until its last job is
+ * pushed, then to whoever runs that job, which hands it to the closer, which frees it.
  */
 #ifndef DCP_WRITER_H
 #define DCP_WRITER_H
 
+#include "rate.h"
 #include "ring.h"
 
 enum { DCP_WRITE_NAME_BYTES = 64 };
@@ -33,6 +36,30 @@ struct dcp_write_file {
     uint64_t end_bytes;      /* behind the last byte written, padding included */
     uint64_t flushing_bytes; /* [flushing, pushed) is on its way out, [pushed, end) is dirty */
     uint64_t pushed_bytes;
+    int flush_errno; /* of a flush that the closer reports */
+    /* of the calling thread, with a queue */
+    uint32_t in_flight; /* requests of it that have not ended */
+    bool closing;       /* its last request closes it */
+    bool given_up;      /* ... without calling it finished */
+};
+
+/* A request in the queue. */
+struct dcp_write_flight {
+    enum { DCP_FLIGHT_NONE, DCP_FLIGHT_FLYING, DCP_FLIGHT_ENDED } state; /* ENDED: not as wanted */
+    struct dcp_write_file *file;
+    const uint8_t *data;
+    uint64_t offset_bytes, len_bytes;
+    ssize_t result; /* once ENDED */
+};
+
+struct dcp_write_queue {
+    struct dcp_io_queue *queue;                             /* NULL: requests go another way */
+    struct dcp_write_flight flights[DCP_RING_MOST_BUFFERS]; /* by ring buffer */
+    uint32_t flying_count, ended_count;
+    bool given_up; /* it is not there, or did what pwrite had to mend: not used again */
+    bool failed;   /* what is in flight is only waited for */
+    bool lost;     /* ... and was waited for in vain: ring and queue are never freed */
+    uint64_t wait_ns;
 };
 
 struct dcp_writer {
@@ -48,7 +75,14 @@ struct dcp_writer {
     uint32_t *crcs; /* per layout record; may be NULL */
     struct dcp_ring *ring;
     struct dcp_pump pump;
-    struct dcp_write_stats stats; /* direct_files, write and sync time: of the writing thread */
+    struct dcp_pump closer;  /* pushed to by the thread that runs the pump's jobs */
+    uint64_t unsynced_bytes; /* of that thread: in the page cache, handed to the closer */
+    struct dcp_write_queue queue;
+    struct dcp_rate rate;               /* of that thread too */
+    _Atomic uint64_t priority_failures; /* of any thread */
+    /* write and limited time: of the writing thread; direct_files, sync time: of the closing one */
+    struct dcp_write_stats stats;
+    struct dcp_write_file *ahead[DCP_AHEAD_FILES]; /* the first ones, not begun; or NULL */
 
     /* the stream: where the next byte goes */
     struct dcp_write_file *file;
@@ -66,8 +100,36 @@ int dcp_write_file_open(struct dcp_writer *writer, const struct dcp_placed_file 
                         struct dcp_write_file **ret_file, struct dcp_error *err) DCP_MUST_CHECK;
 /* The pump's function; ctx is the writer. */
 int dcp_write_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
+/* Writes all of it through pwrite, whatever single calls do. */
+int dcp_write_range(const struct dcp_writer *writer, struct dcp_write_file *file,
+                    const uint8_t *data, uint64_t offset, uint64_t len,
+                    struct dcp_error *err) DCP_MUST_CHECK;
+/* A write that failed for good. */
+int dcp_write_failed(const struct dcp_writer *writer, const struct dcp_write_file *file,
+                     int sys_errno, uint64_t offset_bytes, struct dcp_error *err);
+/* After the last request of a closing file: hands it to the closer, which frees it. */
+int dcp_write_file_end(struct dcp_writer *writer, struct dcp_write_file *file) DCP_MUST_CHECK;
+/* The closer's function; ctx is the writer. */
+int dcp_write_close_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
+/* Gives the calling thread, one of the engine, the priority that the options ask for. */
+void dcp_write_thread_priority(void *ctx);
 /* DCP_E_CANCELLED when the caller asked to stop. */
 int dcp_write_check_cancel(const struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- writer_queue.c: all on the calling thread ---- */
+/* Gets requests away from the calling thread: by the queue where it may be, else by the pump's
+ * thread. */
+int dcp_write_queue_start(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
+/* The job's data is a whole ring buffer that is not in flight. */
+int dcp_write_queue_push(struct dcp_writer *writer, const struct dcp_job *job,
+                         struct dcp_error *err) DCP_MUST_CHECK;
+/* Waits until ring buffer `index` is not in flight. */
+int dcp_write_queue_wait(struct dcp_writer *writer, uint32_t index,
+                         struct dcp_error *err) DCP_MUST_CHECK;
+/* Waits for all that is in flight, ends the files that waited for it, closes the queue.  `failed`:
+ * nothing is mended any more. */
+int dcp_write_queue_finish(struct dcp_writer *writer, bool failed,
+                           struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- writer_stream.c ---- */
 void dcp_write_stream_open(struct dcp_writer *writer, struct dcp_write_file *file);

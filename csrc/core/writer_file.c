@@ -6,7 +6,9 @@
  * says; one that says yes and then refuses a write (EINVAL) goes on through the page cache.  A
  * failed fsync is final: the kernel drops the pages it could not write, so a retry would lie.
  *
- * Threads: dcp_write_file_open on the calling thread, dcp_write_file_job on the writing thread.
+ * Threads: dcp_write_file_open on the calling thread, dcp_write_file_job on the writing thread,
+ * dcp_write_close_job on the closing one.  Where a pump has no thread, its jobs run on the one that
+ * pushes them.
  */
 #include "writer.h"
 
@@ -60,13 +62,25 @@ fail(const struct dcp_writer *writer, const char *name, int sys_errno, const cha
 }
 
 static int
-open_new(const struct dcp_writer *writer, const char *name, int *ret_fd, struct dcp_error *err)
+open_new(struct dcp_writer *writer, const char *name, int *ret_fd, struct dcp_error *err)
 {
     const struct dcp_io *io = writer->io;
+    bool waited = false;
     int fd;
-    do {
+    for (;;) {
         fd = io->open_at(io->ctx, writer->dirfd, name, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    } while (fd == -EINTR);
+        if ((fd == -EMFILE || fd == -ENFILE) && !waited) {
+            /* Files that wait for their sync hold descriptors. */
+            int rc = dcp_pump_drain(&writer->pump);
+            rc = rc == 0 ? dcp_pump_drain(&writer->closer) : rc;
+            if (rc != 0) {
+                return rc; /* the pump keeps the error */
+            }
+            waited = true;
+        } else if (fd != -EINTR) {
+            break;
+        }
+    }
     if (fd >= 0) {
         if (writer->options->created_files != NULL) {
             ++*writer->options->created_files;
@@ -125,25 +139,50 @@ choose_direct(const struct dcp_writer *writer, struct dcp_write_file *file, stru
     return 0;
 }
 
-/* Meets a full disk before the data does. */
+/* 0 where the file system can't reserve. */
+static int
+reserve(const struct dcp_writer *writer, const struct dcp_write_file *file, uint64_t len,
+        struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    int rc;
+    do {
+        rc = io->fallocate(io->ctx, file->fd, 0, len);
+    } while (rc == -EINTR);
+    if (rc == -ENOSPC || rc == -EDQUOT || rc == -EFBIG || rc == -EIO) {
+        char what[96];
+        snprintf(what, sizeof what, "reserving %" PRIu64 " bytes for", len);
+        return fail(writer, file->name, -rc, what, UINT64_MAX, err);
+    }
+    return 0;
+}
+
+static int
+set_size(const struct dcp_writer *writer, const struct dcp_write_file *file, uint64_t len,
+         const char *what, struct dcp_error *err)
+{
+    const struct dcp_io *io = writer->io;
+    int rc;
+    do {
+        rc = io->truncate(io->ctx, file->fd, len);
+    } while (rc == -EINTR);
+    return rc < 0 ? fail(writer, file->name, -rc, what, len, err) : 0;
+}
+
+/* Meets a full disk, or a quota, before the data does. */
 static int
 preallocate(const struct dcp_writer *writer, const struct dcp_write_file *file,
             struct dcp_error *err)
 {
-    const struct dcp_io *io = writer->io;
-    if (file->length_bytes < DCP_PREALLOCATE_BYTES || file->in_memory) {
+    if (file->in_memory || file->length_bytes < DCP_PREALLOCATE_BYTES) {
         return 0;
     }
-    int rc;
-    do {
-        rc = io->fallocate(io->ctx, file->fd, 0, file->length_bytes);
-    } while (rc == -EINTR);
-    if (rc == -ENOSPC || rc == -EDQUOT || rc == -EFBIG || rc == -EIO) {
-        char what[96];
-        snprintf(what, sizeof what, "reserving %" PRIu64 " bytes for", file->length_bytes);
-        return fail(writer, file->name, -rc, what, UINT64_MAX, err);
+    int rc = reserve(writer, file, file->length_bytes, err);
+    if (rc == 0 && file->direct) {
+        rc = set_size(writer, file, dcp_align_up(file->length_bytes, file->align_bytes), "sizing",
+                      err);
     }
-    return 0;
+    return rc;
 }
 
 int
@@ -198,9 +237,16 @@ leave_direct(const struct dcp_writer *writer, struct dcp_write_file *file)
     return true;
 }
 
-static int
-write_range(const struct dcp_writer *writer, struct dcp_write_file *file, const uint8_t *data,
-            uint64_t offset, uint64_t len, struct dcp_error *err)
+int
+dcp_write_failed(const struct dcp_writer *writer, const struct dcp_write_file *file, int sys_errno,
+                 uint64_t offset_bytes, struct dcp_error *err)
+{
+    return fail(writer, file->name, sys_errno, "writing", offset_bytes, err);
+}
+
+int
+dcp_write_range(const struct dcp_writer *writer, struct dcp_write_file *file, const uint8_t *data,
+                uint64_t offset, uint64_t len, struct dcp_error *err)
 {
     const struct dcp_io *io = writer->io;
     uint64_t done = 0;
@@ -214,19 +260,26 @@ write_range(const struct dcp_writer *writer, struct dcp_write_file *file, const 
             continue;
         }
         if (n <= 0) {
-            return fail(writer, file->name, n == 0 ? EIO : (int)-n, "writing", offset + done, err);
+            return dcp_write_failed(writer, file, n == 0 ? EIO : (int)-n, offset + done, err);
         }
         uint64_t step = (uint64_t)n;
         if (file->direct && step < want) {
             step -= step % file->align_bytes;
             if (step == 0 && !leave_direct(writer, file)) {
-                return fail(writer, file->name, EIO, "writing", offset + done, err);
+                return dcp_write_failed(writer, file, EIO, offset + done, err);
             }
         }
         done += step;
     }
     file->end_bytes = dcp_max_u64(file->end_bytes, offset + len);
     return 0;
+}
+
+/* What a flush says when bytes will not reach the device; that it can't flush ahead is no harm. */
+static bool
+is_lost(int rc)
+{
+    return rc == -EIO || rc == -ENOSPC || rc == -EDQUOT;
 }
 
 /* Page cache on a disk: half of the dirty budget is being written while the other half fills. */
@@ -244,7 +297,7 @@ limit_dirty(const struct dcp_writer *writer, struct dcp_write_file *file, struct
         rc = io->flush_range(io->ctx, file->fd, file->flushing_bytes,
                              file->pushed_bytes - file->flushing_bytes, true);
     }
-    if (rc == -EIO || rc == -ENOSPC || rc == -EDQUOT) {
+    if (is_lost(rc)) {
         return fail(writer, file->name, -rc, "flushing", file->flushing_bytes, err);
     }
     file->flushing_bytes = file->pushed_bytes;
@@ -258,12 +311,13 @@ finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error 
 {
     const struct dcp_io *io = writer->io;
     int rc = 0;
+    if (file->flush_errno != 0) {
+        return fail(writer, file->name, file->flush_errno, "flushing", UINT64_MAX, err);
+    }
     if (file->end_bytes > file->length_bytes) {
-        do {
-            rc = io->truncate(io->ctx, file->fd, file->length_bytes);
-        } while (rc == -EINTR);
-        if (rc < 0) {
-            return fail(writer, file->name, -rc, "truncating", file->length_bytes, err);
+        rc = set_size(writer, file, file->length_bytes, "truncating", err);
+        if (rc != 0) {
+            return rc;
         }
     }
     if (writer->options->sync) {
@@ -288,33 +342,82 @@ finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error 
 }
 
 int
-dcp_write_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err)
+dcp_write_close_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err)
 {
     struct dcp_writer *writer = ctx;
     struct dcp_write_file *file = job->file;
-    int rc = 0;
-    if (job->kind == DCP_WRITE_JOB_WRITE) {
-        if (failed) {
-            return 0;
-        }
-        rc = dcp_write_check_cancel(writer, err);
-        uint64_t start_ns = dcp_engine_now_ns();
-        if (rc == 0) {
-            rc = write_range(writer, file, job->data, job->offset_bytes, job->len_bytes, err);
-        }
-        if (rc == 0) {
-            rc = limit_dirty(writer, file, err);
-        }
-        writer->stats.write_ns += dcp_engine_now_ns() - start_ns;
-        return rc;
-    }
-    DCP_ASSERT(job->kind == DCP_WRITE_JOB_CLOSE);
-    if (!failed && job->flags == 0) {
-        rc = finish(writer, file, err);
-    }
+    int rc = failed || file->given_up ? 0 : finish(writer, file, err);
     if (file->fd >= 0) {
         writer->io->close(writer->io->ctx, file->fd);
     }
     dcp_free(file);
     return rc;
+}
+
+int
+dcp_write_file_end(struct dcp_writer *writer, struct dcp_write_file *file)
+{
+    const struct dcp_io *io = writer->io;
+    DCP_ASSERT(file->closing && file->in_flight == 0);
+    if (writer->closer.threaded && !file->given_up && !file->direct && !file->in_memory) {
+        /* On their way out before their turn comes: the first sync commits for many. */
+        int rc = io->flush_range(io->ctx, file->fd, file->pushed_bytes,
+                                 file->end_bytes - file->pushed_bytes, false);
+        file->flush_errno = is_lost(rc) ? -rc : 0;
+        writer->unsynced_bytes += file->end_bytes - file->flushing_bytes;
+    }
+    struct dcp_job job = {.file = file};
+    uint64_t number = dcp_pump_push(&writer->closer, &job);
+    if (writer->unsynced_bytes > DCP_MAX_DIRTY_BYTES) {
+        writer->unsynced_bytes = 0;
+        return dcp_pump_wait(&writer->closer, number);
+    }
+    return dcp_pump_code(&writer->closer);
+}
+
+static int
+write_job(struct dcp_writer *writer, const struct dcp_job *job, struct dcp_error *err)
+{
+    struct dcp_write_file *file = job->file;
+    int rc = dcp_write_check_cancel(writer, err);
+    if (rc == 0 && !dcp_rate_wait(&writer->rate, job->len_bytes, writer->options->cancel)) {
+        rc = dcp_write_check_cancel(writer, err);
+    }
+    uint64_t start_ns = dcp_engine_now_ns();
+    if (rc == 0 && file->direct && writer->queue.queue != NULL) {
+        rc = dcp_write_queue_push(writer, job, err);
+    } else if (rc == 0) {
+        rc = dcp_write_range(writer, file, job->data, job->offset_bytes, job->len_bytes, err);
+        if (rc == 0) {
+            rc = limit_dirty(writer, file, err);
+        }
+    }
+    writer->stats.write_ns += dcp_engine_now_ns() - start_ns;
+    return rc;
+}
+
+int
+dcp_write_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err)
+{
+    struct dcp_writer *writer = ctx;
+    struct dcp_write_file *file = job->file;
+    if (job->kind == DCP_WRITE_JOB_WRITE) {
+        return failed ? 0 : write_job(writer, job, err);
+    }
+    DCP_ASSERT(job->kind == DCP_WRITE_JOB_CLOSE);
+    file->closing = true;
+    file->given_up = file->given_up || failed || job->flags != 0;
+    return file->in_flight > 0 ? 0 : dcp_write_file_end(writer, file);
+}
+
+void
+dcp_write_thread_priority(void *ctx)
+{
+    struct dcp_writer *writer = ctx;
+    const struct dcp_write_tuning *tuning = &writer->options->tuning;
+    const struct dcp_io *io = writer->io;
+    if ((tuning->nice != 0 || tuning->io_priority != 0) &&
+        io->thread_priority(io->ctx, tuning->nice, tuning->io_priority) != 0) {
+        atomic_fetch_add_explicit(&writer->priority_failures, 1, memory_order_relaxed);
+    }
 }

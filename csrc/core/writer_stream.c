@@ -117,6 +117,7 @@ stream_room(struct dcp_writer *writer, uint8_t **ret_at, uint64_t *ret_room, str
         uint64_t job = writer->buffer_jobs[writer->buffer_index];
         /* The pump keeps the error; it is fetched when the pump is cleaned up. */
         int rc = job != 0 ? dcp_pump_wait(&writer->pump, job - 1) : 0;
+        rc = rc == 0 ? dcp_write_queue_wait(writer, writer->buffer_index, err) : rc;
         if (rc != 0) {
             return rc;
         }

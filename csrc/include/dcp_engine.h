@@ -29,10 +29,27 @@ enum dcp_direct {
     DCP_DIRECT_ON = 2 /* fail where it can't be */
 };
 
+/* Whether requests with O_DIRECT go to the kernel without a thread of ours (io_uring). */
+enum dcp_queue_use {
+    DCP_QUEUE_AUTO = 0, /* where it can be had and there is more than one request */
+    DCP_QUEUE_OFF = 1,
+    DCP_QUEUE_ON = 2 /* fail where it can't be had */
+};
+
+/* How hard the writer may press on the machine.  All zero: as hard as it can. */
+struct dcp_write_tuning {
+    enum dcp_queue_use queue;
+    int nice;               /* 1 to 19, of threads of the engine; 0: as their creator */
+    uint32_t io_priority;   /* of threads and requests of the engine, as ioprio_set(2) takes it */
+    uint64_t limit_bytes_s; /* of this rank; saved up and spent at once is at most one buffer */
+};
+
 struct dcp_engine_options {
     enum dcp_direct direct;
-    bool sync;             /* fdatasync each file before its checked close */
-    bool verify;           /* reading: check CRCs */
+    struct dcp_write_tuning tuning; /* writing */
+    bool own_thread;                /* writing: the calling thread takes the priority too */
+    bool sync;                      /* fdatasync each file before its checked close */
+    bool verify;                    /* reading: check CRCs */
     bool verify_all;       /* with verify: partial reads bring in whole blocks, however little of
                               one is wanted ("strict") */
     uint32_t ring_buffers; /* 0: DCP_RING_BUFFERS */
@@ -54,7 +71,10 @@ void dcp_engine_trim(void);
 struct dcp_write_stats {
     uint64_t file_bytes, payload_bytes, files_count;
     uint64_t direct_files_count; /* written with O_DIRECT */
+    uint64_t queue_writes_count; /* requests that went through the queue; 0: it was not used */
+    uint64_t priority_failures;  /* threads whose priority could not be set */
     uint64_t wall_ns, copy_ns, write_ns, wait_ns, sync_ns;
+    uint64_t limited_ns; /* slept to keep below limit_bytes_s */
     uint64_t ring_bytes; /* memory the writer used */
 };
 

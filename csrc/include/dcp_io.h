@@ -39,6 +39,23 @@ struct dcp_space {
  * returned. */
 typedef int (*dcp_list_fn)(void *ctx, const char *name);
 
+/* A queue of writes that run beside their caller.  It belongs to the thread that opened it. */
+struct dcp_io_queue;
+
+struct dcp_io_write {
+    int fd;
+    const void *buf; /* stays as it is until the write was reaped */
+    size_t len;
+    uint64_t offset;
+    uint64_t tag;         /* comes back with the result */
+    unsigned io_priority; /* as ioprio_set(2) takes it; 0: that of the thread */
+};
+
+struct dcp_io_done {
+    uint64_t tag;
+    ssize_t result; /* of the pwrite */
+};
+
 struct dcp_io {
     void *ctx;
     int (*mkdirs)(void *ctx, const char *path);   /* like mkdir -p; 0 when it exists */
@@ -71,6 +88,21 @@ struct dcp_io {
     int (*rename_at)(void *ctx, int dirfd, const char *from, const char *to);
     int (*unlink_at)(void *ctx, int dirfd, const char *name);
     int (*list)(void *ctx, int dirfd, dcp_list_fn fn, void *fn_ctx);
+
+    /* Writes in flight: all four, or NULL.  queue_open: -ENOSYS and the like where there are none;
+     * at most `depth` writes are in flight.  queue_write: 0, or the write did not start.
+     * queue_reap: 1 with one result, in any order, 0 when there was none in time.  queue_close:
+     * only with nothing in flight. */
+    int (*queue_open)(void *ctx, unsigned depth, struct dcp_io_queue **ret_queue);
+    int (*queue_write)(void *ctx, struct dcp_io_queue *queue, const struct dcp_io_write *write);
+    int (*queue_reap)(void *ctx, struct dcp_io_queue *queue, uint64_t timeout_ns,
+                      struct dcp_io_done *ret);
+    void (*queue_close)(void *ctx, struct dcp_io_queue *queue);
+
+    /* Of the calling thread.  `nice` only ever rises; 0 for either number leaves it. */
+    int (*thread_priority)(void *ctx, int nice, unsigned io_priority);
+    uint64_t (*now_ns)(void *ctx);            /* monotonic */
+    void (*sleep_ns)(void *ctx, uint64_t ns); /* may end early */
 };
 
 const struct dcp_io *dcp_io_posix(void);

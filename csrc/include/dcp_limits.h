@@ -59,7 +59,18 @@
 #define DCP_MAX_DIRTY_BYTES (64u << 20)
 /* Serialised exception of one rank in a failure exchange. */
 #define DCP_MAX_FAILURE_BYTES (64u << 10)
-/* Files of this size or more are preallocated, to meet a full disk before the data does. */
-#define DCP_PREALLOCATE_BYTES (64u << 20)
+/* Files of two requests or more are preallocated: a full disk is met before the data, and writes
+ * inside of an allocated file run beside each other where those that extend it wait in line. */
+#define DCP_PREALLOCATE_BYTES (16u << 20)
+/* A rank that writes this many bytes or more in a few files allocates all of them before the first
+ * byte; in more files, one at a time: descriptors are scarce. */
+#define DCP_AHEAD_BYTES (64u << 20)
+#define DCP_AHEAD_FILES 16
+/* Longest sleep of a writer that is limited, in ns: how late it can notice that it is cancelled. */
+#define DCP_LIMIT_SLICE_NS 100000000u
+/* Writes in flight: one look at `cancel` per slice; after a cancelled or failed save they get the
+ * grace, in ns, to end, before their memory is given up for lost. */
+#define DCP_QUEUE_SLICE_NS 100000000u
+#define DCP_QUEUE_GRACE_NS 60000000000u
 
 #endif

@@ -61,6 +61,7 @@ struct dcp_save_params {
     const char *base_path; /* an earlier checkpoint, maybe of this very directory; NULL: none */
     enum dcp_link_mode link_mode;
     bool content_hash; /* store hashes, so that a later save can name this one as its base */
+    struct dcp_write_tuning tuning;
 };
 
 int dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
@@ -89,6 +90,10 @@ int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
 int dcp_save_compare(struct dcp_save *save, const struct dcp_failure *mine,
                      const struct dcp_source *sources, atomic_int *cancel,
                      struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* The thread that will call dcp_save_write is not the trainer's: it takes the priority of
+ * params.tuning, as the engine's own threads do. */
+void dcp_save_lend_thread(struct dcp_save *save);
 
 /* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
  * plan's items. */

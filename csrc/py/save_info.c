@@ -5,6 +5,8 @@
  */
 #include "save_info.h"
 
+#include <stddef.h>
+
 static const char *const outcome_names[] = {
     [DCP_OUTCOME_UNKNOWN] = "unknown",
     [DCP_OUTCOME_COMMITTED] = "committed",
@@ -32,43 +34,90 @@ save_outcome_parse(PyObject *name, enum dcp_outcome *ret_outcome)
     return -1;
 }
 
+/* Where a number lies in struct dcp_save_info. */
+struct number {
+    const char *name;
+    size_t offset;
+};
+
+#define OF_SAVE(field) {#field, offsetof(struct dcp_save_info, field)}
+#define OF_WRITER(field) {#field, offsetof(struct dcp_save_info, write.field)}
+
+static const struct number numbers[] = {
+    OF_SAVE(n0),
+    OF_SAVE(kept_items),
+    OF_SAVE(kept_bytes),
+    OF_SAVE(dropped_items),
+    OF_SAVE(dropped_bytes),
+    OF_SAVE(swept_files),
+    OF_SAVE(reused_items),
+    OF_SAVE(reused_bytes),
+    OF_SAVE(linked_files),
+    OF_SAVE(compared_items),
+    OF_SAVE(unchanged_items),
+    OF_SAVE(unchanged_bytes),
+    OF_SAVE(trainable_items),
+    OF_SAVE(trainable_bytes),
+    OF_SAVE(trainable_unchanged),
+    OF_SAVE(vote_ns),
+    OF_SAVE(plan_ns),
+    OF_SAVE(hash_ns),
+    OF_SAVE(compare_ns),
+    OF_SAVE(metadata_ns),
+    OF_SAVE(write_ns),
+    OF_SAVE(commit_ns),
+    OF_WRITER(file_bytes),
+    OF_WRITER(payload_bytes),
+    OF_WRITER(files_count),
+    OF_WRITER(direct_files_count),
+    OF_WRITER(queue_writes_count),
+    OF_WRITER(copy_ns),
+    OF_WRITER(sync_ns),
+    OF_WRITER(limited_ns),
+    OF_WRITER(ring_bytes),
+    OF_WRITER(priority_failures),
+};
+
+static int
+put(PyObject *dict, const char *name, PyObject *value)
+{
+    int rc = value == NULL ? -1 : PyDict_SetItemString(dict, name, value);
+
+    Py_XDECREF(value);
+    return rc;
+}
+
+static int
+put_number(PyObject *dict, const char *name, uint64_t value)
+{
+    return put(dict, name, PyLong_FromUnsignedLongLong(value));
+}
+
 PyObject *
 save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
 {
+    const char *reason = info->base_reason[0] == '\0' ? NULL : info->base_reason;
     char id[2 * sizeof info->save_id.bytes + 1];
+    PyObject *dict;
 
     for (size_t i = 0; i < sizeof info->save_id.bytes; i++) {
         PyOS_snprintf(id + 2 * i, 3, "%02x", info->save_id.bytes[i]);
     }
-    return Py_BuildValue(
-        "{sssKsssOsOsOsOsKsKsKszsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id",
-        id, "n0", (unsigned long long)info->n0, "outcome", save_outcome_name(info->outcome), "fast",
-        info->fast ? Py_True : Py_False, "call_agrees", info->call_agrees ? Py_True : Py_False,
-        "is_coordinator", info->is_coordinator ? Py_True : Py_False, "incremental",
-        info->incremental ? Py_True : Py_False, "reused_items",
-        (unsigned long long)info->reused_items, "reused_bytes",
-        (unsigned long long)info->reused_bytes, "linked_files",
-        (unsigned long long)info->linked_files, "base_reason",
-        info->base_reason[0] == '\0' ? NULL : info->base_reason, "compared_items",
-        (unsigned long long)info->compared_items, "unchanged_items",
-        (unsigned long long)info->unchanged_items, "unchanged_bytes",
-        (unsigned long long)info->unchanged_bytes, "trainable_items",
-        (unsigned long long)info->trainable_items, "trainable_bytes",
-        (unsigned long long)info->trainable_bytes, "trainable_unchanged",
-        (unsigned long long)info->trainable_unchanged, "hash_ns", (unsigned long long)info->hash_ns,
-        "compare_ns", (unsigned long long)info->compare_ns, "kept_items",
-        (unsigned long long)info->kept_items, "kept_bytes", (unsigned long long)info->kept_bytes,
-        "dropped_items", (unsigned long long)info->dropped_items, "dropped_bytes",
-        (unsigned long long)info->dropped_bytes, "swept_files",
-        (unsigned long long)info->swept_files, "vote_ns", (unsigned long long)info->vote_ns,
-        "plan_ns", (unsigned long long)info->plan_ns, "metadata_ns",
-        (unsigned long long)info->metadata_ns, "write_ns", (unsigned long long)info->write_ns,
-        "commit_ns", (unsigned long long)info->commit_ns, "file_bytes",
-        (unsigned long long)info->write.file_bytes, "payload_bytes",
-        (unsigned long long)info->write.payload_bytes, "files_count",
-        (unsigned long long)info->write.files_count, "direct_files_count",
-        (unsigned long long)info->write.direct_files_count, "copy_ns",
-        (unsigned long long)info->write.copy_ns, "sync_ns", (unsigned long long)info->write.sync_ns,
-        "ring_bytes", (unsigned long long)info->write.ring_bytes, "progress_bytes",
-        (unsigned long long)progress_bytes);
+    dict = Py_BuildValue("{sssssOsOsOsOsz}", "save_id", id, "outcome",
+                         save_outcome_name(info->outcome), "fast", info->fast ? Py_True : Py_False,
+                         "call_agrees", info->call_agrees ? Py_True : Py_False, "is_coordinator",
+                         info->is_coordinator ? Py_True : Py_False, "incremental",
+                         info->incremental ? Py_True : Py_False, "base_reason", reason);
+    if (dict == NULL || put_number(dict, "progress_bytes", progress_bytes) != 0) {
+        Py_XDECREF(dict);
+        return NULL;
+    }
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        const uint64_t *value = (const void *)((const char *)info + numbers[i].offset);
+        if (put_number(dict, numbers[i].name, *value) != 0) {
+            Py_DECREF(dict);
+            return NULL;
+        }
+    }
+    return dict;
 }

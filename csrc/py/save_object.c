@@ -11,6 +11,7 @@
  */
 #include "module.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include "errors.h"
 #include "native_run.h"
@@ -31,6 +32,7 @@ struct save_object {
     struct save_items items;
     struct dcp_stage stage;
     bool staged;
+    pthread_t caller;        /* of write */
     struct dcp_failure mine; /* argument of the collective call in progress */
     bool mine_given;
     PyObject *mine_record; /* keeps mine.bytes alive */
@@ -359,6 +361,11 @@ step_write(void *arg, struct dcp_error *err)
 {
     struct save_object *self = arg;
 
+    /* A background save is written by a helper thread that nobody else uses; a save in the
+     * foreground is waited for, and where no helper could be had this thread is the trainer's. */
+    if (self->staged && !pthread_equal(pthread_self(), self->caller)) {
+        dcp_save_lend_thread(self->save);
+    }
     return dcp_save_write(self->save, self->staged ? self->stage.sources : self->items.sources,
                           &self->cancel, &self->progress_bytes, err);
 }
@@ -370,6 +377,7 @@ save_write(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
+    self->caller = pthread_self();
     rc = native_raise_pending(&self->pending) != 0 ? -1 : run_step(object, step_write, false, &rc);
     if (!self->left) {
         dcp_stage_release(&self->stage); /* written or never to be: nobody reads it any more */
@@ -558,7 +566,8 @@ PyDoc_STRVAR(save_doc,
              "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
              "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
              "dedup_save_to_lowest_rank=False, sync_files=True, broadcast_metadata=False, "
-             "direct=0, base=None, link_mode=0, content_hash=False)\n--\n\n"
+             "direct=0, base=None, link_mode=0, content_hash=False, io_uring=0, writer_nice=0, "
+             "writer_io_priority=0, write_limit_bytes_s=0)\n--\n\n"
              "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {

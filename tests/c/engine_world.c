@@ -449,3 +449,39 @@ world_file_image(const struct world *world, uint32_t index, struct dcp_buf *buf)
     dcp_free(hashes);
     dcp_free(entries);
 }
+
+/* ---- the writer ---- */
+
+int
+world_write(const struct dcp_io *io, int dirfd, const struct world *world,
+            const struct dcp_engine_options *options, uint32_t *crcs,
+            struct dcp_write_stats *stats, struct dcp_error *err)
+{
+    return dcp_writer_run(io, dirfd, "dir", &world->plan, &world->layout, world->sources,
+                          &world->save_id, world->n0, options, crcs, stats, err);
+}
+
+bool
+world_check_files(const struct dcp_io *io, int dirfd, const struct world *world)
+{
+    bool all_good = true;
+
+    for (uint32_t f = 0; f < world->layout.files_count; f++) {
+        struct dcp_buf want = {0}, got = {0};
+        struct dcp_error err = {0};
+        char name[64];
+        world_file_name(world, f, name, sizeof name);
+        world_file_image(world, f, &want);
+        bool good = dcp_io_read_file(io, dirfd, name, 1u << 30, &got, &err) == 0 &&
+                    got.len == want.len && memcmp(got.data, want.data, want.len) == 0 &&
+                    io->unlink_at(io->ctx, dirfd, name) == 0;
+        if (!good) {
+            fprintf(stderr, "engine_world: %s has %zu bytes, wanted %zu of its image; %s\n", name,
+                    got.len, want.len, err.message);
+        }
+        all_good = all_good && good;
+        dcp_buf_clean_up(&want);
+        dcp_buf_clean_up(&got);
+    }
+    return all_good;
+}

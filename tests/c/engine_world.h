@@ -56,6 +56,12 @@ void world_finish(struct world *world, uint32_t thread_count, bool file_per_item
 /* The bytes that file `index` of the layout must hold; appends. */
 void world_file_image(const struct world *world, uint32_t index, struct dcp_buf *buf);
 void world_file_name(const struct world *world, uint32_t index, char *name, size_t cap);
+/* Runs the writer. */
+int world_write(const struct dcp_io *io, int dirfd, const struct world *world,
+                const struct dcp_engine_options *options, uint32_t *crcs,
+                struct dcp_write_stats *stats, struct dcp_error *err);
+/* Reads each file back, compares it with the naive image, removes it; says what is wrong. */
+bool world_check_files(const struct dcp_io *io, int dirfd, const struct world *world);
 /* CRC32 by the definition, bit by bit. */
 uint32_t world_crc32(const uint8_t *data, uint64_t len);
 /* The row-major bytes of a box of a tensor. */

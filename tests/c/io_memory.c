@@ -449,6 +449,7 @@ io_memory_process(struct io_memory *fs, unsigned id)
         .list = memory_list,
     };
     io_bytes_calls(&process->io);
+    io_queue_calls(&process->io);
     return process;
 }
 

@@ -43,6 +43,10 @@ enum io_call {
     IO_RENAME_AT,
     IO_UNLINK_AT,
     IO_LIST,
+    IO_QUEUE_OPEN,
+    IO_QUEUE_WRITE,
+    IO_QUEUE_REAP,
+    IO_THREAD_PRIORITY,
     IO_CALLS, /* how many kinds there are; as fail_call: any */
 };
 
@@ -66,6 +70,10 @@ struct io_memory_faults {
     bool stale_lists;       /* lists may show the directory as it was after our last change of it */
     int torn_lists;         /* 1: names with a dot first, the others later; 2: vice versa */
     unsigned lost_replies;  /* renames and unlinks, from now on, whose reply may be lost */
+    bool no_queue;          /* queue_open gives -ENOSYS */
+    unsigned delay_percent; /* of reaps that find nothing in time; 100: nothing ever ends */
+    int queue_errno;        /* of every write in the queue, from now on: it ends with -errno; 0 */
+    unsigned oversleep_us;  /* most that a sleep ends late */
 };
 
 struct io_memory;
@@ -103,6 +111,11 @@ void io_memory_reboot(struct io_memory *fs, bool power_cut, uint64_t seed);
 
 /* rmdir, which the table lacks: 0, -ENOTEMPTY, -ENOENT. */
 int io_memory_rmdir(struct io_memory_process *process, const char *path);
+
+/* Time stands still but for sleeps and for waits that end without a result. */
+uint64_t io_memory_now_ns(const struct io_memory *fs);
+uint64_t io_memory_longest_sleep_ns(const struct io_memory *fs);
+unsigned io_memory_open_queues(const struct io_memory *fs);
 
 uint64_t io_memory_calls(const struct io_memory *fs); /* so far, of all kinds */
 uint64_t io_memory_calls_of(const struct io_memory *fs, enum io_call call);

@@ -127,6 +127,7 @@ memory_truncate(void *ctx, int fd, uint64_t len)
             io_inode_touch(inode, (size_t)len, inode->len - (size_t)len);
         }
         inode->len = (size_t)len;
+        inode->allocated = inode->allocated > len ? (size_t)len : inode->allocated;
         io_inode_touch(inode, 0, 0);
     }
     return (int)io_end(&call, inode == NULL ? -EBADF : 0);

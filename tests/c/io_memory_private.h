@@ -69,6 +69,8 @@ struct io_memory {
     struct io_fd *fds;
     size_t fds_count;
     struct io_memory_process processes[IO_MEMORY_PROCESSES];
+    uint64_t now_ns, longest_sleep_ns;
+    unsigned open_queues;
 };
 
 /* Descriptors start at 3, so that a forgotten 0 is noticed. */
@@ -93,6 +95,8 @@ struct io_fd *io_fd_get(struct io_memory *fs, int fd);       /* NULL: no such de
 struct io_inode *io_fd_file(struct io_memory *fs, int fd); /* NULL: not of a file */
 /* Puts the calls of io_memory_bytes.c into a table. */
 void io_bytes_calls(struct dcp_io *io);
+/* The same for io_memory_queue.c. */
+void io_queue_calls(struct dcp_io *io);
 
 uint64_t io_random(struct io_memory *fs);
 uint64_t io_mix(uint64_t hash, uint64_t value);

@@ -445,6 +445,7 @@ io_memory_new(uint64_t seed)
     fs->faults.space_bytes = UINT64_MAX;
     fs->faults.crash_at = UINT64_MAX;
     fs->dio = (struct dcp_dio_align){.mem_bytes = 512, .offset_bytes = 512};
+    fs->now_ns = 1000000000;
     return fs;
 }
 

@@ -209,6 +209,25 @@ PASS_ON(int, unlink_at, (void *ctx, int dirfd, const char *name), (INNER, dirfd,
 PASS_ON(int, list, (void *ctx, int dirfd, dcp_list_fn fn, void *fn_ctx), (INNER, dirfd, fn, fn_ctx),
         REPLY)
 
+PASS_ON(int, thread_priority, (void *ctx, int nice, unsigned io_priority), (INNER, nice,
+        io_priority), REPLY)
+
+static uint64_t
+same_now_ns(void *ctx)
+{
+    struct io_faults *faults = ctx;
+
+    return faults->inner->now_ns(INNER);
+}
+
+static void
+same_sleep_ns(void *ctx, uint64_t ns)
+{
+    struct io_faults *faults = ctx;
+
+    faults->inner->sleep_ns(INNER, ns);
+}
+
 /* A descriptor is gone whatever close says. */
 static int
 faulty_close(void *ctx, int fd)
@@ -250,6 +269,9 @@ io_faults_init(struct io_faults *faults, const struct dcp_io *inner)
         .rename_at = faulty_rename_at,
         .unlink_at = faulty_unlink_at,
         .list = faulty_list,
+        .thread_priority = faulty_thread_priority,
+        .now_ns = same_now_ns,
+        .sleep_ns = same_sleep_ns,
     };
 }
 

@@ -12,6 +12,10 @@
 static const struct world_options small_mix = {
     .seed = 5, .tensors = 12, .objects = 4, .thread_count = 2};
 
+/* The two ways of requests, for tests that go both. */
+static const enum dcp_queue_use ways[] = {DCP_QUEUE_OFF, DCP_QUEUE_ON};
+enum { WAYS = 2 };
+
 static char temp_path[256];
 
 static const char *
@@ -26,34 +30,6 @@ temp_dir(void)
     return temp_path;
 }
 
-static int
-write_world(const struct dcp_io *io, int dirfd, const struct world *world,
-            const struct dcp_engine_options *options, uint32_t *crcs, struct dcp_write_stats *stats,
-            struct dcp_error *err)
-{
-    return dcp_writer_run(io, dirfd, "dir", &world->plan, &world->layout, world->sources,
-                          &world->save_id, world->n0, options, crcs, stats, err);
-}
-
-/* Reads each file back, compares it with the naive image, removes it. */
-static void
-check_files(const struct dcp_io *io, int dirfd, const struct world *world)
-{
-    for (uint32_t f = 0; f < world->layout.files_count; f++) {
-        struct dcp_buf want = {0}, got = {0};
-        struct dcp_error err = {0};
-        char name[64];
-        world_file_name(world, f, name, sizeof name);
-        world_file_image(world, f, &want);
-        CHECK_OK(dcp_io_read_file(io, dirfd, name, 1u << 30, &got, &err), &err);
-        CHECK_EQ(got.len, want.len);
-        CHECK(got.len == want.len && memcmp(got.data, want.data, want.len) == 0);
-        CHECK_EQ(io->unlink_at(io->ctx, dirfd, name), 0);
-        dcp_buf_clean_up(&want);
-        dcp_buf_clean_up(&got);
-    }
-}
-
 static void
 files_equal_a_naive_image_for_random_plans(void)
 {
@@ -61,6 +37,11 @@ files_equal_a_naive_image_for_random_plans(void)
     const char *path = temp_dir();
     int dirfd = io->open_dir(io->ctx, path);
     CHECK(dirfd >= 0);
+    struct dcp_io_queue *probe = NULL;
+    bool queues = io->queue_open(io->ctx, 4, &probe) == 0;
+    if (queues) {
+        io->queue_close(io->ctx, probe);
+    }
     for (uint64_t seed = 0; seed < 60; seed++) {
         struct world_options options = {.seed = seed,
                                         .tensors = (uint32_t)(seed * 7 % 20),
@@ -70,6 +51,8 @@ files_equal_a_naive_image_for_random_plans(void)
                                         .large_bytes = seed % 6 == 1 ? 3000000 : 0,
                                         .content_hash = seed / 2 % 2 == 0};
         struct dcp_engine_options engine = {.direct = (enum dcp_direct)(seed % 3),
+                                            .tuning.queue = seed % 4 >= 2 && queues ? DCP_QUEUE_ON
+                                                                                    : DCP_QUEUE_OFF,
                                             .sync = seed % 2 == 0,
                                             .ring_buffers = 2 + (uint32_t)(seed % 3),
                                             .ring_buffer_bytes = 4096u << (seed % 8)};
@@ -78,19 +61,21 @@ files_equal_a_naive_image_for_random_plans(void)
         struct dcp_write_stats stats;
         world_make(&world, &options);
         uint32_t *crcs = dcp_calloc(world.layout.records_count + 1, sizeof *crcs);
-        int rc = write_world(io, dirfd, &world, &engine, crcs, &stats, &err);
+        int rc = world_write(io, dirfd, &world, &engine, crcs, &stats, &err);
         if (rc == DCP_E_UNSUPPORTED && engine.direct == DCP_DIRECT_ON) {
             engine.direct = DCP_DIRECT_AUTO; /* this file system has none */
             char name[64];
             world_file_name(&world, 0, name, sizeof name);
             CHECK_EQ(io->unlink_at(io->ctx, dirfd, name), 0);
             dcp_error_clear(&err);
-            rc = write_world(io, dirfd, &world, &engine, crcs, &stats, &err);
+            rc = world_write(io, dirfd, &world, &engine, crcs, &stats, &err);
         }
         CHECK_OK(rc, &err);
         CHECK_EQ(stats.files_count, world.layout.files_count);
+        CHECK(stats.direct_files_count == 0 ||
+              (stats.queue_writes_count > 0) == (engine.tuning.queue == DCP_QUEUE_ON));
         CHECK_EQ(stats.file_bytes, world.layout.total_bytes);
-        check_files(io, dirfd, &world);
+        CHECK(world_check_files(io, dirfd, &world));
         for (uint32_t r = 0; r < world.layout.records_count; r++) {
             uint32_t item = world.layout.records[r].item;
             if (world.records[item] != NULL) {
@@ -126,7 +111,7 @@ hashes_that_are_given_are_written_as_they_are(void)
         hashes[i] = (struct dcp_hash128){1000 + i, ~(uint64_t)i};
     }
     struct dcp_engine_options engine = {.hashes = hashes};
-    CHECK_OK(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
+    CHECK_OK(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
     for (uint32_t f = 0; f < world.layout.files_count; f++) {
         struct dcp_buf bytes = {0};
         struct dcp_file_header header;
@@ -159,7 +144,7 @@ hashes_that_are_given_are_written_as_they_are(void)
 static void
 short_writes_and_interrupts_change_nothing(void)
 {
-    for (uint64_t seed = 0; seed < 24; seed++) {
+    for (uint64_t seed = 0; seed < 48; seed++) {
         struct io_memory *fs = io_memory_new(seed);
         struct dcp_io *io = &io_memory_process(fs, 0)->io;
         if (seed % 3 != 0) {
@@ -170,16 +155,18 @@ short_writes_and_interrupts_change_nothing(void)
         struct world_options options = small_mix;
         options.seed = seed;
         options.large_bytes = seed % 4 == 0 ? 2500000 : 200000;
-        struct dcp_engine_options engine = {.sync = true, .ring_buffer_bytes = 1u << 16};
+        struct dcp_engine_options engine = {
+            .sync = true, .ring_buffer_bytes = 1u << 16, .tuning.queue = ways[seed / 24]};
         struct world world;
         struct dcp_error err = {0};
         world_make(&world, &options);
         io_memory_faults(fs)->short_percent = 50;
         io_memory_faults(fs)->eintr_percent = 20;
-        CHECK_OK(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
+        io_memory_faults(fs)->delay_percent = 30;
+        CHECK_OK(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
         io_memory_faults(fs)->short_percent = 0;
         io_memory_faults(fs)->eintr_percent = 0;
-        check_files(io, dirfd, &world);
+        CHECK(world_check_files(io, dirfd, &world));
         io->close(io->ctx, dirfd);
         CHECK_EQ(io_memory_open_files(fs), 0);
         world_clean_up(&world);
@@ -189,8 +176,11 @@ short_writes_and_interrupts_change_nothing(void)
 }
 
 static void
-bytes_are_durable_when_it_returns(void)
+bytes_are_durable(enum dcp_queue_use way, bool file_per_item)
 {
+    struct world_options options = small_mix;
+    options.file_per_item = file_per_item;
+    options.large_bytes = 300000;
     struct io_memory *fs = io_memory_new(1);
     struct dcp_io *io = &io_memory_process(fs, 0)->io;
     io_memory_set_dio(fs, (struct dcp_dio_align){512, 512, false});
@@ -198,16 +188,24 @@ bytes_are_durable_when_it_returns(void)
     int dirfd = io->open_dir(io->ctx, "/d");
     struct world world;
     struct dcp_error err = {0};
-    struct dcp_engine_options engine = {.sync = true};
-    world_make(&world, &small_mix);
-    CHECK_OK(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
+    struct dcp_engine_options engine = {.sync = true, .tuning.queue = way};
+    world_make(&world, &options);
+    CHECK_OK(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
     CHECK_EQ(io->fsync(io->ctx, dirfd), 0);
     io_memory_reboot(fs, true, 9);
     dirfd = io->open_dir(io->ctx, "/d");
-    check_files(io, dirfd, &world);
+    CHECK(world_check_files(io, dirfd, &world));
     world_clean_up(&world);
     io_memory_free(fs);
     dcp_engine_trim();
+}
+
+static void
+bytes_are_durable_when_it_returns(void)
+{
+    for (int way = 0; way < 2 * WAYS; way++) {
+        bytes_are_durable(ways[way % WAYS], way >= WAYS);
+    }
 }
 
 /* Every call fails once: the code is right, nothing stays open, nothing leaks. */
@@ -215,9 +213,10 @@ static void
 any_failing_call_fails_the_save_cleanly(void)
 {
     static const int calls[] = {IO_OPEN_AT, IO_PWRITE, IO_TRUNCATE, IO_FDATASYNC, IO_CLOSE};
-    for (int threaded = 0; threaded < 2; threaded++) {
+    for (int round = 0; round < 2 * WAYS; round++) {
         struct world_options options = small_mix;
-        options.large_bytes = threaded ? 9u << 20 : 300000;
+        options.large_bytes = round % 2 ? 9u << 20 : 300000;
+        options.file_per_item = round % 2 == 0;
         struct world world;
         world_make(&world, &options);
         for (size_t c = 0; c < sizeof calls / sizeof calls[0]; c++) {
@@ -228,11 +227,12 @@ any_failing_call_fails_the_save_cleanly(void)
                 io->mkdirs(io->ctx, "/d");
                 int dirfd = io->open_dir(io->ctx, "/d");
                 struct dcp_error err = {0};
-                struct dcp_engine_options engine = {.sync = true, .ring_buffer_bytes = 1u << 20};
+                struct dcp_engine_options engine = {
+                    .sync = true, .ring_buffer_bytes = 1u << 20, .tuning.queue = ways[round / 2]};
                 io_memory_faults(fs)->fail_call = calls[c];
                 io_memory_faults(fs)->fail_nth = nth;
                 io_memory_faults(fs)->fail_errno = EIO;
-                int rc = write_world(io, dirfd, &world, &engine, NULL, NULL, &err);
+                int rc = world_write(io, dirfd, &world, &engine, NULL, NULL, &err);
                 if (io_memory_faults(fs)->fail_nth == 0) {
                     CHECK_EQ(rc, DCP_E_IO);
                     CHECK_EQ(err.sys_errno, EIO);
@@ -243,6 +243,7 @@ any_failing_call_fails_the_save_cleanly(void)
                 }
                 io->close(io->ctx, dirfd);
                 CHECK_EQ(io_memory_open_files(fs), 0);
+                CHECK_EQ(io_memory_open_queues(fs), 0);
                 io_memory_free(fs);
             }
         }
@@ -258,16 +259,17 @@ a_full_disk_is_named(void)
     options.large_bytes = 12u << 20;
     struct world world;
     world_make(&world, &options);
-    for (int direct = 0; direct < 2; direct++) {
+    for (int round = 0; round < 2 * WAYS; round++) {
+        int direct = round % 2;
         struct io_memory *fs = io_memory_new(3);
         struct dcp_io *io = &io_memory_process(fs, 0)->io;
         io_memory_set_dio(fs, (struct dcp_dio_align){direct ? 512 : 0, 512, false});
         io->mkdirs(io->ctx, "/d");
         int dirfd = io->open_dir(io->ctx, "/d");
         struct dcp_error err = {0};
-        struct dcp_engine_options engine = {.sync = true};
+        struct dcp_engine_options engine = {.sync = true, .tuning.queue = ways[round / 2]};
         io_memory_faults(fs)->space_bytes = 5u << 20;
-        CHECK_EQ(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_IO);
+        CHECK_EQ(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_IO);
         CHECK_EQ(err.sys_errno, ENOSPC);
         CHECK(strstr(err.message, "full") != NULL);
         io->close(io->ctx, dirfd);
@@ -292,7 +294,7 @@ an_existing_name_is_never_touched(void)
     world_make(&world, &small_mix);
     world_file_name(&world, 1, name, sizeof name);
     io_memory_put_file(fs, "/d", name, "theirs", 6);
-    CHECK_EQ(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_EXISTS);
+    CHECK_EQ(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_EXISTS);
     CHECK(strstr(err.path, name) != NULL);
     size_t len = 0;
     const uint8_t *theirs = io_memory_file(fs, "/d", name, &len);
@@ -316,7 +318,7 @@ a_removed_directory_is_named(void)
     struct dcp_engine_options engine = {0};
     world_make(&world, &small_mix);
     CHECK_EQ(io_memory_rmdir(io_memory_process(fs, 0), "/d"), 0);
-    CHECK_EQ(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_REMOVED);
+    CHECK_EQ(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_REMOVED);
     io->close(io->ctx, dirfd);
     world_clean_up(&world);
     io_memory_free(fs);
@@ -337,13 +339,13 @@ cancel_stops_it_and_progress_counts_payload(void)
     struct dcp_engine_options engine = {.cancel = &cancel, .progress_bytes = &progress};
     struct dcp_write_stats stats;
     world_make(&world, &small_mix);
-    CHECK_EQ(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_CANCELLED);
+    CHECK_EQ(world_write(io, dirfd, &world, &engine, NULL, NULL, &err), DCP_E_CANCELLED);
     CHECK_EQ(io_memory_open_files(fs), 0 + 1); /* the directory */
     world.n0 += 50; /* what the first left behind is its claim's to discard */
     cancel = 0;
     progress = 0;
     dcp_error_clear(&err);
-    CHECK_OK(write_world(io, dirfd, &world, &engine, NULL, &stats, &err), &err);
+    CHECK_OK(world_write(io, dirfd, &world, &engine, NULL, &stats, &err), &err);
     uint64_t payload = 0;
     for (uint32_t r = 0; r < world.layout.records_count; r++) {
         payload += world.layout.records[r].payload_bytes;

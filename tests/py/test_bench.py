@@ -107,3 +107,12 @@ def test_plan_scaling_passes_plans_unchanged_and_counts_right(build_scaling):
         "ddp",
         "hsdp",
     ]
+
+
+def test_writer_limits_compares_what_it_wrote_and_leaves_nothing(build_scaling, tmp_path):
+    program = build_scaling("writer_limits")
+    argv = [str(program), str(tmp_path / "files"), "16", "2", "1", "20"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "writer, io_uring" in done.stdout
+    assert os.listdir(tmp_path / "files") == []

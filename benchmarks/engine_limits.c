@@ -108,8 +108,7 @@ stop(struct bench *bench, enum row row)
 static uint8_t *
 map(uint64_t bytes)
 {
-    void *memory =
-        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(memory != MAP_FAILED, "mmap", NULL);
     madvise(memory, bytes, MADV_HUGEPAGE);
     memset(memory, 1, bytes);

@@ -3,8 +3,9 @@
  *
  * Usage: engine_limits DIRECTORY [MiB] [ROUNDS]
  *
- * Every round runs, one after another: memcpy, a plain write of the finished image (O_DIRECT on a
- * disk, write() in memory), our writer, a plain read of it, our reader into aligned and into
+ * Every round runs, one after another: memcpy, the content hash of all bytes and of a cached MiB
+ * as often, a plain write of the finished image (O_DIRECT on a disk, write() in memory), our
+ * writer, the same with content hashes, a plain read of it, our reader into aligned and into
  * unaligned targets, with and without checksums.  Medians are printed with CPU seconds per GB (user
  * and system, of the whole process).  What was read is compared with what was written.
  */
@@ -21,12 +22,15 @@
 
 #include "dcp_engine.h"
 
-enum { MAX_ROUNDS = 31, REQUEST_BYTES = 8 << 20, MOST_TENSORS = 4096 };
+enum { MAX_ROUNDS = 31, REQUEST_BYTES = 8 << 20, CACHED_BYTES = 1 << 20, MOST_TENSORS = 4096 };
 
 enum row {
     ROW_MEMCPY,
+    ROW_HASH,
+    ROW_HASH_CACHED,
     ROW_PLAIN_WRITE,
     ROW_WRITER,
+    ROW_WRITER_HASHING,
     ROW_PLAIN_READ,
     ROW_READER_ALIGNED,
     ROW_READER_UNALIGNED,
@@ -37,8 +41,11 @@ enum row {
 
 static const char *const row_names[ROWS] = {
     "memcpy",
+    "content hash",
+    "content hash, cached MiB",
     "plain write of a ready image",
     "our writer",
+    "our writer, content hashes",
     "plain read, 8 MiB requests",
     "our reader, aligned target",
     "our reader, target off by 64",
@@ -62,6 +69,7 @@ struct bench {
     double seconds[ROWS][MAX_ROUNDS], cpu[ROWS][MAX_ROUNDS];
     int round;
     double started, cpu_started;
+    struct dcp_hash128 hash; /* of the source, the same in every round */
 };
 
 static void
@@ -150,7 +158,8 @@ make_metadata(struct bench *bench)
     struct dcp_storage_meta meta = {.version = "1.0.0"};
     must(dcp_global_plan_build(&bench->plan, 1, false, &bench->global, &bench->err) == 0,
          "global plan", &bench->err);
-    must(dcp_metadata_write(&bench->global, &meta, &bench->save_id, 0, &image, &bench->err) == 0,
+    must(dcp_metadata_write(&bench->global, &meta, &bench->save_id, 0, NULL, &image, &bench->err) ==
+             0,
          "metadata", &bench->err);
     must(dcp_metadata_read(image.data, image.len, &bench->md, &bench->err) == 0, "metadata",
          &bench->err);
@@ -209,15 +218,40 @@ plain_read(struct bench *bench)
 }
 
 static void
-our_write(struct bench *bench, struct dcp_write_stats *ret_stats)
+hash_all(struct bench *bench)
+{
+    start(bench);
+    struct dcp_hash128 hash = dcp_content_hash_of(bench->source, bench->bytes);
+    stop(bench, ROW_HASH);
+    must(bench->round == 0 || dcp_hash128_equal(hash, bench->hash), "the hash differs", NULL);
+    bench->hash = hash;
+    struct dcp_hash128 cached = dcp_content_hash_of(bench->source, CACHED_BYTES);
+    start(bench);
+    for (uint64_t at = 0; at < bench->bytes; at += CACHED_BYTES) {
+        hash = dcp_content_hash_of(bench->source, CACHED_BYTES);
+        must(dcp_hash128_equal(hash, cached), "the hash differs", NULL);
+    }
+    stop(bench, ROW_HASH_CACHED);
+}
+
+/* With content hashes into a layout of its own, whose file is removed again. */
+static void
+our_write(struct bench *bench, enum row row, struct dcp_write_stats *ret_stats)
 {
     struct dcp_engine_options options = {.sync = true};
+    struct dcp_layout layout;
+    bench->plan.content_hash = row == ROW_WRITER_HASHING;
+    must(dcp_layout_build(&bench->plan, NULL, &layout, &bench->err) == 0, "layout", &bench->err);
     start(bench);
-    must(dcp_writer_run(bench->io, bench->dirfd, bench->path, &bench->plan,
-                        &bench->global.layouts[0], bench->sources, &bench->save_id, 0, &options,
-                        NULL, ret_stats, &bench->err) == 0,
+    must(dcp_writer_run(bench->io, bench->dirfd, bench->path, &bench->plan, &layout, bench->sources,
+                        &bench->save_id, 0, &options, NULL, ret_stats, &bench->err) == 0,
          "writer", &bench->err);
-    stop(bench, ROW_WRITER);
+    stop(bench, row);
+    dcp_layout_clean_up(&layout);
+    bench->plan.content_hash = false;
+    if (row == ROW_WRITER_HASHING) {
+        unlinkat(bench->dirfd, "__0_0.distcp", 0);
+    }
 }
 
 static void
@@ -281,15 +315,17 @@ static void
 report(const struct bench *bench, int rounds)
 {
     double gb = (double)bench->bytes / 1e9;
+    double limit_copy = median(bench->seconds[ROW_MEMCPY], rounds);
     double limit_write = median(bench->seconds[ROW_PLAIN_WRITE], rounds);
     double limit_read = median(bench->seconds[ROW_PLAIN_READ], rounds);
     printf("%s, %.2f GB, medians of %d\n", bench->in_memory ? "in memory" : "disk", gb, rounds);
     printf("%-32s %8s %9s %10s\n", "", "GB/s", "of limit", "CPU s/GB");
     for (int row = 0; row < ROWS; row++) {
         double seconds = median(bench->seconds[row], rounds);
-        double limit = row >= ROW_PLAIN_READ ? limit_read : limit_write;
-        printf("%-32s %8.2f %8.0f%% %10.3f\n", row_names[row], gb / seconds,
-               row == ROW_MEMCPY ? 100.0 : 100 * limit / seconds,
+        double limit = row >= ROW_PLAIN_READ    ? limit_read
+                       : row >= ROW_PLAIN_WRITE ? limit_write
+                                                : limit_copy;
+        printf("%-32s %8.2f %8.0f%% %10.3f\n", row_names[row], gb / seconds, 100 * limit / seconds,
                median(bench->cpu[row], rounds) / gb);
     }
 }
@@ -302,9 +338,11 @@ run_round(struct bench *bench)
     start(bench);
     memcpy(bench->target, bench->source, bench->bytes);
     stop(bench, ROW_MEMCPY);
+    hash_all(bench);
     plain_write(bench);
     plain_read(bench);
-    our_write(bench, &written);
+    our_write(bench, ROW_WRITER_HASHING, NULL);
+    our_write(bench, ROW_WRITER, &written);
     our_read(bench, ROW_READER_ALIGNED, 0, true, false, &got);
     if (bench->round == 0) {
         printf("writer: direct files %" PRIu64 ", copy %.3f s, write %.3f s, wait %.3f s, sync "

@@ -276,7 +276,7 @@ run(const char *name, enum shape shape, uint32_t ranks, uint32_t items)
     struct dcp_save_id save_id = {.bytes = {1}};
     struct dcp_buf image = {0};
     since = now_ns();
-    must(dcp_metadata_write(&global, &meta, &save_id, 0, &image, &err), &err);
+    must(dcp_metadata_write(&global, &meta, &save_id, 0, NULL, &image, &err), &err);
     steps_ns += now_ns() - since;
     report("metadata", since, total);
     put("global plan + metadata", steps_ns, total);

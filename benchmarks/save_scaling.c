@@ -298,7 +298,7 @@ write_metadata(struct job *job, int round, const struct dcp_group *group)
     struct dcp_error err = {0};
     uint64_t since_ns = cpu_now_ns();
 
-    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, &image, &err), &err);
+    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, NULL, &image, &err), &err);
     if (job->metadata_path != NULL && round == CHANGED) {
         write_file(job->metadata_path, &image);
     }

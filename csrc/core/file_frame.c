@@ -4,34 +4,34 @@
  *
  * The header tells a stale or foreign file before the first read of it; the table gathers the CRCs
  * of all blocks of a file, so that a reader of parts of many tensors fetches them with one request.
- * Both carry a magic, a version and a CRC over all their other bytes.
+ * Both carry a magic, a version and a CRC over all their other bytes.  A hash table may follow
+ * (hash_table.c); a flag of the header tells, since older readers know how to go without.
  *
- * Header, 64 bytes:  magic[4] version crc rank | save_id[16] | n 0 length(8) | table offset(8)
+ * Header, 64 bytes:  magic[4] version crc rank | save_id[16] | n flags length(8) | table offset(8)
  * bytes(8).  Table: magic[4] version crc entries | save_id[16] | blocks(8) | per entry: offset(8)
  * bytes(8) crc 0 | all block CRCs | zeros up to a multiple of 8.  Numbers are little endian, 4
  * bytes where no width is given.
  *
  * Threads: no state.
  */
-#include "dcp_record.h"
+#include "file_frame.h"
 
 #include "dcp_crc32.h"
 #include "le_bytes.h"
 
 enum {
-    CRC_OFFSET = 8, /* in both */
     TABLE_VERSION = 1,
     TABLE_HEADER_BYTES = 40,
     TABLE_ENTRY_BYTES = 24,
-    TABLE_ALIGN_BYTES = 8,
+    FLAG_HASH_TABLE = 1 << 0,
 };
 
 /* The first byte is no text and no start of a zip or a pickle. */
 static const uint8_t header_magic[4] = {0x89, 'D', 'C', 'P'};
 static const uint8_t table_magic[4] = {0x89, 'D', 'C', 'B'};
 
-static int
-damaged(struct dcp_error *err, const char *what)
+int
+dcp_frame_damaged(struct dcp_error *err, const char *what)
 {
     return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
                          "reading a data file's frame failed: %s; the file is damaged or another "
@@ -39,17 +39,22 @@ damaged(struct dcp_error *err, const char *what)
                          what);
 }
 
-/* Over everything but the four bytes where the CRC itself stands. */
-static uint32_t
-frame_crc(const uint8_t *bytes, size_t len)
+uint32_t
+dcp_frame_crc(const uint8_t *bytes, size_t len)
 {
-    uint32_t crc = dcp_crc32(0, bytes, CRC_OFFSET);
-    return dcp_crc32(crc, bytes + CRC_OFFSET + 4, len - CRC_OFFSET - 4);
+    uint32_t crc = dcp_crc32(0, bytes, DCP_FRAME_CRC_OFFSET);
+    return dcp_crc32(crc, bytes + DCP_FRAME_CRC_OFFSET + 4, len - DCP_FRAME_CRC_OFFSET - 4);
 }
 
 void
 dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header)
 {
+    /* Readers derive where the hash table is. */
+    DCP_ASSERT(
+        header->hash_bytes == 0 ||
+        (header->hash_offset_bytes == dcp_align_up(header->table_offset_bytes + header->table_bytes,
+                                                   DCP_FRAME_ALIGN_BYTES) &&
+         header->hash_offset_bytes + header->hash_bytes == header->length_bytes));
     uint8_t *start = dcp_buf_extend(buf, DCP_FILE_HEADER_BYTES);
     if (start == NULL) {
         return;
@@ -58,12 +63,12 @@ dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header)
     at = le_put32(le_put32(at, DCP_FILE_VERSION), 0);
     at = le_put32(at, header->rank);
     at = le_put_bytes(at, header->save_id.bytes, sizeof header->save_id.bytes);
-    at = le_put32(le_put32(at, header->n), 0);
+    at = le_put32(le_put32(at, header->n), header->hash_bytes > 0 ? FLAG_HASH_TABLE : 0);
     at = le_put64(at, header->length_bytes);
     at = le_put64(at, header->table_offset_bytes);
     at = le_put64(at, header->table_bytes);
     DCP_ASSERT(at == start + DCP_FILE_HEADER_BYTES);
-    (void)le_put32(start + CRC_OFFSET, frame_crc(start, (size_t)(at - start)));
+    (void)le_put32(start + DCP_FRAME_CRC_OFFSET, dcp_frame_crc(start, (size_t)(at - start)));
 }
 
 int
@@ -71,11 +76,11 @@ dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret, struct 
 {
     struct dcp_cursor c = {.data = bytes, .len = DCP_FILE_HEADER_BYTES};
     if (memcmp(dcp_cursor_bytes(&c, 4), header_magic, sizeof header_magic) != 0) {
-        return damaged(err, "it does not start with dcp_native's header");
+        return dcp_frame_damaged(err, "it does not start with dcp_native's header");
     }
     uint32_t version = dcp_cursor_u32(&c);
-    if (dcp_cursor_u32(&c) != frame_crc(bytes, DCP_FILE_HEADER_BYTES)) {
-        return damaged(err, "the CRC of the header does not match");
+    if (dcp_cursor_u32(&c) != dcp_frame_crc(bytes, DCP_FILE_HEADER_BYTES)) {
+        return dcp_frame_damaged(err, "the CRC of the header does not match");
     }
     if (version != DCP_FILE_VERSION) {
         return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
@@ -87,14 +92,24 @@ dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret, struct 
     memcpy(header.save_id.bytes, dcp_cursor_bytes(&c, sizeof header.save_id.bytes),
            sizeof header.save_id.bytes);
     header.n = dcp_cursor_u32(&c);
-    (void)dcp_cursor_u32(&c);
+    uint32_t flags = dcp_cursor_u32(&c);
     header.length_bytes = dcp_cursor_u64(&c);
     header.table_offset_bytes = dcp_cursor_u64(&c);
     header.table_bytes = dcp_cursor_u64(&c);
     uint64_t table_end;
     if (dcp_add_overflows_u64(header.table_offset_bytes, header.table_bytes, &table_end) ||
         table_end > header.length_bytes || header.length_bytes < DCP_FILE_HEADER_BYTES) {
-        return damaged(err, "the header's lengths contradict each other");
+        return dcp_frame_damaged(err, "the header's lengths contradict each other");
+    }
+    header.hash_offset_bytes = header.length_bytes;
+    if ((flags & FLAG_HASH_TABLE) != 0) {
+        /* Rounding up past 2^64 gives 0, which is refused like any other place before the end. */
+        header.hash_offset_bytes = dcp_align_up(table_end, DCP_FRAME_ALIGN_BYTES);
+        if (header.hash_offset_bytes < table_end ||
+            header.hash_offset_bytes >= header.length_bytes) {
+            return dcp_frame_damaged(err, "the header's hash table lies behind the file's end");
+        }
+        header.hash_bytes = header.length_bytes - header.hash_offset_bytes;
     }
     DCP_ASSERT(!c.failed);
     *ret = header;
@@ -115,7 +130,7 @@ dcp_block_table_bytes(uint32_t entries_count, uint64_t blocks_count)
     DCP_ASSERT(blocks_count <= UINT64_MAX / 8);
     uint64_t bytes =
         TABLE_HEADER_BYTES + (uint64_t)entries_count * TABLE_ENTRY_BYTES + blocks_count * 4;
-    return dcp_align_up(bytes, TABLE_ALIGN_BYTES);
+    return dcp_align_up(bytes, DCP_FRAME_ALIGN_BYTES);
 }
 
 void
@@ -148,7 +163,7 @@ dcp_block_table_put(struct dcp_buf *buf, const struct dcp_save_id *save_id,
         }
     }
     memset(at, 0, (size_t)(start + total - at));
-    (void)le_put32(start + CRC_OFFSET, frame_crc(start, total));
+    (void)le_put32(start + DCP_FRAME_CRC_OFFSET, dcp_frame_crc(start, total));
 }
 
 /* The fixed part: magic, version, CRC, save id, and counts that fit `len`. */
@@ -158,21 +173,21 @@ read_table_header(struct dcp_cursor *c, const struct dcp_save_id *save_id,
 {
     if (c->len < TABLE_HEADER_BYTES ||
         memcmp(dcp_cursor_bytes(c, 4), table_magic, sizeof table_magic) != 0) {
-        return damaged(err, "the block table is not where the header says");
+        return dcp_frame_damaged(err, "the block table is not where the header says");
     }
     uint32_t version = dcp_cursor_u32(c);
-    if (dcp_cursor_u32(c) != frame_crc(c->data, c->len)) {
-        return damaged(err, "the CRC of the block table does not match");
+    if (dcp_cursor_u32(c) != dcp_frame_crc(c->data, c->len)) {
+        return dcp_frame_damaged(err, "the CRC of the block table does not match");
     }
     *ret_entries_count = dcp_cursor_u32(c);
     const uint8_t *id = dcp_cursor_bytes(c, sizeof save_id->bytes);
     if (version != TABLE_VERSION || memcmp(id, save_id->bytes, sizeof save_id->bytes) != 0) {
-        return damaged(err, "the block table belongs to another save");
+        return dcp_frame_damaged(err, "the block table belongs to another save");
     }
     *ret_blocks_count = dcp_cursor_u64(c);
     if (*ret_blocks_count > c->len / 4 ||
         dcp_block_table_bytes(*ret_entries_count, *ret_blocks_count) != c->len) {
-        return damaged(err, "the block table's length contradicts its counts");
+        return dcp_frame_damaged(err, "the block table's length contradicts its counts");
     }
     return 0;
 }
@@ -192,13 +207,13 @@ read_table_entries(struct dcp_cursor *c, uint64_t blocks_count, struct dcp_block
         uint64_t blocks = blocks_of(entry->payload_bytes), end;
         if (dcp_add_overflows_u64(entry->payload_offset_bytes, entry->payload_bytes, &end) ||
             entry->payload_offset_bytes < previous_end || blocks > blocks_count - used) {
-            return damaged(err, "the block table's entries contradict each other");
+            return dcp_frame_damaged(err, "the block table's entries contradict each other");
         }
         previous_end = end;
         used += blocks;
     }
     if (used != blocks_count) {
-        return damaged(err, "the block table's entries contradict each other");
+        return dcp_frame_damaged(err, "the block table's entries contradict each other");
     }
     for (uint64_t i = 0; i < blocks_count; i++) {
         table->crcs[i] = dcp_cursor_u32(c);

@@ -5,7 +5,7 @@
  * and bitmap, so nothing about positions is ever sent.  A layout is therefore a pure function:
  * ties are broken by position, and nothing depends on addresses or time.
  *
- *     [file header][gap][record][gap][record] ... [padding][block table]
+ *     [file header][gap][record][gap][record] ... [padding][block table][padding][hash table]
  *
  * The gap that puts a payload on its alignment lies before the record, outside what metadata calls
  * the record, so readers of single records never see it.
@@ -14,11 +14,9 @@
  */
 #include "plan_private.h"
 
-#include "dcp_record.h"
+#include "file_frame.h"
 
 #include <stdlib.h>
-
-enum { TABLE_ALIGN_BYTES = 8 };
 
 static int
 out_of_memory(struct dcp_error *err, const struct dcp_plan *plan)
@@ -211,9 +209,15 @@ place_file(const struct dcp_plan *plan, struct dcp_layout *layout, struct dcp_pl
             blocks += (record->payload_bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
         }
     }
-    file->table_offset_bytes = entries == 0 ? cursor : dcp_align_up(cursor, TABLE_ALIGN_BYTES);
+    file->table_offset_bytes = entries == 0 ? cursor : dcp_align_up(cursor, DCP_FRAME_ALIGN_BYTES);
     file->table_bytes = entries == 0 ? 0 : dcp_block_table_bytes(entries, blocks);
     file->length_bytes = file->table_offset_bytes + file->table_bytes;
+    file->hash_bytes = plan->content_hash ? dcp_hash_table_bytes(file->records_count) : 0;
+    if (file->hash_bytes > 0) {
+        file->length_bytes =
+            dcp_align_up(file->length_bytes, DCP_FRAME_ALIGN_BYTES) + file->hash_bytes;
+    }
+    file->hash_offset_bytes = file->length_bytes - file->hash_bytes;
     if (dcp_add_overflows_u64(layout->total_bytes, file->length_bytes, &layout->total_bytes)) {
         return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
                              "the files of rank %u together are longer than 2^64 bytes",

@@ -66,4 +66,15 @@ le_get32(const uint8_t *at)
     return v;
 }
 
+static inline uint64_t
+le_get64(const uint8_t *at)
+{
+    uint64_t v;
+    memcpy(&v, at, sizeof v);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    v = __builtin_bswap64(v);
+#endif
+    return v;
+}
+
 #endif

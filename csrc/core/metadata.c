@@ -55,6 +55,7 @@ dcp_metadata_clean_up(struct dcp_metadata *md)
         dcp_free(md->dims);
         dcp_free(md->files);
     }
+    dcp_free(md->accepted);
     dcp_free(md->name_index);
     *md = (struct dcp_metadata){0};
 }

@@ -4,7 +4,8 @@
  * The plan knows chunks by (plan, item), the layout knows records by (file, item).  One map from
  * items to chunks joins them, so each is walked once and everything is linear.  Along the way the
  * order of records is kept: it is the order of storage_data in the pickle, as torch's coordinator
- * makes it by appending the ranks' results.
+ * makes it by appending the ranks' results.  What a plan links from earlier saves follows what it
+ * writes.
  *
  * Threads: no state.
  */
@@ -17,13 +18,16 @@ enum { FILE_NAME_BYTES = 64, RECORD_NONE = 0xFFFFFFFFu };
 
 struct flattener {
     const struct dcp_global_plan *global;
+    const struct dcp_links *links; /* may be NULL */
+    uint32_t *link_files;          /* of each linked file: its number in the flat form */
+    uint64_t n0;
     struct dcp_metadata md;
     struct dcp_md_names names;
-    uint64_t *first_item;            /* of each plan in `of_item` */
-    struct dcp_md_record *of_item;   /* the chunk of each item of all plans */
-    struct dcp_md_record *records;   /* the result's order */
+    uint64_t *first_item;          /* of each plan in `of_item` */
+    struct dcp_md_record *of_item; /* the chunk of each item of all plans */
+    struct dcp_md_record *records; /* the result's order */
     uint64_t items_count, records_count;
-    uint64_t used_chunks, used_dims; /* of the flat form, so far */
+    uint64_t used_chunks, used_dims, used_records, used_links; /* so far */
     struct dcp_error *err;
 };
 
@@ -50,20 +54,24 @@ make_room(struct flattener *f)
         f->items_count += global->plans[p].items_count;
         f->records_count += global->layouts[p].records_count;
     }
+    uint32_t link_files_count = f->links == NULL ? 0 : f->links->files_count;
+    f->records_count += f->links == NULL ? 0 : f->links->records_count;
     if (global->entries_count >= UINT32_MAX || global->chunks_count >= UINT32_MAX) {
         return dcp_error_set(f->err, DCP_E_LIMIT, 0, NULL,
                              "writing metadata: %llu chunks, 2^32 are allowed; save in parts",
                              (unsigned long long)global->chunks_count);
     }
-    int rc = dcp_metadata_alloc(&f->md, global->entries_count, global->chunks_count, dims_count,
-                                f->err);
+    int rc =
+        dcp_metadata_alloc(&f->md, global->entries_count, global->chunks_count, dims_count, f->err);
     if (rc != 0) {
         return rc;
     }
     f->first_item = dcp_malloc_array(global->plans_count, sizeof *f->first_item);
     f->of_item = dcp_malloc_array((size_t)f->items_count, sizeof *f->of_item);
     f->records = dcp_malloc_array((size_t)f->records_count, sizeof *f->records);
-    if (f->first_item == NULL || f->of_item == NULL || f->records == NULL) {
+    f->link_files = dcp_malloc_array(link_files_count, sizeof *f->link_files);
+    if (f->first_item == NULL || f->of_item == NULL || f->records == NULL ||
+        f->link_files == NULL) {
         return dcp_error_set(f->err, DCP_E_NOMEM, 0, NULL,
                              "writing the metadata of %llu items: out of memory",
                              (unsigned long long)f->items_count);
@@ -74,6 +82,7 @@ make_room(struct flattener *f)
         first += global->plans[p].items_count;
     }
     memset(f->of_item, 0xFF, (size_t)f->items_count * sizeof *f->of_item);
+    memset(f->link_files, 0xFF, link_files_count * sizeof *f->link_files);
     return 0;
 }
 
@@ -136,75 +145,113 @@ flatten_entry(struct flattener *f, uint32_t e)
 }
 
 static int
-add_file(struct flattener *f, uint32_t p, const struct dcp_placed_file *file, uint64_t n0,
-         uint32_t *ret_file)
+add_file(struct flattener *f, uint32_t p, uint64_t n, uint32_t *ret_file)
 {
     char text[FILE_NAME_BYTES];
     int len = snprintf(text, sizeof text, "__%u_%llu.distcp", f->global->plans[p].rank,
-                       (unsigned long long)(n0 + file->index));
+                       (unsigned long long)(f->n0 + n));
     DCP_ASSERT(len > 0 && (size_t)len < sizeof text);
     return dcp_md_names_add_file(&f->names, text, (size_t)len, ret_file, f->err);
 }
 
-/* Records of plan `p`, which give chunks their place. */
+/* Gives the chunk of an item its place. */
 static int
-place_records(struct flattener *f, uint32_t p, uint64_t n0, uint64_t *used_records)
+place_record(struct flattener *f, uint32_t p, uint32_t item, uint32_t file, uint64_t offset_bytes,
+             uint64_t length_bytes)
+{
+    struct dcp_md_record at = f->of_item[f->first_item[p] + item];
+    if (at.entry == RECORD_NONE || f->used_records == f->records_count) {
+        return refuse_plan(f, p, item, "has a place but is in no chunk");
+    }
+    struct dcp_md_chunk *chunk = &f->md.chunks[f->md.entries[at.entry].first_chunk + at.hint];
+    if (chunk->file != DCP_NO_FILE) {
+        return refuse_plan(f, p, item, "has two places");
+    }
+    chunk->file = file;
+    chunk->offset_bytes = offset_bytes;
+    chunk->length_bytes = length_bytes;
+    f->records[f->used_records++] = at;
+    return 0;
+}
+
+/* Records that plan `p` writes. */
+static int
+place_written(struct flattener *f, uint32_t p)
 {
     const struct dcp_layout *layout = &f->global->layouts[p];
+    int rc = 0;
     for (uint32_t k = 0; k < layout->files_count; k++) {
         const struct dcp_placed_file *placed = &layout->files[k];
-        uint32_t file = DCP_NO_FILE;
-        for (uint32_t r = 0; r < placed->records_count; r++) {
+        uint32_t file;
+        if (placed->records_count > 0) {
+            rc = add_file(f, p, placed->index, &file);
+        }
+        for (uint32_t r = 0; rc == 0 && r < placed->records_count; r++) {
             const struct dcp_placed_record *record = &layout->records[placed->first_record + r];
-            if (file == DCP_NO_FILE) {
-                int rc = add_file(f, p, placed, n0, &file);
-                if (rc != 0) {
-                    return rc;
-                }
-            }
-            struct dcp_md_record at = f->of_item[f->first_item[p] + record->item];
-            if (at.entry == RECORD_NONE || *used_records == f->records_count) {
-                return refuse_plan(f, p, record->item, "has a place but is in no chunk");
-            }
-            struct dcp_md_chunk *chunk =
-                &f->md.chunks[f->md.entries[at.entry].first_chunk + at.hint];
-            chunk->file = file;
-            chunk->offset_bytes = record->offset_bytes;
-            chunk->length_bytes = record->length_bytes;
-            f->records[(*used_records)++] = at;
+            rc = place_record(f, p, record->item, file, record->offset_bytes, record->length_bytes);
+        }
+        if (rc != 0) {
+            return rc;
         }
     }
     return 0;
 }
 
+/* Records that plan `p` links; those of lower plans are placed already. */
 static int
-flatten(struct flattener *f, uint64_t n0)
+place_linked(struct flattener *f, uint32_t p)
+{
+    const struct dcp_links *links = f->links;
+    while (links != NULL && f->used_links < links->records_count) {
+        const struct dcp_linked_record *record = &links->records[f->used_links];
+        const struct dcp_linked_file *linked = &links->files[record->file];
+        uint32_t *file = &f->link_files[record->file];
+        if (record->plan != p) {
+            break;
+        }
+        int rc = *file != DCP_NO_FILE ? 0 : add_file(f, linked->plan, linked->n, file);
+        if (rc == 0) {
+            rc =
+                place_record(f, p, record->item, *file, record->offset_bytes, record->length_bytes);
+        }
+        if (rc != 0) {
+            return rc;
+        }
+        f->used_links++;
+    }
+    return 0;
+}
+
+static int
+flatten(struct flattener *f)
 {
     int rc = make_room(f);
     for (uint32_t e = 0; rc == 0 && e < f->global->entries_count; e++) {
         rc = flatten_entry(f, e);
     }
-    uint64_t used_records = 0;
     for (uint32_t p = 0; rc == 0 && p < f->global->plans_count; p++) {
-        rc = place_records(f, p, n0, &used_records);
+        rc = place_written(f, p);
+        if (rc == 0) {
+            rc = place_linked(f, p);
+        }
     }
-    if (rc == 0 && (used_records != f->records_count || used_records != f->md.chunks_count)) {
+    if (rc == 0 && (f->used_records != f->records_count || f->used_records != f->md.chunks_count)) {
         rc = dcp_error_set(f->err, DCP_E_INTERNAL, 0, NULL,
                            "writing metadata: %llu records for %llu chunks; this is a bug, please "
                            "report it",
-                           (unsigned long long)used_records,
+                           (unsigned long long)f->used_records,
                            (unsigned long long)f->md.chunks_count);
     }
     return rc != 0 ? rc : dcp_md_names_move(&f->names, &f->md, f->err);
 }
 
 int
-dcp_metadata_from_plan(const struct dcp_global_plan *global, uint64_t n0,
-                       struct dcp_metadata *ret_md, struct dcp_md_record **ret_records,
+dcp_metadata_from_plan(const struct dcp_global_plan *global, const struct dcp_links *links,
+                       uint64_t n0, struct dcp_metadata *ret_md, struct dcp_md_record **ret_records,
                        uint64_t *ret_records_count, struct dcp_error *err)
 {
-    struct flattener f = {.global = global, .err = err};
-    int rc = flatten(&f, n0);
+    struct flattener f = {.global = global, .links = links, .n0 = n0, .err = err};
+    int rc = flatten(&f);
     if (rc != 0) {
         dcp_metadata_clean_up(&f.md);
         dcp_free(f.records);
@@ -216,5 +263,6 @@ dcp_metadata_from_plan(const struct dcp_global_plan *global, uint64_t n0,
     dcp_md_names_clean_up(&f.names);
     dcp_free(f.first_item);
     dcp_free(f.of_item);
+    dcp_free(f.link_files);
     return rc;
 }

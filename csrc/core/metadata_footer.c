@@ -1,8 +1,12 @@
 /*
  * metadata_footer.c: the last 64 bytes of a `.metadata` of ours.
  *
- *     magic 8 | version u32 | zero u32 | pickle_bytes u64 | index_bytes u64 | pickle_crc u32 |
- *     index_crc u32 | save id 16 | zero u32 | crc u32 of the 60 bytes before
+ *     magic 8 | version u32 | accepted_count u32 | pickle_bytes u64 | index_bytes u64 |
+ *     pickle_crc u32 | index_crc u32 | save id 16 | accepted_crc u32 | crc u32 of the 60 bytes
+ *     before
+ *
+ * The accepted save ids stand between index and footer, 16 bytes each.  Without any, both their
+ * numbers are zero; readers that do not know them take only such a footer for one.
  *
  * It stands at the end because whoever appends to, cuts or rewrites the file then loses it as a
  * whole, and the pickle in front of it remains what every reader understands.
@@ -25,13 +29,13 @@ dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *f
     size_t start = buf->len;
     dcp_buf_put(buf, magic, sizeof magic);
     dcp_buf_put_u32(buf, FOOTER_VERSION);
-    dcp_buf_put_u32(buf, 0);
+    dcp_buf_put_u32(buf, footer->accepted_count);
     dcp_buf_put_u64(buf, footer->pickle_bytes);
     dcp_buf_put_u64(buf, footer->index_bytes);
     dcp_buf_put_u32(buf, footer->pickle_crc);
     dcp_buf_put_u32(buf, footer->index_crc);
     dcp_buf_put(buf, footer->save_id.bytes, sizeof footer->save_id.bytes);
-    dcp_buf_put_u32(buf, 0);
+    dcp_buf_put_u32(buf, footer->accepted_crc);
     if (!buf->failed) {
         DCP_ASSERT(buf->len - start == CRC_AT);
         dcp_buf_put_u32(buf, dcp_crc32(0, buf->data + start, CRC_AT));
@@ -52,17 +56,23 @@ dcp_metadata_footer_parse(const uint8_t *image, size_t len, struct dcp_metadata_
     struct dcp_cursor c = {.data = bytes, .len = DCP_METADATA_FOOTER_BYTES, .pos = sizeof magic};
     struct dcp_metadata_footer footer;
     uint32_t version = dcp_cursor_u32(&c);
-    uint32_t zero = dcp_cursor_u32(&c);
+    footer.accepted_count = dcp_cursor_u32(&c);
     footer.pickle_bytes = dcp_cursor_u64(&c);
     footer.index_bytes = dcp_cursor_u64(&c);
     footer.pickle_crc = dcp_cursor_u32(&c);
     footer.index_crc = dcp_cursor_u32(&c);
     const uint8_t *save_id = dcp_cursor_bytes(&c, sizeof footer.save_id.bytes);
-    zero |= dcp_cursor_u32(&c);
+    footer.accepted_crc = dcp_cursor_u32(&c);
     uint32_t crc = dcp_cursor_u32(&c);
-    if (c.failed || save_id == NULL || version != FOOTER_VERSION || zero != 0 ||
-        crc != dcp_crc32(0, bytes, CRC_AT) || footer.pickle_bytes > body_bytes ||
-        footer.index_bytes != body_bytes - footer.pickle_bytes) {
+    if (c.failed || save_id == NULL || version != FOOTER_VERSION ||
+        footer.accepted_count > DCP_MAX_ACCEPTED_SAVES ||
+        (footer.accepted_count == 0 && footer.accepted_crc != 0) ||
+        crc != dcp_crc32(0, bytes, CRC_AT)) {
+        return false;
+    }
+    uint64_t accepted_bytes = (uint64_t)footer.accepted_count * sizeof(struct dcp_save_id);
+    if (footer.pickle_bytes > body_bytes || accepted_bytes > body_bytes - footer.pickle_bytes ||
+        footer.index_bytes != body_bytes - footer.pickle_bytes - accepted_bytes) {
         return false;
     }
     memcpy(footer.save_id.bytes, save_id, sizeof footer.save_id.bytes);

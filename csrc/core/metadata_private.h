@@ -42,10 +42,25 @@ struct dcp_md_record {
     uint32_t hint; /* position in the entry's chunks */
 };
 
-/* *ret_records is owned by the caller: one element per kept item, in the order of the layouts. */
-int dcp_metadata_from_plan(const struct dcp_global_plan *global, uint64_t n0,
-                           struct dcp_metadata *ret_md, struct dcp_md_record **ret_records,
-                           uint64_t *ret_records_count, struct dcp_error *err) DCP_MUST_CHECK;
+/* *ret_records is owned by the caller: one element per kept item, in the order of the layouts, each
+ * plan's links behind its own.  `links` may be NULL and is sound (dcp_metadata_check_links). */
+int dcp_metadata_from_plan(const struct dcp_global_plan *global, const struct dcp_links *links,
+                           uint64_t n0, struct dcp_metadata *ret_md,
+                           struct dcp_md_record **ret_records, uint64_t *ret_records_count,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- metadata_links.c: what a checkpoint takes over from earlier saves ---- */
+
+/* Order, bounds and ids of *links, and that names are new and within 32 bits. */
+int dcp_metadata_check_links(const struct dcp_global_plan *global, const struct dcp_links *links,
+                             const struct dcp_save_id *save_id, uint64_t n0,
+                             struct dcp_error *err) DCP_MUST_CHECK;
+/* Fills md->accepted from the linked files. */
+int dcp_metadata_collect_accepted(struct dcp_metadata *md, const struct dcp_links *links,
+                                  struct dcp_error *err) DCP_MUST_CHECK;
+/* Fills md->accepted from `count` ids of an image; md->save_id is known. */
+int dcp_metadata_read_accepted(struct dcp_metadata *md, const uint8_t *bytes, uint32_t count,
+                               struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- metadata_paths.c: planner_data ---- */
 
@@ -77,6 +92,8 @@ struct dcp_metadata_footer {
     uint64_t index_bytes;
     uint32_t pickle_crc;
     uint32_t index_crc;
+    uint32_t accepted_count; /* save ids between index and footer */
+    uint32_t accepted_crc;   /* of them; 0 when there are none */
     struct dcp_save_id save_id;
 };
 

@@ -4,7 +4,8 @@
  * Our index is used when the footer is whole and its checksums hold.  A footer that does not hold
  * together says nothing (copies are cut, stock torch rewrites the file without one), and a damaged
  * index is no loss while the pickle's checksum is right: both are read from the pickle.  But a
- * pickle that contradicts the checksum of a whole footer is a damaged file, whatever it parses to.
+ * pickle or a list of accepted saves that contradicts the checksum of a whole footer is a damaged
+ * file, whatever it parses to.
  *
  * Threads: no state.
  */
@@ -42,10 +43,25 @@ dcp_metadata_read_pickle(const uint8_t *image, size_t len, struct dcp_metadata *
     return rc;
 }
 
+/* The ids of the saves whose files are linked, into *md. */
+static int
+read_accepted(const uint8_t *image, const struct dcp_metadata_footer *footer,
+              struct dcp_metadata *md, struct dcp_error *err)
+{
+    const uint8_t *ids = image + footer->pickle_bytes + footer->index_bytes;
+    size_t len = footer->accepted_count * sizeof(struct dcp_save_id);
+    if (dcp_crc32(0, ids, len) != footer->accepted_crc) {
+        return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
+                             "reading metadata: the checksum of its list of linked saves does not "
+                             "match; the file is damaged, restore it from a copy");
+    }
+    return dcp_metadata_read_accepted(md, ids, footer->accepted_count, err);
+}
+
 /* The flat form from a whole footer's index; DCP_E_CORRUPT sends the caller to the pickle. */
 static int
-read_index(const uint8_t *image, const struct dcp_metadata_footer *footer,
-           struct dcp_metadata *ret, struct dcp_error *err)
+read_index(const uint8_t *image, const struct dcp_metadata_footer *footer, struct dcp_metadata *ret,
+           struct dcp_error *err)
 {
     const uint8_t *index = image + footer->pickle_bytes;
     if (dcp_crc32(0, index, (size_t)footer->index_bytes) != footer->index_crc) {
@@ -68,8 +84,7 @@ read_index(const uint8_t *image, const struct dcp_metadata_footer *footer,
 }
 
 int
-dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret,
-                  struct dcp_error *err)
+dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret, struct dcp_error *err)
 {
     struct dcp_metadata_footer footer;
     if (check_length(len, NULL) != 0 || !dcp_metadata_footer_parse(image, len, &footer)) {
@@ -90,6 +105,11 @@ dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret,
     }
     md.is_native = true;
     md.save_id = footer.save_id;
+    rc = read_accepted(image, &footer, &md, err);
+    if (rc != 0) {
+        dcp_metadata_clean_up(&md);
+        return rc;
+    }
     *ret = md;
     return 0;
 }

@@ -1,5 +1,5 @@
 /*
- * metadata_write.c: the whole `.metadata` image: pickle, index, footer.
+ * metadata_write.c: the whole `.metadata` image: pickle, index, accepted saves, footer.
  *
  * What stock torch unpickles from it is equal to the Metadata that stock would have written, with
  * the same order of dicts and attributes, but in half the bytes and half the load time: classes
@@ -334,9 +334,17 @@ put_pickle(struct dcp_md_writer *w, struct dcp_buf *buf)
 
 /* The flat form, checked before anything is made of it, and the memo tables. */
 static int
-prepare(struct dcp_md_writer *w, uint64_t n0, struct dcp_buf *buf)
+prepare(struct dcp_md_writer *w, uint64_t n0, const struct dcp_save_id *save_id,
+        const struct dcp_links *links, struct dcp_buf *buf)
 {
-    int rc = dcp_metadata_from_plan(w->global, n0, &w->md, &w->records, &w->records_count, w->err);
+    int rc = links == NULL ? 0 : dcp_metadata_check_links(w->global, links, save_id, n0, w->err);
+    if (rc == 0) {
+        rc = dcp_metadata_from_plan(w->global, links, n0, &w->md, &w->records, &w->records_count,
+                                    w->err);
+    }
+    if (rc == 0 && links != NULL) {
+        rc = dcp_metadata_collect_accepted(&w->md, links, w->err);
+    }
     if (rc != 0) {
         return rc;
     }
@@ -363,10 +371,10 @@ prepare(struct dcp_md_writer *w, uint64_t n0, struct dcp_buf *buf)
 
 static int
 write_image(struct dcp_md_writer *w, uint64_t n0, const struct dcp_save_id *save_id,
-            struct dcp_buf *buf)
+            const struct dcp_links *links, struct dcp_buf *buf)
 {
     size_t start = buf->len;
-    int rc = prepare(w, n0, buf);
+    int rc = prepare(w, n0, save_id, links, buf);
     if (rc == 0) {
         rc = put_pickle(w, buf);
     }
@@ -377,13 +385,17 @@ write_image(struct dcp_md_writer *w, uint64_t n0, const struct dcp_save_id *save
     if (rc != 0) {
         return rc;
     }
+    size_t accepted_bytes = w->md.accepted_count * sizeof *w->md.accepted;
     struct dcp_metadata_footer footer = {
         .pickle_bytes = index_at - start,
         .index_bytes = buf->len - index_at,
         .pickle_crc = dcp_crc32(0, buf->data + start, index_at - start),
         .index_crc = dcp_crc32(0, buf->data + index_at, buf->len - index_at),
+        .accepted_count = w->md.accepted_count,
+        .accepted_crc = dcp_crc32(0, w->md.accepted, accepted_bytes),
         .save_id = *save_id,
     };
+    dcp_buf_put(buf, w->md.accepted, accepted_bytes);
     dcp_metadata_footer_put(buf, &footer);
     rc = dcp_buf_check(buf, w->err);
     if (rc == 0 && buf->len - start > DCP_MAX_METADATA_BYTES) {
@@ -396,11 +408,11 @@ write_image(struct dcp_md_writer *w, uint64_t n0, const struct dcp_save_id *save
 
 int
 dcp_metadata_write(const struct dcp_global_plan *global, const struct dcp_storage_meta *meta,
-                   const struct dcp_save_id *save_id, uint64_t n0, struct dcp_buf *buf,
-                   struct dcp_error *err)
+                   const struct dcp_save_id *save_id, uint64_t n0, const struct dcp_links *links,
+                   struct dcp_buf *buf, struct dcp_error *err)
 {
     struct dcp_md_writer w = {.global = global, .meta = meta, .err = err};
-    int rc = write_image(&w, n0, save_id, buf);
+    int rc = write_image(&w, n0, save_id, links, buf);
     dcp_metadata_clean_up(&w.md);
     dcp_free(w.records);
     dcp_free(w.paths);

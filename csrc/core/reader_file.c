@@ -3,8 +3,8 @@
  *
  * Small reads (header, block table, windows of foreign records) go through the page cache on one
  * descriptor; bulk requests of large cold files on a second one with O_DIRECT.  A file of ours is
- * believed only when its header carries the save id of the metadata: overwritten or foreign files
- * are named before a byte of them reaches a tensor.
+ * believed only when its header carries the save id of the metadata, or one that it accepts (of a
+ * linked file): overwritten or foreign files are named before a byte of them reaches a tensor.
  *
  * Threads: dcp_read_file_job on the pump's thread, all else on the calling thread; `direct_fd` and
  * `align_bytes` do not change after the open.
@@ -158,8 +158,7 @@ check_header(struct dcp_reader *reader, struct dcp_read_file *file, struct dcp_e
         return dcp_error_set(err, DCP_E_CORRUPT, 0, file->path,
                              "%s is no data file of this checkpoint: %s", file->path, why.message);
     }
-    const struct dcp_save_id *save_id = &reader->plan->md->save_id;
-    if (memcmp(header->save_id.bytes, save_id->bytes, sizeof save_id->bytes) != 0) {
+    if (!dcp_metadata_accepts(reader->plan->md, &header->save_id)) {
         return dcp_error_set(err, DCP_E_STALE, 0, file->path,
                              "%s was written by another save than the metadata: the directory was "
                              "overwritten, or files of two checkpoints were mixed",

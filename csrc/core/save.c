@@ -173,8 +173,7 @@ dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan)
     save->plan = *plan;
     memset(plan, 0, sizeof *plan);
     save->names_hash = dcp_plan_names_hash(&save->plan);
-    save->fingerprint =
-        dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
+    save->fingerprint = dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
 }
 
 /* ---- agree ---- */

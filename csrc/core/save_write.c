@@ -16,7 +16,7 @@ build_metadata(struct dcp_save *save, struct dcp_error *err)
 
     dcp_buf_clear(&save->metadata);
     rc = dcp_metadata_write(&installed->global, &save->meta, &save->info.save_id, save->info.n0,
-                            &save->metadata, err);
+                            NULL, &save->metadata, err);
     save->info.metadata_ns = dcp_now_ns() - start_ns;
     save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
     return rc;

@@ -202,35 +202,43 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
     return rc;
 }
 
-/* True when the file's header says that another save wrote it. */
-static bool
-is_foreign(const struct dcp_claim *claim, const char *name)
+/* Unlinks a file, unless its header says that another save than `written_by` wrote it. */
+static void
+discard(const struct dcp_claim *claim, const char *name, const struct dcp_save_id *written_by)
 {
     const struct dcp_io *io = claim->io;
     uint8_t bytes[DCP_FILE_HEADER_BYTES];
     struct dcp_file_header header;
     struct dcp_error ignored;
-    bool foreign;
+    bool foreign = false;
     int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDONLY, 0);
 
-    if (fd < 0) {
-        return false;
+    if (fd >= 0) {
+        dcp_error_clear(&ignored);
+        foreign = dcp_io_read_all(io, fd, bytes, sizeof bytes, 0, name, &ignored) == 0 &&
+                  dcp_file_parse_header(bytes, &header, &ignored) == 0 &&
+                  memcmp(&header.save_id, written_by, sizeof header.save_id) != 0;
+        io->close(io->ctx, fd);
     }
-    dcp_error_clear(&ignored);
-    foreign = dcp_io_read_all(io, fd, bytes, sizeof bytes, 0, name, &ignored) == 0 &&
-              dcp_file_parse_header(bytes, &header, &ignored) == 0 &&
-              memcmp(&header.save_id, &claim->save_id, sizeof header.save_id) != 0;
-    io->close(io->ctx, fd);
-    return foreign;
+    if (!foreign) {
+        /* What stays behind is swept by the next save that commits. */
+        (void)io->unlink_at(io->ctx, claim->dirfd, name);
+    }
 }
 
 void
 dcp_claim_discard(struct dcp_claim *claim, const char *const *names, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
-        if (!is_foreign(claim, names[i])) {
-            /* What stays behind is swept by the next save that commits. */
-            (void)claim->io->unlink_at(claim->io->ctx, claim->dirfd, names[i]);
-        }
+        discard(claim, names[i], &claim->save_id);
+    }
+}
+
+void
+dcp_claim_discard_links(struct dcp_claim *claim, const char *const *names,
+                        const struct dcp_save_id *written_by, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        discard(claim, names[i], &written_by[i]);
     }
 }

@@ -1,12 +1,12 @@
 /*
  * writer.c: one rank's data files, from its layout and its sources.
  *
- * A file is a stream: [header][records and the gaps before them][block table].  The layout has
- * fixed every offset beforehand, so nothing is ever patched: what is known late (checksums) lies
- * behind what it covers.  One file after another goes through the same ring; the next file is
- * filled while the last one is written and synced.
+ * A file is a stream: [header][records and the gaps before them][block table][hash table].  The
+ * layout has fixed every offset beforehand, so nothing is ever patched: what is known late
+ * (checksums, hashes) lies behind what it covers.  One file after another goes through the same
+ * ring; the next file is filled while the last one is written and synced.
  *
- * Memory: the ring (32 MiB by default) and 4 bytes per MiB of payload.
+ * Memory: the ring (32 MiB by default), 4 bytes per MiB of payload, 32 bytes per hashed record.
  * Threads: the calling thread copies, one thread that lives as long as the call writes with direct
  * I/O.  It is not started below INLINE_MOST_BYTES, where nothing overlaps, nor without direct I/O,
  * where writing is copying by the processor: a piece that goes to the kernel right after its
@@ -20,12 +20,14 @@
 /* One buffer's worth: a single request, which no copy can run beside. */
 #define INLINE_MOST_BYTES DCP_RING_BUFFER_BYTES
 
-/* What is kept of a file's payloads until its block table is written. */
+/* What is kept of a file's payloads until its tables are written. */
 struct file_blocks {
     struct dcp_block_entry *entries;
     uint32_t entries_count;
     uint32_t *crcs;
-    uint64_t crcs_count; /* used */
+    uint64_t crcs_count;           /* used */
+    struct dcp_hash_entry *hashes; /* one per record; NULL without a hash table */
+    uint32_t hashes_count;         /* used */
 };
 
 /* A record that we make ourselves, from raw elements. */
@@ -52,6 +54,7 @@ file_blocks_clean_up(struct file_blocks *blocks)
 {
     dcp_free(blocks->entries);
     dcp_free(blocks->crcs);
+    dcp_free(blocks->hashes);
     memset(blocks, 0, sizeof *blocks);
 }
 
@@ -69,16 +72,23 @@ file_blocks_init(const struct dcp_writer *writer, const struct dcp_placed_file *
         }
     }
     uint64_t table_bytes = entries > 0 ? dcp_block_table_bytes(entries, crcs) : 0;
-    if (table_bytes != placed->table_bytes) {
+    uint64_t hash_bytes =
+        writer->plan->content_hash ? dcp_hash_table_bytes(placed->records_count) : 0;
+    if (table_bytes != placed->table_bytes || hash_bytes != placed->hash_bytes) {
         return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL,
-                             "the layout reserves %llu bytes for a block table of %llu",
+                             "the layout reserves %llu and %llu bytes for tables of %llu and %llu",
                              (unsigned long long)placed->table_bytes,
-                             (unsigned long long)table_bytes);
+                             (unsigned long long)placed->hash_bytes,
+                             (unsigned long long)table_bytes, (unsigned long long)hash_bytes);
     }
     blocks->entries = dcp_malloc_array(entries, sizeof *blocks->entries);
     blocks->crcs = dcp_malloc_array(crcs, sizeof *blocks->crcs);
-    if (blocks->entries == NULL || blocks->crcs == NULL) {
-        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for block checksums");
+    if (hash_bytes > 0) {
+        blocks->hashes = dcp_malloc_array(placed->records_count, sizeof *blocks->hashes);
+    }
+    if (blocks->entries == NULL || blocks->crcs == NULL ||
+        (hash_bytes > 0 && blocks->hashes == NULL)) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for checksums");
     }
     return 0;
 }
@@ -141,6 +151,18 @@ write_raw(struct dcp_writer *writer, const struct dcp_item *item,
     return rc == 0 ? dcp_write_stream_bytes(writer, scratch->data, scratch->len, err) : rc;
 }
 
+/* Notes the record's content hash: `computed`, or NULL when the caller knew it before. */
+static void
+keep_hash(const struct dcp_writer *writer, const struct dcp_placed_record *record,
+          const struct dcp_content_hash *computed, struct file_blocks *blocks)
+{
+    blocks->hashes[blocks->hashes_count++] =
+        (struct dcp_hash_entry){.record_offset_bytes = record->offset_bytes,
+                                .record_bytes = record->length_bytes,
+                                .hash = computed != NULL ? dcp_content_hash_end(computed)
+                                                         : writer->options->hashes[record->item]};
+}
+
 static int
 write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *blocks,
              struct dcp_buf *scratch, struct dcp_error *err)
@@ -148,6 +170,11 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
     const struct dcp_placed_record *record = &writer->layout->records[index];
     const struct dcp_item *item = &writer->plan->items[record->item];
     struct dcp_write_payload payload = {.source = &writer->sources[record->item]};
+    struct dcp_content_hash hash;
+    if (blocks->hashes != NULL && writer->options->hashes == NULL) {
+        dcp_content_hash_begin(&hash);
+        payload.hash = &hash;
+    }
     if (payload.source->data == NULL && record->payload_bytes > 0) {
         const struct dcp_name *name = &writer->plan->names[item->name];
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
@@ -180,6 +207,9 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
     if (rc == 0 && writer->crcs != NULL) {
         writer->crcs[index] = payload.crc;
     }
+    if (rc == 0 && blocks->hashes != NULL) {
+        keep_hash(writer, record, payload.hash, blocks);
+    }
     return rc;
 }
 
@@ -192,7 +222,9 @@ write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed,
                                      .n = (uint32_t)(writer->n0 + placed->index),
                                      .length_bytes = placed->length_bytes,
                                      .table_offset_bytes = placed->table_offset_bytes,
-                                     .table_bytes = placed->table_bytes};
+                                     .table_bytes = placed->table_bytes,
+                                     .hash_offset_bytes = placed->hash_offset_bytes,
+                                     .hash_bytes = placed->hash_bytes};
     dcp_buf_clear(scratch);
     dcp_file_put_header(scratch, &header);
     int rc = dcp_buf_check(scratch, err);
@@ -200,17 +232,26 @@ write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed,
 }
 
 static int
-write_table(struct dcp_writer *writer, const struct dcp_placed_file *placed,
-            const struct file_blocks *blocks, struct dcp_buf *scratch, struct dcp_error *err)
+write_tables(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+             const struct file_blocks *blocks, struct dcp_buf *scratch, struct dcp_error *err)
 {
     int rc = dcp_write_stream_zeros_to(writer, placed->table_offset_bytes, err);
-    if (rc == 0 && placed->table_bytes > 0) {
-        dcp_buf_clear(scratch);
+    dcp_buf_clear(scratch);
+    if (placed->table_bytes > 0) {
         dcp_block_table_put(scratch, writer->save_id, blocks->entries, blocks->entries_count);
+    }
+    if (placed->hash_bytes > 0) {
+        static const uint8_t zeros[8] = {0};
+        uint64_t table_end = placed->table_offset_bytes + placed->table_bytes;
+        DCP_ASSERT(placed->hash_offset_bytes - table_end < sizeof zeros);
+        dcp_buf_put(scratch, zeros, placed->hash_offset_bytes - table_end);
+        dcp_hash_table_put(scratch, writer->save_id, blocks->hashes, blocks->hashes_count);
+    }
+    if (rc == 0) {
         rc = dcp_buf_check(scratch, err);
-        if (rc == 0) {
-            rc = dcp_write_stream_bytes(writer, scratch->data, scratch->len, err);
-        }
+    }
+    if (rc == 0) {
+        rc = dcp_write_stream_bytes(writer, scratch->data, scratch->len, err);
     }
     return rc == 0 ? check_position(writer, placed->length_bytes, err) : rc;
 }
@@ -238,7 +279,7 @@ write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, stru
         rc = write_record(writer, placed->first_record + i, &blocks, scratch, err);
     }
     if (rc == 0) {
-        rc = write_table(writer, placed, &blocks, scratch, err);
+        rc = write_tables(writer, placed, &blocks, scratch, err);
     }
     if (rc == 0) {
         rc = dcp_write_stream_close(writer, err);

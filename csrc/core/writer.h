@@ -81,8 +81,9 @@ struct dcp_write_payload {
     uint32_t ndim, item_bytes;
     const uint64_t *sizes;
     uint64_t len_bytes;
-    uint32_t *block_crcs; /* out, one per started block; NULL when none are kept */
-    uint32_t crc;         /* out, of the whole */
+    uint32_t *block_crcs;          /* out, one per started block; NULL when none are kept */
+    uint32_t crc;                  /* out, of the whole */
+    struct dcp_content_hash *hash; /* gets the bytes added; may be NULL */
 };
 
 int dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *payload,

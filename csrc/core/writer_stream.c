@@ -26,27 +26,36 @@
 /* From here on the destination is larger than what the cache should give up for it. */
 #define STREAMING_LEAST_BYTES (1u << 20)
 
-/* A running CRC that is cut into blocks. */
+/* Pieces that are hashed right after their CRC, while the cache still has them. */
+#define HASH_PIECE_BYTES (256u << 10)
+
+/* A running CRC that is cut into blocks, and the content hash that goes along. */
 struct block_crc {
     uint32_t whole, block;
     uint64_t done_bytes;
-    uint32_t *blocks; /* NULL: one block of any size */
+    uint32_t *blocks;              /* NULL: one block of any size */
+    struct dcp_content_hash *hash; /* NULL: none */
 };
 
-/* How many of `n` bytes belong to the current block. */
+/* How many of `n` bytes the next step takes: none behind the current block. */
 static uint64_t
 block_room(const struct block_crc *crc, uint64_t n)
 {
+    n = crc->hash == NULL ? n : dcp_min_u64(n, HASH_PIECE_BYTES);
     if (crc->blocks == NULL) {
         return n;
     }
     return dcp_min_u64(n, DCP_BLOCK_BYTES - crc->done_bytes % DCP_BLOCK_BYTES);
 }
 
-/* Ends the current block when it is full or the payload is at its end. */
+/* After the CRC of `n` bytes at `data`: hashes them, and ends the current block when it is full or
+ * the payload is at its end. */
 static void
-block_add(struct block_crc *crc, uint64_t n, bool last)
+block_add(struct block_crc *crc, const uint8_t *data, uint64_t n, bool last)
 {
+    if (crc->hash != NULL) {
+        dcp_content_hash_add(crc->hash, data, n);
+    }
     crc->done_bytes += n;
     if (crc->blocks == NULL) {
         crc->whole = crc->block;
@@ -148,9 +157,9 @@ payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
         }
         uint64_t left = payload->len_bytes - crc->done_bytes;
         uint64_t n = block_room(crc, dcp_min_u64(room, left));
-        crc->block =
-            dcp_crc32_copy(crc->block, at, payload->source->data + crc->done_bytes, n, streaming);
-        block_add(crc, n, n == left);
+        const uint8_t *from = payload->source->data + crc->done_bytes;
+        crc->block = dcp_crc32_copy(crc->block, at, from, n, streaming);
+        block_add(crc, from, n, n == left);
         stream_took(writer, n);
         count_progress(writer, n);
     }
@@ -168,7 +177,7 @@ payload_in_place(struct dcp_writer *writer, const struct dcp_write_payload *payl
         uint64_t left = payload->len_bytes - crc->done_bytes;
         uint64_t n = block_room(crc, dcp_min_u64(left, DCP_WRITE_PIECE_BYTES));
         crc->block = dcp_crc32(crc->block, at, n);
-        block_add(crc, n, n == left);
+        block_add(crc, at, n, n == left);
         uint64_t number;
         rc = push_write(writer, at, writer->position_bytes, n, &number, err);
         writer->position_bytes += n;
@@ -214,8 +223,8 @@ payload_gather(struct dcp_writer *writer, const struct dcp_write_payload *payloa
         for (uint64_t done = 0; done < n;) {
             uint64_t part = block_room(crc, n - done);
             crc->block = dcp_crc32(crc->block, at + done, part);
+            block_add(crc, at + done, part, done + part == left);
             done += part;
-            block_add(crc, part, done == left);
         }
         stream_took(writer, n);
         count_progress(writer, n);
@@ -276,7 +285,7 @@ int
 dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *payload,
                          struct dcp_error *err)
 {
-    struct block_crc crc = {.blocks = payload->block_crcs};
+    struct block_crc crc = {.blocks = payload->block_crcs, .hash = payload->hash};
     int rc;
     if (!dcp_box_is_row_major(payload->ndim, payload->sizes, payload->item_bytes,
                               payload->source->strides_bytes)) {

@@ -51,7 +51,7 @@ struct dcp_claim {
     char name[DCP_CLAIM_NAME_BYTES];   /* of the claim file; "" when there is none */
     char target[DCP_CLAIM_NAME_BYTES]; /* `.metadata` or `__<rank>.metadata` */
     bool sync;                         /* sync_files: fsync what must be durable */
-    bool durable; /* committed, and the directory was synced if `sync` asks for that */
+    bool durable;             /* committed, and the directory was synced if `sync` asks for that */
     enum dcp_outcome outcome; /* UNKNOWN until publish or settle has found out; then it stays */
 };
 
@@ -83,6 +83,12 @@ int dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept,
 /* Removes data files of an aborted save: exactly the given names, which this process itself created
  * (not those that were there: DCP_E_EXISTS).  Files whose header tells of another save are left. */
 void dcp_claim_discard(struct dcp_claim *claim, const char *const *names, size_t count);
+
+/* The same for links (reflinked or hard) to data files of earlier saves, which this process itself
+ * created: `written_by[i]` is the save that wrote the file behind names[i], and a file whose header
+ * tells of any other save is left. */
+void dcp_claim_discard_links(struct dcp_claim *claim, const char *const *names,
+                             const struct dcp_save_id *written_by, size_t count);
 
 /* True and rank / n for "__<rank>_<n>.distcp"; leading zeros and other decorations are not ours. */
 bool dcp_data_file_parse(const char *name, uint32_t *ret_rank, uint64_t *ret_n);

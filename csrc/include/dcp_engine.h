@@ -39,6 +39,10 @@ struct dcp_engine_options {
     uint32_t ring_buffer_bytes; /* 0: DCP_RING_BUFFER_BYTES */
     atomic_int *cancel; /* non-zero stops with DCP_E_CANCELLED at the next request; may be NULL */
     _Atomic uint64_t *progress_bytes; /* counts payload bytes done; may be NULL */
+    /* Writing with plan->content_hash: the content hash of every kept item, parallel to
+     * plan->items, where the caller knows them already; NULL: the writer computes them on the way.
+     */
+    const struct dcp_hash128 *hashes;
     /* Writing: counts files that were created, the first ones of the layout; also filled when the
      * writer fails.  May be NULL. */
     uint32_t *created_files;

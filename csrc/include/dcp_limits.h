@@ -24,6 +24,9 @@
 /* A `.metadata` file.  1M chunks take 70 MB; 8 GiB leaves room and still bounds a hostile length.
  */
 #define DCP_MAX_METADATA_BYTES (1ull << 33)
+/* Other saves whose data files one checkpoint links (`base=`).  A chain of incremental saves keeps
+ * a handful alive; 65,536 ids are 1 MiB of a metadata file. */
+#define DCP_MAX_ACCEPTED_SAVES (1u << 16)
 /* One tensor's payload: 2^56 bytes, so that sums of payloads and headers cannot overflow 64 bits.
  */
 #define DCP_MAX_PAYLOAD_BYTES (1ull << 56)

@@ -2,8 +2,10 @@
  * dcp_metadata.h: `.metadata` written from a global plan and read into flat arrays.
  *
  * The file is a pickle of torch's Metadata that stock torch reads, then a trailer that pickle
- * readers ignore: [pickle][index][footer: magic, version, lengths, CRCs, save id] `index` is the
- * flat form below; when the footer's checks hold it is used instead of the pickle.
+ * readers ignore: [pickle][index][accepted save ids][footer: magic, version, lengths, CRCs, save
+ * id].  `index` is the flat form below; when the footer's checks hold it is used instead of the
+ * pickle.  A checkpoint saved with `base=` refers to data files of earlier saves by links of its
+ * own; their headers keep the ids of the saves that wrote them, which the trailer lists.
  */
 #ifndef DCP_METADATA_H
 #define DCP_METADATA_H
@@ -22,10 +24,42 @@ struct dcp_storage_meta {
     const char *version;         /* "1.0.0"; NULL for None */
 };
 
+/* A data file of an earlier save under a name of this one: __{rank of plan}_{n0 + n}.distcp, n
+ * behind the files that the plan's layout writes. */
+struct dcp_linked_file {
+    uint32_t plan; /* index in dcp_global_plan.plans */
+    uint64_t n;
+    struct dcp_save_id save_id; /* of the save that wrote it; what its header says */
+};
+
+/* A kept item that is not written again. */
+struct dcp_linked_record {
+    uint32_t plan, item;
+    uint32_t file;                       /* index in dcp_links.files */
+    uint64_t offset_bytes, length_bytes; /* of the record in that file */
+};
+
+/* Zero-initialised is a valid empty one. */
+struct dcp_links {
+    struct dcp_linked_file *files;     /* owned; ascending by plan, then n; no two alike */
+    struct dcp_linked_record *records; /* owned; ascending by plan, then item; no two alike */
+    uint32_t files_count;
+    uint64_t records_count;
+};
+
+/* Idempotent; NULL is fine. */
+void dcp_links_clean_up(struct dcp_links *links);
+
 /* Emits the whole image.  Chunks, index hints, dict orders as torch's planner and writer make them.
- * File names are __{rank}_{n0 + k}.distcp. */
+ * File names are __{rank}_{n0 + k}.distcp.
+ *
+ * With `links` (NULL: none) the layouts of *global hold only the records that are written.  Linked
+ * records follow their plan's own ones in the order of storage_data; together they cover every
+ * chunk exactly once (else DCP_E_INTERNAL).  The trailer lists the saves that wrote the linked
+ * files: DCP_MAX_ACCEPTED_SAVES at most (DCP_E_LIMIT), none of them this one. */
 int dcp_metadata_write(const struct dcp_global_plan *global, const struct dcp_storage_meta *meta,
-                       const struct dcp_save_id *save_id, uint64_t n0, struct dcp_buf *buf,
+                       const struct dcp_save_id *save_id, uint64_t n0,
+                       const struct dcp_links *links, struct dcp_buf *buf,
                        struct dcp_error *err) DCP_MUST_CHECK;
 
 enum { DCP_NO_FILE = 0xFFFFFFFFu };
@@ -71,10 +105,12 @@ struct dcp_metadata {
     struct dcp_md_file *files;
     uint32_t files_count;
     bool owned;
-    bool is_native;             /* written by us: footer present and valid */
-    struct dcp_save_id save_id; /* of the footer; zero when stock */
-    uint32_t *name_index;       /* hash table of entries by name, owned */
-    uint64_t name_index_cap;    /* power of two */
+    bool is_native;               /* written by us: footer present and valid */
+    struct dcp_save_id save_id;   /* of the footer; zero when stock */
+    struct dcp_save_id *accepted; /* owned, ascending: other saves whose data files are linked */
+    uint32_t accepted_count;
+    uint32_t *name_index;    /* hash table of entries by name, owned */
+    uint64_t name_index_cap; /* power of two */
 };
 
 /* Reads an image: our index when the footer holds, else the pickle by an allow-listed reader.
@@ -90,6 +126,10 @@ void dcp_metadata_clean_up(struct dcp_metadata *md);
 /* NULL when there is no such key. */
 const struct dcp_md_entry *dcp_metadata_find(const struct dcp_metadata *md, const char *fqn,
                                              size_t len);
+
+/* Whether a data file whose header has this id belongs to the checkpoint: written by its own save,
+ * or by one whose files it links. */
+bool dcp_metadata_accepts(const struct dcp_metadata *md, const struct dcp_save_id *id);
 
 /* The save id of an image's footer; false when it has none (stock, truncated).  Does not check the
  * body. */

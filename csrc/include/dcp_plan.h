@@ -67,6 +67,7 @@ struct dcp_plan {
     uint32_t thread_count;     /* of the writer: files per rank when single_file_per_rank */
     bool single_file_per_rank; /* else one file per item */
     bool has_paths;            /* flatten_state_dict: metadata gets planner_data */
+    bool content_hash;         /* of the writer: data files get a hash table */
     struct dcp_name *names;    /* owned array, or the table's */
     uint32_t names_count, names_cap;
     struct dcp_item *items; /* owned array, state dict order */
@@ -221,7 +222,11 @@ struct dcp_placed_file {
     /* 0 when no raw tensor payload of the file is over DCP_BLOCK_BYTES.  Ready-made records are
      * always read whole, their own CRCs serve: they have no table entry. */
     uint64_t table_bytes;
-    uint64_t length_bytes;       /* of the whole file */
+    /* Of the hash table, behind the block table, 8-byte aligned; 0 bytes and the file's end without
+     * content_hash or without records. */
+    uint64_t hash_offset_bytes;
+    uint64_t hash_bytes;
+    uint64_t length_bytes; /* of the whole file, tables included */
 };
 
 struct dcp_layout {

@@ -16,6 +16,7 @@
 
 #include "dcp_alloc.h"
 #include "dcp_dtype.h"
+#include "dcp_hash.h"
 #include "dcp_limits.h"
 
 #ifdef __cplusplus
@@ -86,8 +87,8 @@ int dcp_record_parse(const struct dcp_record_input *input, struct dcp_record_vie
 /* Checks the CRC of every entry of a whole record in memory.  DCP_E_CHECKSUM names the entry. */
 int dcp_record_verify(const uint8_t *record, size_t len, struct dcp_error *err) DCP_MUST_CHECK;
 
-/* ---- file frame: the 64-byte header before the first record and the block table behind the last
- * ---- */
+/* ---- file frame: the 64-byte header before the first record, the block table and the hash table
+ * behind the last ---- */
 
 enum { DCP_FILE_HEADER_BYTES = 64, DCP_FILE_VERSION = 1 };
 
@@ -98,6 +99,10 @@ struct dcp_file_header {
     uint64_t length_bytes; /* of the whole file */
     uint64_t table_offset_bytes;
     uint64_t table_bytes;
+    /* Of the hash table, which a flag of the header announces: at the end of the block table,
+     * rounded up to 8, up to the end of the file.  0 bytes and the end of the file without one. */
+    uint64_t hash_offset_bytes;
+    uint64_t hash_bytes;
 };
 
 void dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header);
@@ -129,6 +134,33 @@ int dcp_block_table_parse(const uint8_t *bytes, size_t len, const struct dcp_sav
 const struct dcp_block_entry *dcp_block_table_find(const struct dcp_block_table *table,
                                                    uint64_t payload_offset_bytes);
 void dcp_block_table_clean_up(struct dcp_block_table *table);
+
+/* Hash table: for every record of the file, ascending, where it lies and the content hash of its
+ * payload (row major; of a ready-made record, the whole record).  A later save with `base=` reads
+ * it to find out what has not changed. */
+struct dcp_hash_entry {
+    uint64_t record_offset_bytes; /* in the file; what metadata says */
+    uint64_t record_bytes;        /* what metadata says */
+    struct dcp_hash128 hash;
+};
+
+/* A multiple of 8; 0 for a file without records, which has no table. */
+uint64_t dcp_hash_table_bytes(uint32_t entries_count);
+void dcp_hash_table_put(struct dcp_buf *buf, const struct dcp_save_id *save_id,
+                        const struct dcp_hash_entry *entries, uint32_t entries_count);
+
+/* A parsed table; owns its memory. */
+struct dcp_hash_table {
+    struct dcp_hash_entry *entries;
+    uint32_t entries_count;
+};
+/* `save_id` is that of the file's header.  DCP_E_CORRUPT when anything is damaged. */
+int dcp_hash_table_parse(const uint8_t *bytes, size_t len, const struct dcp_save_id *save_id,
+                         struct dcp_hash_table *ret, struct dcp_error *err) DCP_MUST_CHECK;
+/* NULL when no record starts there. */
+const struct dcp_hash_entry *dcp_hash_table_find(const struct dcp_hash_table *table,
+                                                 uint64_t record_offset_bytes);
+void dcp_hash_table_clean_up(struct dcp_hash_table *table);
 
 #ifdef __cplusplus
 }

@@ -128,8 +128,7 @@ place_source(struct world *world, const struct world_tensor *tensor, const uint6
     dcp_free(dense);
     world->memory[item] = memory;
     world->sources[item].data = elements > 0 ? memory : NULL;
-    world->sources[item].strides_bytes =
-        plain && maker_below(&world->rng, 2) == 0 ? NULL : strides;
+    world->sources[item].strides_bytes = plain && maker_below(&world->rng, 2) == 0 ? NULL : strides;
 }
 
 static uint8_t *
@@ -298,6 +297,7 @@ world_make(struct world *world, const struct world_options *options)
                                  DCP_DTYPE_INT64, DCP_DTYPE_COMPLEX128};
     memset(world, 0, sizeof *world);
     world->rng.state = options->seed;
+    world->plan.content_hash = options->content_hash;
     world->plan.rank = (uint32_t)maker_below(&world->rng, 1000);
     world->n0 = maker_below(&world->rng, 100);
     fill_noise(&world->rng, world->save_id.bytes, sizeof world->save_id.bytes);
@@ -369,10 +369,11 @@ pad_to(struct dcp_buf *buf, size_t base, uint64_t position)
     }
 }
 
-/* Appends a record of raw elements; keeps block checksums for the table in *ret_crcs (caller's). */
+/* Appends a record of raw elements; keeps block checksums for the table in *ret_crcs (caller's) and
+ * the hash of the payload. */
 static void
 put_raw(const struct world *world, const struct dcp_placed_record *record, struct dcp_buf *buf,
-        struct dcp_block_entry *ret_entry, uint32_t **ret_crcs)
+        struct dcp_block_entry *ret_entry, uint32_t **ret_crcs, struct dcp_hash128 *ret_hash)
 {
     const struct dcp_item *item = &world->plan.items[record->item];
     const struct world_tensor *tensor = &world->tensors[world->item_tensor[record->item]];
@@ -386,16 +387,17 @@ put_raw(const struct world *world, const struct dcp_placed_record *record, struc
     uint32_t *crcs = dcp_malloc_array(blocks + 1, sizeof *crcs);
     for (uint64_t b = 0; b < blocks; b++) {
         uint64_t from = b * DCP_BLOCK_BYTES;
-        crcs[b] = world_crc32(payload + from,
-                              dcp_min_u64(DCP_BLOCK_BYTES, record->payload_bytes - from));
+        crcs[b] =
+            world_crc32(payload + from, dcp_min_u64(DCP_BLOCK_BYTES, record->payload_bytes - from));
     }
     uint32_t crc = world_crc32(payload, record->payload_bytes);
     dcp_record_put_head(buf, record->payload_bytes);
     dcp_buf_put(buf, payload, record->payload_bytes);
     dcp_record_put_tail(buf, &shape, crc, crcs);
-    *ret_entry = (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes, crc,
-                                          crcs};
+    *ret_entry =
+        (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes, crc, crcs};
     *ret_crcs = crcs;
+    *ret_hash = dcp_content_hash_of(payload, record->payload_bytes);
     dcp_free(payload);
 }
 
@@ -408,30 +410,42 @@ world_file_image(const struct world *world, uint32_t index, struct dcp_buf *buf)
                                      .n = (uint32_t)(world->n0 + file->index),
                                      .length_bytes = file->length_bytes,
                                      .table_offset_bytes = file->table_offset_bytes,
-                                     .table_bytes = file->table_bytes};
+                                     .table_bytes = file->table_bytes,
+                                     .hash_offset_bytes = file->hash_offset_bytes,
+                                     .hash_bytes = file->hash_bytes};
     size_t base = buf->len;
     uint32_t entries_count = 0;
     struct dcp_block_entry *entries = dcp_malloc_array(file->records_count + 1, sizeof *entries);
+    struct dcp_hash_entry *hashes = dcp_calloc(file->records_count + 1, sizeof *hashes);
     uint32_t **crcs = dcp_calloc(file->records_count + 1, sizeof *crcs);
     dcp_file_put_header(buf, &header);
     for (uint32_t i = 0; i < file->records_count; i++) {
         const struct dcp_placed_record *record = &world->layout.records[file->first_record + i];
         pad_to(buf, base, record->offset_bytes);
+        hashes[i].record_offset_bytes = record->offset_bytes;
+        hashes[i].record_bytes = record->length_bytes;
         if (world->records[record->item] != NULL) {
             dcp_buf_put(buf, world->records[record->item], record->length_bytes);
+            hashes[i].hash =
+                dcp_content_hash_of(world->records[record->item], record->length_bytes);
             continue;
         }
-        put_raw(world, record, buf, &entries[entries_count], &crcs[i]);
+        put_raw(world, record, buf, &entries[entries_count], &crcs[i], &hashes[i].hash);
         entries_count += record->payload_bytes > DCP_BLOCK_BYTES ? 1 : 0;
     }
     pad_to(buf, base, file->table_offset_bytes);
     if (entries_count > 0) {
         dcp_block_table_put(buf, &world->save_id, entries, entries_count);
     }
+    if (file->hash_bytes > 0) {
+        pad_to(buf, base, file->hash_offset_bytes);
+        dcp_hash_table_put(buf, &world->save_id, hashes, file->records_count);
+    }
     must(!buf->failed && buf->len - base == file->length_bytes, "the image has another length");
     for (uint32_t i = 0; i < file->records_count; i++) {
         dcp_free(crcs[i]);
     }
     dcp_free(crcs);
+    dcp_free(hashes);
     dcp_free(entries);
 }

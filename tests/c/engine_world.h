@@ -40,6 +40,7 @@ struct world_options {
     uint32_t thread_count;
     bool file_per_item;
     uint64_t large_bytes; /* one tensor of about this size; 0: none */
+    bool content_hash;
 };
 
 void world_make(struct world *world, const struct world_options *options);

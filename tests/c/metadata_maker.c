@@ -61,7 +61,7 @@ metadata_sample_make(struct metadata_sample *sample, uint64_t seed)
 {
     static const int dtypes[] = {DCP_DTYPE_FLOAT32, DCP_DTYPE_BFLOAT16, DCP_DTYPE_UINT8,
                                  DCP_DTYPE_FLOAT8_E4M3FN, DCP_DTYPE_COMPLEX128};
-    *sample = (struct metadata_sample){0};
+    *sample = (struct metadata_sample){.save_id = {.bytes = {1, 2, 3, 4, 5, 6, 7, 8}}};
     struct maker_rng rng = {seed};
     maker_start_plans(sample->plans, SAMPLE_RANKS);
     for (uint32_t r = 0; r < SAMPLE_RANKS; r++) {
@@ -75,8 +75,7 @@ metadata_sample_make(struct metadata_sample *sample, uint64_t seed)
     }
     for (uint64_t i = 0; i < 6; i++) {
         char fqn[400];
-        snprintf(fqn, sizeof fqn, "model.layers.%d.%s", (int)i,
-                 i == 2 ? long_name : "weight");
+        snprintf(fqn, sizeof fqn, "model.layers.%d.%s", (int)i, i == 2 ? long_name : "weight");
         uint64_t size[3] = {1 + maker_below(&rng, 8), 1 + maker_below(&rng, 400),
                             1 + maker_below(&rng, 70000)};
         int dtype = dtypes[maker_below(&rng, sizeof dtypes / sizeof dtypes[0])];
@@ -99,9 +98,64 @@ metadata_sample_make(struct metadata_sample *sample, uint64_t seed)
     must(dcp_global_plan_build(sample->plans, SAMPLE_RANKS, false, &sample->global, &err), &err);
 }
 
+/* Links the items of plan `p` that are not in `written`, into files behind those of `layout`. */
+static void
+link_plan(struct metadata_sample *sample, struct maker_rng *rng, uint32_t p, const uint8_t *written,
+          const struct dcp_layout *layout)
+{
+    struct dcp_links *links = &sample->links;
+    uint32_t first_file = links->files_count;
+    uint32_t files_count = 1 + (uint32_t)maker_below(rng, 3);
+    for (uint32_t f = 0; f < files_count; f++) {
+        struct dcp_linked_file file = {.plan = p, .n = layout->files_count + 2 * f};
+        file.save_id.bytes[maker_below(rng, 2)] = (uint8_t)(100 + maker_below(rng, 4));
+        links->files[links->files_count++] = file;
+    }
+    for (uint32_t i = 0; i < sample->plans[p].items_count; i++) {
+        if (!dcp_keep_test(sample->global.keep.bits[p], i) || dcp_keep_test(written, i)) {
+            continue;
+        }
+        links->records[links->records_count++] = (struct dcp_linked_record){
+            .plan = p,
+            .item = i,
+            .file = first_file + (uint32_t)maker_below(rng, files_count),
+            .offset_bytes = 64 + maker_next(rng) % (1ull << 40),
+            .length_bytes = 600 + maker_next(rng) % (1ull << 33),
+        };
+    }
+}
+
+void
+metadata_sample_link(struct metadata_sample *sample, uint64_t seed)
+{
+    struct maker_rng rng = {seed};
+    struct dcp_error err = {0};
+    size_t items_count = 0;
+    for (uint32_t p = 0; p < SAMPLE_RANKS; p++) {
+        items_count += sample->plans[p].items_count;
+    }
+    sample->links.files = dcp_malloc_array(3 * SAMPLE_RANKS, sizeof *sample->links.files);
+    sample->links.records = dcp_malloc_array(items_count, sizeof *sample->links.records);
+    for (uint32_t p = 0; p < SAMPLE_RANKS; p++) {
+        struct dcp_layout *layout = &sample->global.layouts[p];
+        uint8_t written[64] = {0};
+        if (sample->plans[p].items_count > 8 * sizeof written) {
+            exit(1);
+        }
+        for (uint32_t i = 0; i < sample->plans[p].items_count; i++) {
+            bool keep = dcp_keep_test(sample->global.keep.bits[p], i);
+            written[i / 8] |= (uint8_t)((keep && maker_below(&rng, 2) == 0) << i % 8);
+        }
+        dcp_layout_clean_up(layout);
+        must(dcp_layout_build(&sample->plans[p], written, layout, &err), &err);
+        link_plan(sample, &rng, p, written, layout);
+    }
+}
+
 void
 metadata_sample_clean_up(struct metadata_sample *sample)
 {
+    dcp_links_clean_up(&sample->links);
     dcp_global_plan_clean_up(&sample->global);
     maker_clean_up_plans(sample->plans, SAMPLE_RANKS);
 }
@@ -115,9 +169,11 @@ metadata_sample_image(const struct metadata_sample *sample, struct dcp_buf *imag
         .storage_save_id = "6ba7b810-9dad-11d1-80b4-00c04fd430c8",
         .version = "1.0.0",
     };
-    struct dcp_save_id save_id = {.bytes = {1, 2, 3, 4, 5, 6, 7, 8}};
     struct dcp_error err = {0};
-    must(dcp_metadata_write(&sample->global, &meta, &save_id, 300, image, &err), &err);
+    const struct dcp_links *links = sample->links.files_count > 0 ? &sample->links : NULL;
+    must(
+        dcp_metadata_write(&sample->global, &meta, &sample->save_id, SAMPLE_N0, links, image, &err),
+        &err);
 }
 
 static bool

@@ -190,6 +190,7 @@ maker_random_plan(struct maker_rng *rng, struct dcp_plan *plan, uint32_t rank, u
                               .thread_count = 1 + (uint32_t)maker_below(rng, 4),
                               .single_file_per_rank = maker_below(rng, 4) != 0,
                               .has_paths = maker_below(rng, 2) == 0};
+    plan->content_hash = maker_below(rng, 2) == 0;
     uint32_t names_count = 1 + (uint32_t)maker_below(rng, items_count + 1);
     for (uint32_t i = 0; i < names_count; i++) {
         random_name(rng, plan);

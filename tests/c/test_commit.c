@@ -79,8 +79,9 @@ image_of(const struct dcp_claim *claim, struct dcp_buf *image)
 
     dcp_error_clear(&err);
     metadata_sample_make(&sample, 2);
-    CHECK_OK(dcp_metadata_write(&sample.global, &meta, &claim->save_id, claim->n0, image, &err),
-             &err);
+    CHECK_OK(
+        dcp_metadata_write(&sample.global, &meta, &claim->save_id, claim->n0, NULL, image, &err),
+        &err);
     metadata_sample_clean_up(&sample);
 }
 
@@ -441,7 +442,44 @@ discard_removes_the_given_names_but_not_another_saves_file(void)
     io_memory_free(bench.fs);
 }
 
-CTEST_MAIN(RUN(only_names_exactly_as_we_write_them_are_ours);
+/* A link keeps the header of the save that wrote it, which is how it is told from other files. */
+static void
+discard_of_links_removes_them_and_nothing_else(void)
+{
+    static const char *const names[] = {"__0_0.distcp", "__0_1.distcp", "__0_2.distcp",
+                                        "__0_9.distcp"};
+    struct dcp_save_id written_by[4];
+    struct dcp_file_header header = {.length_bytes = DCP_FILE_HEADER_BYTES};
+    struct bench bench;
+    struct dcp_claim claim;
+    struct dcp_error err;
+
+    bench_make(&bench);
+    CHECK_OK(take(&bench, -1, 'a', &claim, &err), &err);
+    for (int i = 0; i < 4; i++) {
+        struct dcp_buf buf = {0};
+        memset(&written_by[i], 'p' + i, sizeof written_by[i]);
+        header.save_id = written_by[i];
+        if (i == 1) {
+            header.save_id = claim.save_id; /* a file of our own that took the name */
+        }
+        dcp_file_put_header(&buf, &header);
+        if (i < 3) {
+            io_memory_put_file(bench.fs, dir_path, names[i], buf.data, buf.len);
+        }
+        dcp_buf_clean_up(&buf);
+    }
+    dcp_claim_discard(&claim, names, 1);
+    CHECK(is_there(&bench, names[0])); /* to that one it is another save's file */
+    dcp_claim_discard_links(&claim, names, written_by, 4);
+    CHECK(!is_there(&bench, names[0]) && !is_there(&bench, names[2]));
+    CHECK(is_there(&bench, names[1]));
+    CHECK_EQ(io_memory_open_files(bench.fs), 1);
+    io_memory_free(bench.fs);
+}
+
+CTEST_MAIN(RUN(discard_of_links_removes_them_and_nothing_else);
+           RUN(only_names_exactly_as_we_write_them_are_ours);
            RUN(numbers_begin_above_everything_on_disk_referenced_or_claimed);
            RUN(a_rank_of_its_own_numbers_and_fences_only_its_own);
            RUN(the_committer_sweeps_what_nothing_needs_and_no_other_name);

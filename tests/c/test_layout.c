@@ -66,7 +66,11 @@ check_layout(const struct dcp_plan *plan, const uint8_t *keep, const struct dcp_
         uint64_t table = entries == 0 ? 0 : dcp_block_table_bytes(entries, blocks);
         CHECK_EQ(file->table_bytes, table);
         CHECK_EQ(file->table_offset_bytes, table == 0 ? end : dcp_align_up(end, 8));
-        CHECK_EQ(file->length_bytes, file->table_offset_bytes + table);
+        uint64_t hash = plan->content_hash ? dcp_hash_table_bytes(file->records_count) : 0;
+        uint64_t table_end = file->table_offset_bytes + table;
+        CHECK_EQ(file->hash_bytes, hash);
+        CHECK_EQ(file->hash_offset_bytes, hash == 0 ? table_end : dcp_align_up(table_end, 8));
+        CHECK_EQ(file->length_bytes, file->hash_offset_bytes + hash);
         total += file->length_bytes;
     }
     CHECK_EQ(layout->records_count, seen);
@@ -171,6 +175,36 @@ more_threads_than_items_give_files_that_are_headers(void)
 }
 
 static void
+hash_tables_lie_behind_everything_and_move_nothing(void)
+{
+    struct dcp_plan plan = {.single_file_per_rank = true, .thread_count = 3};
+    struct dcp_error err = {0};
+    struct dcp_layout without, with;
+    uint64_t size[] = {(1 << 20) + 3};
+    maker_object(&plan, "a", 701);
+    maker_tensor(&plan, "b", DCP_DTYPE_INT8, 1, size);
+    CHECK_OK(dcp_layout_build(&plan, NULL, &without, &err), &err);
+    plan.content_hash = true;
+    CHECK_OK(dcp_layout_build(&plan, NULL, &with, &err), &err);
+    CHECK(memcmp(with.records, without.records, 2 * sizeof *with.records) == 0);
+    for (uint32_t f = 0; f < 3; f++) {
+        const struct dcp_placed_file *file = &with.files[f];
+        uint64_t end = without.files[f].length_bytes;
+        CHECK_EQ(file->table_offset_bytes, without.files[f].table_offset_bytes);
+        CHECK_EQ(file->table_bytes, without.files[f].table_bytes);
+        CHECK_EQ(without.files[f].hash_bytes, 0);
+        CHECK_EQ(without.files[f].hash_offset_bytes, end);
+        CHECK_EQ(file->hash_bytes, dcp_hash_table_bytes(file->records_count));
+        CHECK_EQ(file->hash_offset_bytes, f == 2 ? end : dcp_align_up(end, 8));
+        CHECK_EQ(file->length_bytes, file->hash_offset_bytes + file->hash_bytes);
+    }
+    CHECK_EQ(with.files[2].length_bytes, DCP_FILE_HEADER_BYTES);
+    dcp_layout_clean_up(&with);
+    dcp_layout_clean_up(&without);
+    dcp_plan_clean_up(&plan);
+}
+
+static void
 ready_made_tensor_records_are_placed_like_objects(void)
 {
     struct dcp_plan plan = {.single_file_per_rank = true, .thread_count = 1};
@@ -245,6 +279,7 @@ layouts_that_cannot_be_are_refused(void)
 CTEST_MAIN(RUN(records_lie_in_order_aligned_and_apart_and_layouts_repeat);
            RUN(files_get_objects_first_and_then_what_torch_would_give_them);
            RUN(more_threads_than_items_give_files_that_are_headers);
+           RUN(hash_tables_lie_behind_everything_and_move_nothing);
            RUN(ready_made_tensor_records_are_placed_like_objects);
            RUN(limits_of_alignment_and_block_table_are_met_to_the_byte);
            RUN(layouts_that_cannot_be_are_refused);)

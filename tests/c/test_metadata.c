@@ -26,8 +26,8 @@ case_index_and_pickle_say_the_same(void)
         dcp_error_clear(&err);
         CHECK_OK(dcp_metadata_read(image.data, image.len, &by_index, &err), &err);
         CHECK_OK(dcp_metadata_read_pickle(image.data, image.len, &by_pickle, &err), &err);
-        CHECK_OK(dcp_metadata_from_plan(&sample.global, 300, &by_plan, &records, &records_count,
-                                        &err),
+        CHECK_OK(dcp_metadata_from_plan(&sample.global, NULL, SAMPLE_N0, &by_plan, &records,
+                                        &records_count, &err),
                  &err);
         CHECK(by_index.is_native && !by_pickle.is_native);
         CHECK_EQ(by_index.save_id.bytes[7], 8);
@@ -73,7 +73,7 @@ case_places_are_those_of_the_layouts(void)
                     continue;
                 }
                 char file[64];
-                snprintf(file, sizeof file, "__%u_%u.distcp", p, 300 + record->file);
+                snprintf(file, sizeof file, "__%u_%u.distcp", p, SAMPLE_N0 + record->file);
                 const struct dcp_md_file *named = &md.files[chunk->file];
                 found = named->name_len == strlen(file) &&
                         memcmp(md.strings + named->name, file, named->name_len) == 0 &&
@@ -104,7 +104,7 @@ case_an_empty_checkpoint_is_written_and_read(void)
     struct dcp_metadata md = {0};
     dcp_error_clear(&err);
     CHECK_OK(dcp_global_plan_build(&plan, 1, false, &global, &err), &err);
-    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, &image, &err), &err);
+    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, NULL, &image, &err), &err);
     CHECK_OK(dcp_metadata_read(image.data, image.len, &md, &err), &err);
     CHECK_EQ(md.entries_count, 0);
     CHECK_EQ(md.chunks_count, 0);
@@ -136,7 +136,7 @@ case_empty_shards_at_one_place_share_a_record(void)
     maker_shard(&plan, "w", DCP_DTYPE_FLOAT32, 2, size, end, none);
     dcp_error_clear(&err);
     CHECK_OK(dcp_global_plan_build(&plan, 1, false, &global, &err), &err);
-    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, &image, &err), &err);
+    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, NULL, &image, &err), &err);
     struct dcp_metadata md = {0};
     bool same = false;
     CHECK_OK(dcp_metadata_read(image.data, image.len, &md, &err), &err);
@@ -164,7 +164,7 @@ case_an_element_type_without_a_name_is_refused(void)
     plan.items[0].slot_bytes = 2048;
     dcp_error_clear(&err);
     CHECK_OK(dcp_global_plan_build(&plan, 1, false, &global, &err), &err);
-    CHECK_EQ(dcp_metadata_write(&global, &meta, &id, 0, &image, &err), DCP_E_UNSUPPORTED);
+    CHECK_EQ(dcp_metadata_write(&global, &meta, &id, 0, NULL, &image, &err), DCP_E_UNSUPPORTED);
     CHECK(strstr(err.message, "w has an element type") != NULL);
     dcp_buf_clean_up(&image);
     dcp_global_plan_clean_up(&global);
@@ -311,7 +311,8 @@ case_running_out_of_memory_is_an_error_and_leaks_nothing(void)
             struct dcp_buf image = {0};
             dcp_error_clear(&err);
             dcp_alloc_fail_after(n);
-            int rc = way == 0 ? dcp_metadata_write(&s.sample.global, &meta, &id, 0, &image, &err)
+            int rc = way == 0
+                         ? dcp_metadata_write(&s.sample.global, &meta, &id, 0, NULL, &image, &err)
                      : way == 1 ? dcp_metadata_read(s.image.data, s.image.len, &md, &err)
                                 : dcp_metadata_read_pickle(s.image.data, s.image.len, &md, &err);
             dcp_alloc_fail_after(0);

@@ -110,11 +110,14 @@ keep_golden(struct images *images)
 static void
 keep_our_own(struct images *images)
 {
-    for (uint64_t seed = 1; seed <= 3; seed++) {
+    for (uint64_t seed = 1; seed <= 6; seed++) {
         struct metadata_sample sample;
         struct dcp_buf image = {0};
         struct dcp_metadata_footer footer;
         metadata_sample_make(&sample, seed);
+        if (seed > 3) {
+            metadata_sample_link(&sample, seed);
+        }
         metadata_sample_image(&sample, &image);
         keep(images, image.data, image.len);
         if (dcp_metadata_footer_parse(image.data, image.len, &footer)) {
@@ -124,7 +127,7 @@ keep_our_own(struct images *images)
         dcp_buf_clear(&image);
         uint64_t sizes[3] = {4, 300, 70000};
         dcp_pickle_put_tensor(&image, seed == 1 ? DCP_DTYPE_UINT16 : DCP_DTYPE_FLOAT32,
-                              (uint32_t)seed, sizes);
+                              1 + (uint32_t)(seed - 1) % 3, sizes);
         keep(images, image.data, image.len);
         dcp_buf_clean_up(&image);
         metadata_sample_clean_up(&sample);
@@ -184,19 +187,20 @@ mutate_once(struct maker_rng *rng, const struct images *images, struct dcp_buf *
     }
 }
 
-/* Makes the footer true again, so that the index behind it is looked at. */
+/* Makes the footer true again, so that the index and the ids before it are looked at. */
 static void
 repair_footer(struct dcp_buf *b, const struct dcp_metadata_footer *old)
 {
-    if (b->len < DCP_METADATA_FOOTER_BYTES + old->pickle_bytes) {
+    struct dcp_metadata_footer footer = *old;
+    size_t accepted_bytes = footer.accepted_count * sizeof(struct dcp_save_id);
+    if (b->len < DCP_METADATA_FOOTER_BYTES + old->pickle_bytes + accepted_bytes) {
         return;
     }
-    struct dcp_metadata_footer footer = *old;
     b->len -= DCP_METADATA_FOOTER_BYTES;
-    footer.index_bytes = b->len - footer.pickle_bytes;
+    footer.index_bytes = b->len - footer.pickle_bytes - accepted_bytes;
+    footer.accepted_crc = dcp_crc32(0, b->data + b->len - accepted_bytes, accepted_bytes);
     footer.pickle_crc = dcp_crc32(0, b->data, (size_t)footer.pickle_bytes);
-    footer.index_crc =
-        dcp_crc32(0, b->data + footer.pickle_bytes, (size_t)footer.index_bytes);
+    footer.index_crc = dcp_crc32(0, b->data + footer.pickle_bytes, (size_t)footer.index_bytes);
     dcp_metadata_footer_put(b, &footer);
 }
 

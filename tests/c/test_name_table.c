@@ -419,7 +419,7 @@ write_metadata(const struct dcp_plan *plans, struct dcp_buf *ret_image)
     struct dcp_global_plan global;
     struct dcp_error err = {0};
     CHECK_OK(dcp_global_plan_build(plans, RANKS, false, &global, &err), &err);
-    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, ret_image, &err), &err);
+    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, NULL, ret_image, &err), &err);
     dcp_global_plan_clean_up(&global);
 }
 

@@ -227,6 +227,7 @@ every_field_changes_the_fingerprint(void)
     MUST_DIFFER(thread_count, 3);
     MUST_DIFFER(single_file_per_rank, false);
     MUST_DIFFER(has_paths, true);
+    MUST_DIFFER(content_hash, true);
     MUST_DIFFER(items_count, 2);
     MUST_DIFFER(names_count, 2);
     MUST_DIFFER(items[1].name, 2);

@@ -47,8 +47,8 @@ a_flipped_byte_is_a_checksum_error_that_names_tensor_and_file(void)
 static void
 damaged_objects_and_block_tables_are_found(void)
 {
-    struct world_options options = {.seed = 8, .objects = 1, .thread_count = 1,
-                                    .large_bytes = 4000000};
+    struct world_options options = {
+        .seed = 8, .objects = 1, .thread_count = 1, .large_bytes = 4000000};
     struct world world;
     struct disk disk;
     world_make(&world, &options);
@@ -107,6 +107,48 @@ truncated_foreign_and_missing_files_are_named(void)
         load_clean_up(&load);
         disk_clean_up(&disk);
     }
+    world_clean_up(&world);
+}
+
+/* A linked file keeps the header and the block table of the save that wrote it. */
+static void
+files_of_saves_that_the_metadata_accepts_are_read_and_verified(void)
+{
+    struct world world;
+    struct disk disk;
+    char name[64];
+    one_tensor(&world, 2000, 1); /* 8 blocks */
+    disk_make(&disk, &world, 512);
+    world_file_name(&world, 0, name, sizeof name);
+    world.md.save_id.bytes[0] ^= 1;
+    /* The writer's id below, between and above two others, then not among them. */
+    for (int at = 0; at < 4; at++) {
+        struct dcp_save_id accepted[3] = {world.save_id, world.save_id, world.save_id};
+        struct load load;
+        struct dcp_error err = {0};
+        struct dcp_read_stats stats = {0};
+        struct dcp_engine_options engine = {.verify = true};
+        uint64_t offsets[2] = {262, 0}, sizes[2] = {1500, 1000};
+        for (int i = 0; i < 3; i++) {
+            accepted[i].bytes[15] = (uint8_t)(world.save_id.bytes[15] + i - at);
+        }
+        world.md.accepted = accepted;
+        world.md.accepted_count = 3;
+        load_init(&load, &world);
+        load_add(&load, &world.rng, 0, offsets, sizes, false, 64);
+        CHECK_EQ(load_run(&load, disk.io, disk.dirfd, &engine, &stats, &err),
+                 at < 3 ? 0 : DCP_E_STALE);
+        if (at < 3) {
+            load_check(&load);
+            CHECK(stats.verified_bytes > 4u << 20); /* by the checksums of blocks */
+        } else {
+            CHECK(strstr(err.message, name) != NULL);
+        }
+        load_clean_up(&load);
+    }
+    world.md.accepted = NULL;
+    world.md.accepted_count = 0;
+    disk_clean_up(&disk);
     world_clean_up(&world);
 }
 
@@ -211,6 +253,7 @@ cancel_stops_it_and_progress_counts_what_is_wanted(void)
 CTEST_MAIN(RUN(a_flipped_byte_is_a_checksum_error_that_names_tensor_and_file);
            RUN(damaged_objects_and_block_tables_are_found);
            RUN(truncated_foreign_and_missing_files_are_named);
+           RUN(files_of_saves_that_the_metadata_accepts_are_read_and_verified);
            RUN(file_names_that_leave_the_directory_are_refused);
            RUN(any_failing_call_fails_the_load_cleanly);
            RUN(cancel_stops_it_and_progress_counts_what_is_wanted);)

@@ -155,9 +155,8 @@ describe(const struct fault_case *fault)
             "rank %u; planning %d%s%s%s\n",
             fault->comm.mode, fault->comm.nth, fault->comm.victim,
             fault->comm_spares_victim ? " (others)" : "", fault->io.mode, fault->io.nth,
-            fault->io.victim, fault->io.sys_errno, fault->raise_at, fault->raises,
-            fault->planning, fault->stays ? ", stays" : "",
-            fault->independent ? ", independent" : "",
+            fault->io.victim, fault->io.sys_errno, fault->raise_at, fault->raises, fault->planning,
+            fault->stays ? ", stays" : "", fault->independent ? ", independent" : "",
             fault->direct == DCP_DIRECT_OFF ? "" : ", direct");
     for (uint32_t r = 0; r < RANKS; r++) {
         const struct save_result *result = &fault->second[r];
@@ -488,7 +487,8 @@ running_out_of_memory_leaves_one_whole_checkpoint(void)
         bool all_ok = false;
         for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
             struct fault_case fault = {.planning = i % PLANNINGS, .direct = DCP_DIRECT_OFF};
-            *(i / PLANNINGS == 0 ? &fault.fail_allocation_of_agree : &fault.fail_allocation_of_write) = nth;
+            *(i / PLANNINGS == 0 ? &fault.fail_allocation_of_agree
+                                 : &fault.fail_allocation_of_write) = nth;
             run_case(&fault);
             all_ok = true;
             for (uint32_t r = 0; r < RANKS; r++) {

@@ -28,8 +28,8 @@ temp_dir(void)
 
 static int
 write_world(const struct dcp_io *io, int dirfd, const struct world *world,
-            const struct dcp_engine_options *options, uint32_t *crcs,
-            struct dcp_write_stats *stats, struct dcp_error *err)
+            const struct dcp_engine_options *options, uint32_t *crcs, struct dcp_write_stats *stats,
+            struct dcp_error *err)
 {
     return dcp_writer_run(io, dirfd, "dir", &world->plan, &world->layout, world->sources,
                           &world->save_id, world->n0, options, crcs, stats, err);
@@ -67,7 +67,8 @@ files_equal_a_naive_image_for_random_plans(void)
                                         .objects = (uint32_t)(seed % 4),
                                         .thread_count = 1 + (uint32_t)(seed % 4),
                                         .file_per_item = seed % 5 == 4,
-                                        .large_bytes = seed % 6 == 1 ? 3000000 : 0};
+                                        .large_bytes = seed % 6 == 1 ? 3000000 : 0,
+                                        .content_hash = seed / 2 % 2 == 0};
         struct dcp_engine_options engine = {.direct = (enum dcp_direct)(seed % 3),
                                             .sync = seed % 2 == 0,
                                             .ring_buffers = 2 + (uint32_t)(seed % 3),
@@ -93,8 +94,8 @@ files_equal_a_naive_image_for_random_plans(void)
         for (uint32_t r = 0; r < world.layout.records_count; r++) {
             uint32_t item = world.layout.records[r].item;
             if (world.records[item] != NULL) {
-                CHECK_EQ(crcs[r], world_crc32(world.records[item],
-                                              world.layout.records[r].length_bytes));
+                CHECK_EQ(crcs[r],
+                         world_crc32(world.records[item], world.layout.records[r].length_bytes));
             }
         }
         dcp_free(crcs);
@@ -102,6 +103,56 @@ files_equal_a_naive_image_for_random_plans(void)
     }
     CHECK_EQ(io->close(io->ctx, dirfd), 0);
     CHECK_EQ(rmdir(path), 0);
+    dcp_engine_trim();
+}
+
+/* Some hashes are known before the save: they are believed, not computed again. */
+static void
+hashes_that_are_given_are_written_as_they_are(void)
+{
+    struct io_memory *fs = io_memory_new(1);
+    struct dcp_io *io = &io_memory_process(fs, 0)->io;
+    CHECK_EQ(io->mkdirs(io->ctx, "/d"), 0);
+    int dirfd = io->open_dir(io->ctx, "/d");
+    struct world_options options = small_mix;
+    struct world world;
+    struct dcp_error err = {0};
+    uint32_t seen = 0;
+    options.content_hash = true;
+    world_make(&world, &options);
+    uint32_t items_count = world.plan.items_count;
+    struct dcp_hash128 *hashes = dcp_malloc_array(items_count, sizeof *hashes);
+    for (uint32_t i = 0; i < items_count; i++) {
+        hashes[i] = (struct dcp_hash128){1000 + i, ~(uint64_t)i};
+    }
+    struct dcp_engine_options engine = {.hashes = hashes};
+    CHECK_OK(write_world(io, dirfd, &world, &engine, NULL, NULL, &err), &err);
+    for (uint32_t f = 0; f < world.layout.files_count; f++) {
+        struct dcp_buf bytes = {0};
+        struct dcp_file_header header;
+        struct dcp_hash_table table;
+        char name[64];
+        world_file_name(&world, f, name, sizeof name);
+        CHECK_OK(dcp_io_read_file(io, dirfd, name, 1u << 30, &bytes, &err), &err);
+        CHECK_OK(dcp_file_parse_header(bytes.data, &header, &err), &err);
+        CHECK_EQ(header.hash_offset_bytes + header.hash_bytes, bytes.len);
+        CHECK_OK(dcp_hash_table_parse(bytes.data + header.hash_offset_bytes, header.hash_bytes,
+                                      &world.save_id, &table, &err),
+                 &err);
+        for (uint32_t i = 0; i < world.layout.files[f].records_count; i++, seen++) {
+            const struct dcp_placed_record *record = &world.layout.records[seen];
+            const struct dcp_hash_entry *found = dcp_hash_table_find(&table, record->offset_bytes);
+            CHECK(found != NULL && found->record_bytes == record->length_bytes);
+            CHECK(found != NULL && dcp_hash128_equal(found->hash, hashes[record->item]));
+        }
+        dcp_hash_table_clean_up(&table);
+        dcp_buf_clean_up(&bytes);
+    }
+    CHECK(seen > 4);
+    dcp_free(hashes);
+    io->close(io->ctx, dirfd);
+    world_clean_up(&world);
+    io_memory_free(fs);
     dcp_engine_trim();
 }
 
@@ -306,6 +357,7 @@ cancel_stops_it_and_progress_counts_payload(void)
 }
 
 CTEST_MAIN(RUN(files_equal_a_naive_image_for_random_plans);
+           RUN(hashes_that_are_given_are_written_as_they_are);
            RUN(short_writes_and_interrupts_change_nothing); RUN(bytes_are_durable_when_it_returns);
            RUN(any_failing_call_fails_the_save_cleanly); RUN(a_full_disk_is_named);
            RUN(an_existing_name_is_never_touched); RUN(a_removed_directory_is_named);

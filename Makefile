@@ -54,6 +54,21 @@ build/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,build/obj/aid_%.o,$(CTEST_AID)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) build/libcore.a -lpthread -o $@
 
+# ---- benchmarks in C: the core as the package has it, without sanitizers ----
+
+BENCH_FLAGS := -std=c11 -D_GNU_SOURCE -O3 -g -Icsrc/include -Icsrc/core $(C_WARN)
+
+build/bench/obj/%.o: csrc/core/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(BENCH_FLAGS) -c $< -o $@
+
+build/bench/libcore.a: $(patsubst csrc/core/%.c,build/bench/obj/%.o,$(CORE_SRC))
+	@rm -f $@
+	ar rcs $@ $^
+
+build/bench/%: benchmarks/%.c build/bench/libcore.a $(HEADERS)
+	$(CC) $(BENCH_FLAGS) $< build/bench/libcore.a -lpthread -o $@
+
 # ---- the package: environment, build, lint ----
 
 # What decides the package's binaries besides its sources: interpreter, torch, switches.

@@ -11,21 +11,24 @@ are not in it, which favours buffered writers. extra: the largest growth of resi
 rank over all rounds, the first included; the page cache does not count. Loads are cold: the page
 cache is dropped before. Every load is compared bit for bit with what was saved, and each side reads
 the other's checkpoint once. Exits with 1 if anything differs.
+
+Before the rounds of a case dcp_native saves once, measured for its memory alone: in the rounds it
+reuses its plan, which is checked. With many small tensors planning is what a save costs, so
+there the first save (`first`: plans are gathered anew) and torch's steady state with
+enable_plan_caching (`cached`) are rows of their own.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import sys
 import tempfile
-import time
 
 import limits
+from program import WRONG_SHOWN, machine, say, write_json
 from ranks import BenchError, Ranks
 from report import summarize, table
 
@@ -34,55 +37,80 @@ ROOT = HERE.parent
 CASES = ("llama", "many_dtensor", "many_plain")
 PLACES = ("disk", "tmpfs")
 CONTENDERS = {
-    "dcp_native": {"module": "dcp_native", "threads": 1},
+    "dcp_native": {"module": "dcp_native", "threads": 1, "plan": "kept"},
     "torch1": {"module": "torch.distributed.checkpoint", "threads": 1},
     "torch4": {"module": "torch.distributed.checkpoint", "threads": 4},
 }
-RIVALS = ["torch1", "torch4"]
-WRONG_SHOWN = 20
+# Of the contender before the blank, only saved: where planning costs more than the bytes.
+VARIANTS = {
+    "dcp_native first": {"module": "dcp_native", "threads": 1, "plan": "new"},
+    "torch1 cached": {"module": "torch.distributed.checkpoint", "threads": 1, "plan": "cached"},
+}
+RIVALS = ["torch1", "torch4", "torch1 cached"]
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _counterpart(name: str, names: list[str]) -> str | None:
-    """Who reads what `name` saved once at the end: the other module's first contender."""
-    if CONTENDERS[name]["threads"] != 1:
-        return None
-    module = CONTENDERS[name]["module"]
-    return next((n for n in names if CONTENDERS[n]["module"] != module), None)
+def _readers(name: str, names: list[str], last_round: bool, loads: bool) -> list[str]:
+    """Who loads what `name` saved: itself, where loads are measured, and once the other module; a
+    contender that is not measured so is checked once by the quickest reader.
+    """
+    module = CONTENDERS.get(name, VARIANTS.get(name))["module"]
+    others = [n for n in names if n in CONTENDERS and CONTENDERS[n]["module"] != module]
+    readers = [name] if loads and name in CONTENDERS else []
+    if last_round and name in VARIANTS:
+        readers.append("dcp_native" if "dcp_native" in names else names[0])
+    elif last_round and CONTENDERS[name]["threads"] == 1:
+        readers += others[:1]
+    return readers
 
 
 def run_case(
-    ranks: Ranks, case: str, size: str, where: pathlib.Path, names: list[str], repeats: int
+    ranks: Ranks,
+    case: str,
+    size: str,
+    where: pathlib.Path,
+    names: list[str],
+    repeats: int,
+    loads: bool = True,
 ) -> dict:
-    """Runs all rounds of one case in the directory `where`; returns samples and what was wrong."""
+    """Runs all rounds of one case in the directory `where`; returns samples and what was wrong.
+
+    Without `loads` only saves are measured, and checked by one load each at the end.
+    """
     built = ranks.do("build", case=case, size=size)
     checkpoint, limit = str(where / "checkpoint"), where / "limit"
     total_bytes = sum(b["own_bytes"] for b in built)
     samples, wrong, on_disk = {}, [], {}
 
-    def measure(label: str, operation: str, command: str, **arguments) -> None:
+    def measure(label: str, operation: str, command: str, **arguments) -> dict:
         result = ranks.measure(command, **arguments)
         samples.setdefault(label, {}).setdefault(operation, []).append(result)
         wrong.extend(f"{case} in {where}, {label} {operation}: {w}" for w in result["wrong"])
+        return result
 
+    def save(name: str, **changes) -> dict:
+        contender = {**CONTENDERS, **VARIANTS}[name] | changes
+        return measure(name, "save", "save", contender=contender, path=checkpoint)
+
+    for name in names:
+        if name == "dcp_native":
+            save(name, plan="new")["warm_up"] = True
+        elif name == "torch1 cached":
+            save(name)["warm_up"] = True
+        shutil.rmtree(checkpoint, ignore_errors=True)
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:  # no one always goes first
-            measure(name, "save", "save", contender=CONTENDERS[name], path=checkpoint)
+            save(name)
             on_disk[name] = limits.directory_bytes(checkpoint)
-            measure(name, "load", "load", contender=CONTENDERS[name], path=checkpoint)
-            other = _counterpart(name, names) if turn == repeats - 1 else None
-            if other:
-                label = f"{other} reads {name}"
-                measure(label, "load", "load", contender=CONTENDERS[other], path=checkpoint)
+            for reader in _readers(name, names, turn == repeats - 1, loads):
+                label = name if reader == name else f"{reader} reads {name}"
+                measure(label, "load", "load", contender=CONTENDERS[reader], path=checkpoint)
             shutil.rmtree(checkpoint)
         limit.mkdir()
         share = -(-total_bytes // len(built))
         measure("limit", "save", "limit_write", path=str(limit), total_bytes=share)
-        measure("limit", "load", "limit_read", path=str(limit), total_bytes=share)
+        if loads:
+            measure("limit", "load", "limit_read", path=str(limit), total_bytes=share)
         measure("memcpy", "save", "limit_memcpy", path=str(limit), total_bytes=share)
         shutil.rmtree(limit)
         say(f"  {case}: round {turn + 1} of {repeats} done")
@@ -113,32 +141,16 @@ def run_all(args: argparse.Namespace, places: dict, scratch: pathlib.Path) -> di
                     continue  # with many small tensors the medium decides nothing
                 title = f"{case} on {place}"
                 say(f"{title} ...")
+                names = list(args.contenders)
+                if case != "llama":
+                    names += [v for v in VARIANTS if v.split()[0] in names]
                 results[title] = run_case(
-                    ranks, case, args.size, places[place], args.contenders, args.repeats
+                    ranks, case, args.size, places[place], names, args.repeats
                 )
                 print(table(title, results[title], RIVALS), flush=True)
     finally:
         ranks.close()
     return results
-
-
-def machine() -> dict:
-    """What the figures were taken on; the load average tells whether it was quiet."""
-    model = "unknown processor"
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        for line in f:
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load_average_before": os.getloadavg(),
-        "time_utc": time.strftime("%Y-%m-%dT%H%M%S", time.gmtime()),
-    }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -199,7 +211,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  WRONG {text}")
     about["load_average_after"] = os.getloadavg()
     path = args.json or HERE / "results" / f"{about['time_utc']}-{args.size}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": about,
         "args": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()},
@@ -207,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         "wrong": wrong,
         "cases": results,
     }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report)
     print(f"results: {path}")
     return 1 if wrong else 0
 

@@ -7,21 +7,37 @@ output belongs to the answers: everything else that is printed goes to standard 
 """
 
 import importlib
+import inspect
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from limits import Limits, drop_page_cache, release_free_memory, settle
-from states import build, count_tensors, digests, local_bytes, poison
+from states import (
+    build,
+    change,
+    count_tensors,
+    digests,
+    local_bytes,
+    poison,
+)
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
+
+REPORTED = ["fast", "kept_items", "vote_ns", "metadata_ns"]
+REPORTED += ["hash_ns", "reused_bytes", "base_reason"]  # with a base
 
 
 def _status_bytes(field: str) -> int:
@@ -49,6 +65,50 @@ def _not_native(dcp: ModuleType) -> list[str]:
     return [] if report.get("path") == "native" else [f"not native: {report.get('reason')}"]
 
 
+def _forget_plans(dcp: ModuleType) -> None:
+    """The next save gathers plans, as the first save of a process group does."""
+    if dcp.__name__ == "dcp_native":
+        from dcp_native._groups import group_for
+
+        group_for(None, False).forget_plan()
+        return
+    for name, value in vars(SavePlanner).items():
+        if name.startswith("_cached_"):
+            value.clear()
+
+
+class _Steps:
+    """Stands in for the native Save of dcp_native: says when each of its steps began and ended."""
+
+    def __init__(self, save: Any, steps: dict[str, tuple[int, int]]) -> None:
+        self._save, self._steps = save, steps
+
+    def __getattr__(self, name: str) -> Any:
+        step = getattr(self._save, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start_ns = time.monotonic_ns()
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._steps[name] = (start_ns, time.monotonic_ns())
+
+        return timed
+
+
+@contextmanager
+def _timed_steps() -> Iterator[dict[str, tuple[int, int]]]:
+    """Times the steps of the saves of dcp_native within; the last save's are what is yielded."""
+    from dcp_native import _native
+
+    stock, steps = _native.Save, {}
+    _native.Save = lambda *args, **kwargs: _Steps(stock(*args, **kwargs), steps)
+    try:
+        yield steps
+    finally:
+        _native.Save = stock
+
+
 class Worker:
     def __init__(self, rank: int, ranks: int, rendezvous: str) -> None:
         torch.set_num_threads(1)
@@ -61,10 +121,11 @@ class Worker:
         self._expected = {}
         self._limits = None
 
-    def build(self, case: str, size: str) -> dict:
+    def build(self, case: str, size: str, count: int | None = None) -> dict:
         self._state = self._limits = None
+        _forget_plans(importlib.import_module("torch.distributed.checkpoint"))
         release_free_memory()
-        self._state = build(case, size, self._mesh)
+        self._state = build(case, size, self._mesh, count)
         self._expected = digests(self._state)
         self._limits = Limits(local_bytes(self._state))
         return {
@@ -72,13 +133,81 @@ class Worker:
             "own_bytes": local_bytes(self._state, replicas=self._rank == 0),
         }
 
-    def save(self, contender: dict, path: str) -> dict:
+    def save(self, contender: dict, path: str, base: str | None = None) -> dict:
+        """Saves the state once. `contender["plan"]`: "new": plans are gathered; "kept": must reuse
+        what the save before it agreed on; "cached": by torch's enable_plan_caching.
+        """
         dcp, threads = importlib.import_module(contender["module"]), contender["threads"]
+        keywords = {} if base is None else {"base": base}
+        plan = contender.get("plan")
+        if plan == "new":
+            _forget_plans(dcp)
+        elif plan == "cached":
+            keywords["planner"] = DefaultSavePlanner(enable_plan_caching=True)
 
         def work() -> None:
-            dcp.save(self._state, storage_writer=dcp.FileSystemWriter(path, thread_count=threads))
+            writer = dcp.FileSystemWriter(path, thread_count=threads)
+            dcp.save(self._state, storage_writer=writer, **keywords)
 
-        return {**self._measure(path, work), "wrong": _not_native(dcp)}
+        result = {**self._measure(path, work), "wrong": _not_native(dcp)}
+        if dcp.__name__ == "dcp_native" and not result["wrong"]:
+            report = dcp.last_report()
+            if plan in ("new", "kept") and report["fast"] != (plan == "kept"):
+                result["wrong"] = [f"with a {plan} plan the vote was fast: {report['fast']}"]
+            result["report"] = {name: report[name] for name in REPORTED if name in report}
+        return result
+
+    def save_steps(self, path: str) -> dict:
+        """A save of dcp_native that reuses its plan: nanoseconds from its call to each step's
+        beginning and end, and what the parts cost alone.
+        """
+        from dcp_native import _native
+
+        alone_s = []
+        for _ in range(3):
+            start = time.monotonic()
+            _native._debug_plan(self._state, rank=self._rank, show=False)
+            alone_s.append(time.monotonic() - start)
+        all_reduce_s = self._all_reduce_s()
+        with _timed_steps() as steps:
+            result = self.save({"module": "dcp_native", "threads": 1, "plan": "kept"}, path)
+        start_ns = round(result["start"] * 1e9)
+        result["steps"] = {name: [t - start_ns for t in times] for name, times in steps.items()}
+        return {**result, "flatten_s": statistics.median(alone_s), "all_reduce_s": all_reduce_s}
+
+    def _all_reduce_s(self) -> float:
+        """A bare all-reduce of 16 x int64 on the group, median."""
+        lanes, samples = torch.zeros(16, dtype=torch.int64), []
+        dist.barrier()
+        for _ in range(50):
+            start = time.monotonic()
+            dist.all_reduce(lanes, dist.ReduceOp.MIN)
+            samples.append(time.monotonic() - start)
+        return statistics.median(samples)
+
+    def trim(self) -> int:
+        """dcp_native gives back what it keeps between saves, so that the next one takes it anew.
+        Returns the bytes of the serialised objects that the next one will hold.
+        """
+        from dcp_native import _native, trim
+
+        trim()
+        items = _native._debug_plan(self._state, rank=self._rank)["items"]
+        return sum(slot_bytes for *_, slot_bytes in items)
+
+    def change(self, share: float) -> int:
+        """Changes `share` of this rank's sharded bytes; returns how many bytes it were."""
+        changed = change(self._state, share)
+        self._expected = digests(self._state)
+        return changed
+
+    def configure(self, **settings: Any) -> None:
+        importlib.import_module("dcp_native").configure(**settings)
+
+    def has_base(self) -> bool:
+        """Whether this dcp_native can save incrementally."""
+        dcp = importlib.import_module("dcp_native")
+        return "base" in inspect.signature(dcp.save).parameters
 
     def load(self, contender: dict, path: str) -> dict:
         dcp = importlib.import_module(contender["module"])

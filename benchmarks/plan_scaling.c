@@ -1,16 +1,19 @@
 /*
  * plan_scaling.c: what the coordinator pays per item, step by step, as ranks and tensors grow.
  *
- *     plan_scaling [ranks] [items per rank] [fsdp | ddp | hsdp]
+ *     make build/bench/plan_scaling
+ *     build/bench/plan_scaling [--json] [ranks] [items per rank] [fsdp | ddp | hsdp]
  *
  * Synthetic plans of an FSDP job: most tensors sharded along dim 0 over all ranks (fsdp), or over
  * the 8 ranks of a node and replicated over nodes (hsdp), or replicated (ddp); besides one
  * replicated tensor in 16 and one object in 64.  Every plan goes through the codec, without its
  * names as most do in a gather, so the steps see memory as it is after one; what it costs with
  * names is told besides.  Prints nanoseconds per item; the sum of the coordinator's steps must stay
- * below 1000.  Checks the counts that it prints and exits 1 when one is wrong.
+ * below 1000.  With --json, one line per shape, nanoseconds by step.  Checks the counts that it
+ * prints and exits 1 when one is wrong.
  */
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +26,8 @@
 enum shape { FSDP, DDP, HSDP };
 
 enum { NODE_RANKS = 8, REPLICATED_EVERY = 16, OBJECT_EVERY = 64 };
+
+static bool as_json;
 
 static void
 die(const struct dcp_error *err)
@@ -48,10 +53,32 @@ now_ns(void)
 }
 
 static void
+put(const char *step, uint64_t ns, uint64_t items)
+{
+    if (as_json) {
+        printf(", \"%s\": %" PRIu64, step, ns);
+    } else {
+        printf("  %-24s %9.3f ms %8.1f ns/item\n", step, (double)ns / 1e6,
+               (double)ns / (double)items);
+    }
+}
+
+static void
 report(const char *step, uint64_t since_ns, uint64_t items)
 {
-    uint64_t ns = now_ns() - since_ns;
-    printf("  %-24s %9.3f ms %8.1f ns/item\n", step, (double)ns / 1e6, (double)ns / (double)items);
+    put(step, now_ns() - since_ns, items);
+}
+
+__attribute__((format(printf, 1, 2))) static void
+say(const char *format, ...)
+{
+    va_list args;
+
+    va_start(args, format);
+    if (!as_json) {
+        vprintf(format, args);
+    }
+    va_end(args);
 }
 
 static void
@@ -76,6 +103,7 @@ make_item(struct dcp_plan *plan, enum shape shape, uint32_t ranks, uint32_t i,
         item = (struct dcp_item){.name = item.name, .kind = DCP_ITEM_BYTES, .slot_bytes = 800};
     } else if (i % REPLICATED_EVERY == 3 || shape == DDP) {
         item.kind = DCP_ITEM_TENSOR;
+        size[0] = sizes[0] = rows;
     } else {
         item.kind = DCP_ITEM_SHARD;
         offsets[0] = rows * (plan->rank % parts_count);
@@ -170,15 +198,14 @@ make_plans(enum shape shape, uint32_t ranks, uint32_t items)
     dcp_buf_clean_up(&image);
     dcp_name_tables_clean_up(&tables);
     double n = (double)ranks * items;
-    printf("  each rank, ns/item: build %.1f, fingerprint %.1f (names %.1f), encode %.1f; image "
-           "%.1f B/item\n",
-           (double)costs.build_ns / n, (double)costs.hash_ns / n, (double)costs.names_hash_ns / n,
-           (double)costs.encode_ns / n, (double)costs.image_bytes / n);
-    printf("  %-24s %9.3f ms %8.1f ns/item\n", "decode", (double)costs.decode_ns / 1e6,
-           (double)costs.decode_ns / n);
-    printf("  (with names: encode %.1f, decode %.1f ns/item; image %.1f B/item)\n",
-           (double)costs.named_encode_ns / n, (double)costs.named_decode_ns / n,
-           (double)costs.named_image_bytes / n);
+    say("  each rank, ns/item: build %.1f, fingerprint %.1f (names %.1f), encode %.1f; image "
+        "%.1f B/item\n",
+        (double)costs.build_ns / n, (double)costs.hash_ns / n, (double)costs.names_hash_ns / n,
+        (double)costs.encode_ns / n, (double)costs.image_bytes / n);
+    put("decode", costs.decode_ns, (uint64_t)ranks * items);
+    say("  (with names: encode %.1f, decode %.1f ns/item; image %.1f B/item)\n",
+        (double)costs.named_encode_ns / n, (double)costs.named_decode_ns / n,
+        (double)costs.named_image_bytes / n);
     return plans;
 }
 
@@ -192,7 +219,7 @@ time_layouts(const struct dcp_global_plan *global, uint64_t items)
         must(dcp_layout_build(&global->plans[p], global->keep.bits[p], &layout, &err), &err);
         dcp_layout_clean_up(&layout);
     }
-    report("(layouts alone)", since, items);
+    report("layouts alone", since, items);
 }
 
 static void
@@ -217,17 +244,20 @@ run(const char *name, enum shape shape, uint32_t ranks, uint32_t items)
 {
     struct dcp_error err = {0};
     uint64_t total = (uint64_t)ranks * items;
-    printf("%s, %u ranks x %u items\n", name, ranks, items);
+    say("%s, %u ranks x %u items\n", name, ranks, items);
+    if (as_json) {
+        printf("{\"shape\": \"%s\", \"ranks\": %u, \"items\": %u", name, ranks, items);
+    }
     struct dcp_plan *plans = make_plans(shape, ranks, items);
 
     uint64_t since = now_ns();
     struct dcp_name_ids names;
     must(dcp_name_ids_build(plans, ranks, &names, &err), &err);
-    report("(names alone)", since, total);
+    report("names alone", since, total);
     struct dcp_keep keep;
     since = now_ns();
     must(dcp_plan_dedup_named(plans, ranks, &names, false, &keep, &err), &err);
-    report("(dedup alone)", since, total);
+    report("dedup alone", since, total);
     dcp_keep_clean_up(&keep);
     dcp_name_ids_clean_up(&names);
 
@@ -239,7 +269,7 @@ run(const char *name, enum shape shape, uint32_t ranks, uint32_t items)
     check_counts(&global, shape, ranks, items);
     since = now_ns();
     must(dcp_global_plan_validate(&global, &err), &err);
-    report("(validation alone)", since, total);
+    report("validation alone", since, total);
     time_layouts(&global, total);
 
     struct dcp_storage_meta meta = {.version = "1.0.0"};
@@ -249,8 +279,10 @@ run(const char *name, enum shape shape, uint32_t ranks, uint32_t items)
     must(dcp_metadata_write(&global, &meta, &save_id, 0, NULL, &image, &err), &err);
     steps_ns += now_ns() - since;
     report("metadata", since, total);
-    printf("  %-24s %9.3f ms %8.1f ns/item\n", "global plan + metadata", (double)steps_ns / 1e6,
-           (double)steps_ns / (double)total);
+    put("global plan + metadata", steps_ns, total);
+    if (as_json) {
+        puts("}");
+    }
     dcp_buf_clean_up(&image);
     dcp_global_plan_clean_up(&global);
     for (uint32_t p = 0; p < ranks; p++) {
@@ -263,10 +295,14 @@ int
 main(int argc, char **argv)
 {
     static const char *const names[] = {"fsdp", "ddp", "hsdp"};
+    as_json = argc > 1 && strcmp(argv[1], "--json") == 0;
+    argc -= as_json;
+    argv += as_json;
     long ranks = argc > 1 ? strtol(argv[1], NULL, 10) : 64;
     long items = argc > 2 ? strtol(argv[2], NULL, 10) : 256;
     if (ranks < 1 || ranks > DCP_MAX_RANKS || items < 1 || items > 1000000) {
-        fprintf(stderr, "usage: plan_scaling [ranks] [items per rank] [fsdp | ddp | hsdp]\n");
+        fprintf(stderr,
+                "usage: plan_scaling [--json] [ranks] [items per rank] [fsdp | ddp | hsdp]\n");
         return 2;
     }
     for (int s = FSDP; s <= HSDP; s++) {

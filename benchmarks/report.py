@@ -6,23 +6,24 @@ OPERATIONS = ("save", "load")
 
 
 def summarize(samples: dict) -> dict:
-    """Medians by contender and operation; of the memory the largest, first call included."""
+    """Medians by contender and operation; of the memory the largest, warm-up included."""
     out = {}
     for contender, operations in samples.items():
         for operation, results in operations.items():
-            walls = [r["wall_s"] for r in results]
+            counted = [r for r in results if not r.get("warm_up")]
+            walls = [r["wall_s"] for r in counted]
             out.setdefault(contender, {})[operation] = {
                 "wall_s": statistics.median(walls),
                 "best_s": min(walls),
                 "first_s": walls[0],
-                "cpu_s": statistics.median(r["cpu_s"] for r in results),
+                "cpu_s": statistics.median(r["cpu_s"] for r in counted),
                 "extra_bytes": max(r["extra_bytes"] for r in results),
             }
     return out
 
 
 def _row(name: str, operations: dict, total_bytes: int) -> str:
-    cells = [f"  {name:<24}"]
+    cells = [f"  {name:<33}"]
     for operation in OPERATIONS:
         s = operations.get(operation)
         if s is None:
@@ -42,12 +43,20 @@ def ratios(summary: dict, rivals: list[str]) -> list[str]:
         return lines
     for operation in OPERATIONS:
         ours, limit = summary["dcp_native"][operation], summary["limit"][operation]
-        best = min((summary[name][operation] for name in rivals), key=lambda s: s["wall_s"])
+        having = [summary[name][operation] for name in rivals if operation in summary[name]]
+        best = min(having, key=lambda s: s["wall_s"])
         lines.append(
             f"  {operation}: ours : torch : limit = {ours['wall_s'] / limit['wall_s']:.2f}"
             f" : {best['wall_s'] / limit['wall_s']:.2f} : 1"
             f"   ({best['wall_s'] / ours['wall_s']:.1f}x faster than torch,"
             f" CPU 1 : {best['cpu_s'] / max(ours['cpu_s'], 0.001):.1f})"
+        )
+    first = summary.get("dcp_native first")
+    if first is not None:
+        stock = min(summary[name]["save"]["wall_s"] for name in rivals if " " not in name)
+        lines.append(
+            f"  save: first {stock / first['save']['wall_s']:.1f}x,"
+            f" steady {stock / summary['dcp_native']['save']['wall_s']:.1f}x faster than torch"
         )
     return lines
 
@@ -62,8 +71,8 @@ def table(title: str, case: dict, rivals: list[str]) -> str:
     size = f"{case['bytes'] / 1e9:.3f} GB of tensors"
     lines = [
         f"\n{title}: {size}, {case['tensors_per_rank']} tensors per rank",
-        f"  {'':<24} |{head} |{head}",
-        f"  {'':<24} |{'-- save --':^34} |{'-- load --':^34}".rstrip(),
+        f"  {'':<33} |{head} |{head}",
+        f"  {'':<33} |{'-- save --':^34} |{'-- load --':^34}".rstrip(),
     ]
     summary = case["summary"]
     lines += [_row(name, summary[name], case["bytes"]) for name in sorted(summary, key=_order)]

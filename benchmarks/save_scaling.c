@@ -1,9 +1,8 @@
 /*
  * save_scaling.c: the planning of whole saves by 64 to 4096 simulated ranks, and who pays for it.
  *
- *     gcc -O2 -std=c11 -D_GNU_SOURCE -Icsrc/include -Icsrc/core benchmarks/save_scaling.c \
- *         csrc/core/[a-z]*.c -lpthread -o build/save_scaling
- *     build/save_scaling [ranks] [tensors per rank] [FAST rounds] [own keys]
+ *     make build/bench/save_scaling
+ *     build/bench/save_scaling [--json] [ranks] [tensors per rank] [FAST rounds] [own keys] [file]
  *
  * Every rank is a thread with its own FSDP-like plan (one tensor in 16 replicated, one object in
  * 64) and makes the calls that a save makes: vote, gather, decide, scatter, install, then FAST
@@ -13,7 +12,9 @@
  * Costs are CPU time of the rank's own thread outside of the collectives, since in here a transport
  * costs what copying costs.  Bytes are what the gather's rounds carry, padding included.  Memory is
  * what the core's allocator holds, of the coordinator: `answering` when it sends the answers,
- * `kept` after the round.  Exits 1 when a verdict or a count is wrong.
+ * `kept` after the round.  With a file, the last round's metadata image is written there and
+ * synced, as a commit does, within the metadata's time.  Exits 1 when a verdict or a count is
+ * wrong.
  */
 #include <inttypes.h>
 #include <pthread.h>
@@ -22,6 +23,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "group.h"
 
@@ -63,6 +65,7 @@ struct job {
     /* Live bytes of all ranks together, and what is the coordinator's of them. */
     uint64_t plans_bytes[ROUNDS], answering_bytes[ROUNDS], installed_bytes[ROUNDS];
     uint64_t metadata_ns[ROUNDS], metadata_bytes[ROUNDS];
+    const char *metadata_path; /* NULL: not written */
 };
 
 static uint32_t
@@ -274,6 +277,19 @@ agree(struct rank *rank, struct dcp_save *save, bool expect_fast)
 }
 
 static void
+write_file(const char *path, const struct dcp_buf *image)
+{
+    FILE *file = fopen(path, "wb");
+    bool ok = file != NULL && fwrite(image->data, 1, image->len, file) == image->len &&
+              fflush(file) == 0 && fsync(fileno(file)) == 0;
+
+    if (!ok || fclose(file) != 0) {
+        fprintf(stderr, "save_scaling: could not write %s\n", path);
+        exit(1);
+    }
+}
+
+static void
 write_metadata(struct job *job, int round, const struct dcp_group *group)
 {
     struct dcp_storage_meta meta = {.checkpoint_id = "/nowhere", .version = "1.0.0"};
@@ -283,6 +299,9 @@ write_metadata(struct job *job, int round, const struct dcp_group *group)
     uint64_t since_ns = cpu_now_ns();
 
     must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, NULL, &image, &err), &err);
+    if (job->metadata_path != NULL && round == CHANGED) {
+        write_file(job->metadata_path, &image);
+    }
     job->metadata_ns[round] = cpu_now_ns() - since_ns;
     job->metadata_bytes[round] = image.len;
     dcp_buf_clean_up(&image);
@@ -393,6 +412,52 @@ bytes_of_ranks(const struct job *job, int round)
     return own_bytes;
 }
 
+static double
+fast_mean_ns(const struct job *job)
+{
+    double fast_ns = 0;
+
+    for (uint32_t r = 0; r < job->ranks && job->fast_rounds > 0; r++) {
+        const struct books *fast = &job->all[r].fast;
+        fast_ns += (double)(fast->cpu_ns[STEP_VOTE] + fast->cpu_ns[STEP_GATHER]) / job->fast_rounds;
+    }
+    return fast_ns / job->ranks;
+}
+
+static uint64_t
+peak_bytes(void)
+{
+    struct rusage usage = {0};
+
+    (void)getrusage(RUSAGE_SELF, &usage);
+    return (uint64_t)usage.ru_maxrss * 1024;
+}
+
+/* One line per SLOW round. */
+static void
+report_json(const struct job *job, int round)
+{
+    const struct books *coordinator = &job->all[0].slow[round];
+    uint64_t cpu_ns = job->metadata_ns[round];
+    double own_bytes = bytes_of_ranks(job, round);
+
+    printf("{\"round\": \"%s\", \"ranks\": %u, \"tensors\": %u, \"steps_cpu_ns\": {",
+           round_names[round], job->ranks, round_tensors(job, round));
+    for (int s = 0; s < STEPS; s++) {
+        printf("\"%s\": %" PRIu64 ", ", step_names[s], coordinator->cpu_ns[s]);
+        cpu_ns += coordinator->cpu_ns[s];
+    }
+    printf("\"metadata\": %" PRIu64 "}, \"cpu_ns\": %" PRIu64 ", \"metadata_bytes\": %" PRIu64 ", ",
+           job->metadata_ns[round], cpu_ns, job->metadata_bytes[round]);
+    printf("\"gathered_bytes\": %" PRIu64 ", \"plans_bytes\": %" PRIu64 ", ",
+           coordinator->sent_bytes * job->ranks, job->plans_bytes[round]);
+    printf("\"answering_bytes\": %" PRIu64
+           ", \"layouts_bytes\": %.0f, \"coordinator_bytes\": %.0f, ",
+           job->answering_bytes[round], own_bytes, (double)job->installed_bytes[round] - own_bytes);
+    printf("\"peak_bytes\": %" PRIu64 ", \"fast_cpu_ns\": %.0f}\n", peak_bytes(),
+           fast_mean_ns(job));
+}
+
 static void
 report_slow(const struct job *job, int round)
 {
@@ -429,8 +494,6 @@ report_slow(const struct job *job, int round)
 static void
 report(const struct job *job)
 {
-    struct rusage usage = {0};
-
     printf("%u ranks x %u tensors, %u keys of its own each\n", job->ranks, job->tensors,
            job->own_keys);
     for (int round = 0; round < ROUNDS; round++) {
@@ -438,19 +501,13 @@ report(const struct job *job)
     }
     if (job->fast_rounds > 0) {
         const struct books *coordinator = &job->all[0].fast;
-        double fast_ns = 0, wall_ns = 0;
-        for (uint32_t r = 0; r < job->ranks; r++) {
-            const struct books *fast = &job->all[r].fast;
-            fast_ns += (double)(fast->cpu_ns[STEP_VOTE] + fast->cpu_ns[STEP_GATHER]);
-        }
-        wall_ns = (double)(coordinator->wall_ns[STEP_VOTE] + coordinator->wall_ns[STEP_GATHER]);
+        double wall_ns =
+            (double)(coordinator->wall_ns[STEP_VOTE] + coordinator->wall_ns[STEP_GATHER]);
         printf("  FAST round: %.1f us CPU per rank (%.1f ns per item), agreed in %.2f ms wall\n",
-               fast_ns / job->ranks / job->fast_rounds / 1e3,
-               fast_ns / job->ranks / job->fast_rounds / (job->tensors + job->own_keys),
+               fast_mean_ns(job) / 1e3, fast_mean_ns(job) / (job->tensors + job->own_keys),
                wall_ns / job->fast_rounds / 1e6);
     }
-    (void)getrusage(RUSAGE_SELF, &usage);
-    printf("  peak of all %.2f GB\n", (double)usage.ru_maxrss / 1e6);
+    printf("  peak of all %.2f GB\n", (double)peak_bytes() / 1e9);
 }
 
 /* Every replica once, everything else by everybody. */
@@ -472,21 +529,31 @@ check_counts(const struct job *job, int round)
 int
 main(int argc, char **argv)
 {
+    bool as_json = argc > 1 && strcmp(argv[1], "--json") == 0;
+    argc -= as_json;
+    argv += as_json;
     struct job job = {.ranks = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 64,
                       .tensors = argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 10) : 200,
                       .fast_rounds = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 10) : 3,
-                      .own_keys = argc > 4 ? (uint32_t)strtoul(argv[4], NULL, 10) : 0};
+                      .own_keys = argc > 4 ? (uint32_t)strtoul(argv[4], NULL, 10) : 0,
+                      .metadata_path = argc > 5 ? argv[5] : NULL};
 
     if (job.ranks == 0 || job.tensors == 0) {
         fprintf(stderr,
-                "usage: save_scaling [ranks] [tensors per rank] [FAST rounds] [own keys]\n");
+                "usage: save_scaling [--json] [ranks] [tensors per rank] [FAST rounds] [own keys] "
+                "[file]\n");
         return 2;
     }
     run_job(&job);
     for (int round = 0; round < ROUNDS; round++) {
         check_counts(&job, round);
     }
-    report(&job);
+    for (int round = 0; as_json && round < ROUNDS; round++) {
+        report_json(&job, round);
+    }
+    if (!as_json) {
+        report(&job);
+    }
     free(job.all);
     if (dcp_alloc_live_bytes() != 0) {
         fprintf(stderr, "save_scaling: leaked %" PRIu64 " bytes\n", dcp_alloc_live_bytes());

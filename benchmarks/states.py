@@ -5,7 +5,7 @@ came back.
 fp32 AdamW moments, DTensors sharded by rows over all ranks, with the scalars and objects an
 optimizer carries: few large tensors. `many_dtensor` and `many_plain`: many small tensors, where the
 cost per tensor is everything. Plain ones are the same on every rank, so a save writes each of them
-once.
+once. `objects`: few tensors and some large Python objects.
 
 Values are random bits from a fixed seed. Every tensor owns its storage, as those of a real model
 do.
@@ -52,6 +52,7 @@ LLAMA = {
     "small": {"dim": 64, "layers": 2, "ffn": 176, "vocab": 512, "kv_dim": 16},
 }
 MANY = {"full": 20_000, "small": 200}
+OBJECTS = {"full": (4, 32 << 20), "small": (2, 1 << 16)}  # how many, bytes of each
 
 
 def _sharded(
@@ -68,16 +69,28 @@ def _sharded(
     )
 
 
-def build(case: str, size: str, mesh: DeviceMesh) -> dict:
-    """Returns the state dict of `case` ("llama", "many_dtensor", "many_plain") in `size`
-    ("full", "small").
+def _objects(size: str, generator: torch.Generator) -> dict[str, bytes]:
+    count, object_bytes = OBJECTS[size]
+    return {
+        f"object.{i}": torch.empty(object_bytes, dtype=torch.uint8)
+        .random_(generator=generator)
+        .numpy()
+        .tobytes()
+        for i in range(count)
+    }
+
+
+def build(case: str, size: str, mesh: DeviceMesh, count: int | None = None) -> dict:
+    """Returns the state dict of `case` ("llama", "many_dtensor", "many_plain", "objects") in `size`
+    ("full", "small"); `count`: of the small tensors, instead of what `size` says.
     """
+    count = MANY[size] if count is None else count
     generator = torch.Generator().manual_seed(
-        1000 if case == "many_plain" else 2000 + mesh.get_local_rank()
+        1000 if case in ("many_plain", "objects") else 2000 + mesh.get_local_rank()
     )
     if case == "many_plain":
         new = {}
-        for i in range(MANY[size]):
+        for i in range(count):
             new[f"block.{i}.weight"] = torch.empty(64, 8).uniform_(generator=generator)
         return {"model": new}
     if case == "many_dtensor":
@@ -85,9 +98,12 @@ def build(case: str, size: str, mesh: DeviceMesh) -> dict:
         return {
             "model": {
                 f"block.{i}.weight": _sharded(mesh, shape, torch.float32, generator)
-                for i in range(MANY[size])
+                for i in range(count)
             }
         }
+    if case == "objects":
+        tensors = {f"{i}": _sharded(mesh, (64, 8), torch.float32, generator) for i in range(16)}
+        return {"model": tensors, "extra": _objects(size, generator)}
     model, state = {}, {}
     for name, shape in _llama_shapes(**LLAMA[size]):
         model[name] = _sharded(mesh, shape, torch.bfloat16, generator)
@@ -121,23 +137,28 @@ def _local(value: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def local_bytes(tree: dict, replicas: bool = True) -> int:
-    """The bytes of this rank's tensors, with or without those that every rank holds."""
+def local_tensors(tree: dict, replicas: bool = True) -> list[torch.Tensor]:
+    """This rank's tensors, with or without those that every rank holds."""
     values = [value for *_, value in _leaves(tree) if replicas or isinstance(value, DTensor)]
-    return sum(t.nbytes for t in map(_local, values) if t is not None)
+    return [t for t in map(_local, values) if t is not None]
+
+
+def local_bytes(tree: dict, replicas: bool = True) -> int:
+    return sum(t.nbytes for t in local_tensors(tree, replicas))
 
 
 def count_tensors(tree: dict) -> int:
-    return sum(_local(value) is not None for *_, value in _leaves(tree))
+    return len(local_tensors(tree))
 
 
 def digests(tree: dict) -> dict[str, str]:
-    """SHA-256 of every local tensor's bytes and the text of every other value, by name."""
+    """SHA-256 of every local tensor's bytes and of every other value's text, by name."""
     out = {}
     for _, _, name, value in _leaves(tree):
         t = _local(value)
         if t is None:
-            out[name] = repr(value)
+            text = value if isinstance(value, bytes) else repr(value).encode()
+            out[name] = hashlib.sha256(text).hexdigest()
             continue
         assert t.is_contiguous(), name
         data = (ctypes.c_char * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
@@ -153,3 +174,17 @@ def poison(tree: dict) -> None:
             container[key] = None
         elif t.nbytes:
             ctypes.memset(t.data_ptr(), POISON, t.nbytes)
+
+
+def change(tree: dict, share: float) -> int:
+    """Flips bits in whole sharded tensors that hold `share` of this rank's bytes; returns how many
+    bytes those are. Ranks of equal shares change the same tensors.
+    """
+    sharded = [value for *_, value in _leaves(tree) if isinstance(value, DTensor)]
+    room = share * sum(t.to_local().nbytes for t in sharded)
+    changed = 0
+    for t in map(_local, sharded):
+        if 0 < t.nbytes <= room - changed:
+            t.view(torch.int16 if t.dtype is torch.bfloat16 else torch.int32).bitwise_xor_(1)
+            changed += t.nbytes
+    return changed

@@ -87,5 +87,5 @@ __all__ = [
 
 
 def trim() -> None:
-    """Give the memory that is kept between saves (staging) back to the system."""
+    """Give the memory that is kept between saves (staging, write buffers) back to the system."""
     _native.trim()

@@ -80,6 +80,7 @@ module_trim(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     dcp_stage_trim();
+    dcp_engine_trim();
     Py_RETURN_NONE;
 }
 

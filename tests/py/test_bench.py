@@ -1,6 +1,6 @@
-"""test_bench.py: the benchmarks run, compare what they load, count right, and leave nothing behind.
+"""test_bench.py: the benchmarks run, compare what they make, and leave nothing behind.
 
-Only small sizes are run: they prove that the programs work, not any figure.
+Only their small sizes are run: that proves that the programs work, not any figure.
 """
 
 import json
@@ -12,7 +12,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BENCH = ROOT / "benchmarks" / "bench.py"
+BENCHMARKS = ROOT / "benchmarks"
+BENCH = BENCHMARKS / "bench.py"
+VARIANTS = {"dcp_native first", "torch1 cached"}
 
 
 def run_bench(tmp_path, *arguments):
@@ -42,8 +44,11 @@ def test_small_benchmark_verifies_every_load(tmp_path):
         assert all(
             s["wall_s"] > 0 for s in (*summary["dcp_native"].values(), *summary["limit"].values())
         )
-        assert case["loads_verified"] == 5  # three contenders, and both read the other's once
-    assert result["loads_verified"] == 20
+        # Three contenders, and both read the other's once; then the variants of planning.
+        assert case["loads_verified"] == 5 + len(summary.keys() & VARIANTS)
+    many = [case["summary"] for name, case in result["cases"].items() if name.startswith("many")]
+    assert all(summary.keys() >= VARIANTS for summary in many)
+    assert result["loads_verified"] == 24
     assert result["wrong"] == []
     assert "0 values differ" in done.stdout
     assert "ours : torch : limit" in done.stdout
@@ -58,61 +63,111 @@ def test_a_load_that_does_nothing_is_reported_as_wrong(tmp_path, monkeypatch):
     )
     assert done.returncode == 1
     assert "WRONG" in done.stdout
-    assert "800 values differ" in done.stdout  # 200 tensors on 2 ranks by 2 contenders
+    assert "1200 values differ" in done.stdout  # 200 tensors on 2 ranks by 3 contenders
 
 
-@pytest.fixture(scope="module")
-def build_scaling(tmp_path_factory):
-    """Compiles a C benchmark with the core; gives the program's path."""
-    folder = tmp_path_factory.mktemp("scaling")
-    cc = ["cc", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
-    cc += ["-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc" / "core")]
-    core = sorted(str(path) for path in (ROOT / "csrc" / "core").glob("*.c"))
-    subprocess.run([*cc, "-c", *core], check=True, timeout=300, cwd=folder)
-    objects = sorted(str(path) for path in folder.glob("*.o"))
-
-    def build(name):
-        program = folder / name
-        source = str(ROOT / "benchmarks" / f"{name}.c")
-        argv = [*cc, source, *objects, "-lpthread", "-o", str(program)]
-        subprocess.run(argv, check=True, timeout=300)
-        return program
-
-    return build
+def run_figures(program, tmp_path, *arguments, environment=None):
+    """Runs a program of figures with its tiny size; returns (exit status, its JSON)."""
+    path = tmp_path / "result.json"
+    argv = [sys.executable, str(BENCHMARKS / f"{program}.py"), "--quick", "--repeats", "1"]
+    argv += ["--json", str(path), *map(str, arguments)]
+    inherited = os.environ.get("PYTHONPATH")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), inherited)))}
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=300, env={**env, **(environment or {})}
+    )
+    assert path.exists(), done.stdout + done.stderr
+    return done.returncode, json.loads(path.read_text())
 
 
-def test_save_scaling_counts_right_and_sends_names_only_where_they_are_news(build_scaling):
-    program = build_scaling("save_scaling")
+@pytest.mark.parametrize(
+    ("program", "figures"),
+    [
+        ("local_plan", ["200 DTensors", "200 HSDP DTensors", "200 plain tensors"]),
+        ("coordinator", ["8 x 100, all steps", "16 x 64 simulated", "growth"]),
+        ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "our reader"]),
+    ],
+)
+def test_a_program_of_figures_checks_its_own_output(program, figures, tmp_path):
+    status, result = run_figures(program, tmp_path)
+    assert (status, result["wrong"]) == (0, [])
+    for figure in figures:
+        assert any(figure in row["what"] for row in result["rows"]), figure
+
+
+def test_a_wrong_plan_is_reported_as_wrong(tmp_path):
+    sabotage = """
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+stock = DefaultSavePlanner.create_local_plan
+def short(self):
+    plan = stock(self)
+    del plan.items[0]
+    return plan
+DefaultSavePlanner.create_local_plan = short
+"""
+    (tmp_path / "sitecustomize.py").write_text(sabotage)
+    status, result = run_figures(
+        "local_plan", tmp_path, environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    )
+    assert status == 1
+    assert result["wrong"][0].endswith("200 items, torch has 199")
+
+
+def test_saving_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
+    disk, tmpfs = tmp_path / "disk", tmp_path / "tmpfs"
+    tmpfs.mkdir()
+    status, result = run_figures("saving", tmp_path, "--dir", disk, "--tmpfs", tmpfs)
+    assert (status, result["wrong"]) == (0, [])
+    assert os.listdir(disk) == os.listdir(tmpfs) == [], "the benchmark left files behind"
+    what = "\n".join(row["what"] for row in result["rows"])
+    for figure in (
+        "Llama-shaped, 2 ranks, disk",
+        "Llama-shaped, 2 ranks, tmpfs",
+        "dtensor tensors, 2 ranks, first save",
+        "plain tensors, 2 ranks, steady save",
+        "before the first byte",
+        "extra memory of a save, llama",
+        "extra memory of a save, objects",
+        "incremental save",
+        "flatten + local plan",
+        "all steps, plan changed",
+        "`.metadata`",
+    ):
+        assert figure in what, figure
+
+
+def run_c(program, *arguments):
+    """Builds and runs a benchmark in C; returns what it prints."""
+    path = pathlib.Path("build", "bench", program)
+    subprocess.run(["make", "--silent", str(path)], cwd=ROOT, check=True, timeout=300)
+    argv = [str(path), *map(str, arguments)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_save_scaling_counts_right_and_sends_names_only_where_they_are_news():
     sent = {}
-    for own_keys in ("0", "1"):
-        argv = [str(program), "8", "100", "1", own_keys]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        sent[own_keys] = [
-            float(line.split("sends ")[1].split(";")[0])
-            for line in done.stdout.splitlines()
-            if "a rank sends" in line
-        ]
-        assert "FAST round" in done.stdout
-    assert len(sent["0"]) == len(sent["1"]) == 2
-    assert all(3 * without < named for without, named in zip(sent["0"], sent["1"], strict=True))
+    for own_keys in (0, 1):
+        lines = run_c("save_scaling", "--json", 8, 100, 1, own_keys).splitlines()
+        sent[own_keys] = [json.loads(line)["gathered_bytes"] for line in lines]
+    assert "FAST round" in run_c("save_scaling", 8, 100, 1)
+    assert len(sent[0]) == len(sent[1]) == 2
+    assert all(3 * without < named for without, named in zip(sent[0], sent[1], strict=True))
 
 
-def test_plan_scaling_passes_plans_unchanged_and_counts_right(build_scaling):
-    program = build_scaling("plan_scaling")
-    done = subprocess.run([str(program), "8", "100"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(",")[0] for line in done.stdout.splitlines() if " ranks x " in line] == [
-        "fsdp",
-        "ddp",
-        "hsdp",
-    ]
+def test_plan_scaling_passes_plans_unchanged_and_counts_right():
+    lines = run_c("plan_scaling", 8, 100).splitlines()
+    shapes = [line.split(",")[0] for line in lines if " ranks x " in line]
+    assert shapes == ["fsdp", "ddp", "hsdp"]
+    figures = [json.loads(line) for line in run_c("plan_scaling", "--json", 8, 100).splitlines()]
+    assert [f["shape"] for f in figures] == shapes
 
 
-def test_writer_limits_compares_what_it_wrote_and_leaves_nothing(build_scaling, tmp_path):
-    program = build_scaling("writer_limits")
-    argv = [str(program), str(tmp_path / "files"), "16", "2", "1", "20"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "writer, io_uring" in done.stdout
+def test_engine_limits_reads_what_it_wrote(tmp_path):
+    assert "our writer" in run_c("engine_limits", tmp_path, 8, 1)
+
+
+def test_writer_limits_compares_what_it_wrote_and_leaves_nothing(tmp_path):
+    assert "writer, io_uring" in run_c("writer_limits", tmp_path / "files", 16, 2, 1, 20)
     assert os.listdir(tmp_path / "files") == []

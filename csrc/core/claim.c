@@ -12,6 +12,9 @@
  * holds its save id, nobody else's claim can ever stand under that name. The listing before the
  * claim only guesses a number that will do.
  *
+ * What a killed save left behind is emptied here, not only removed by the next commit: a disk that
+ * it filled would never let the next save get that far.
+ *
  * Threads: no state.
  */
 #include "claim_scan.h"
@@ -40,6 +43,7 @@ enum {
 struct survey {
     struct dcp_dir_scan scan;
     uint64_t next; /* one above every number in use by others; 0 when there is none */
+    uint64_t files_next, references_next; /* the same of data files alone, and of references */
     bool tied;     /* another claim has our number, and its name sorts before ours */
     bool vanished; /* a claim was gone when we came to fence it: it may just have committed */
 };
@@ -51,22 +55,20 @@ concerns(const struct dcp_claim *claim, uint32_t rank)
     return claim->rank < 0 || (uint32_t)claim->rank == rank;
 }
 
-static void
-raise_next(struct survey *survey, uint64_t n)
+/* One above every number of `files` that matters to the claim. */
+static uint64_t
+next_of(const struct dcp_claim *claim, const struct dcp_buf *files)
 {
-    survey->next = dcp_max_u64(survey->next, n + 1);
-}
+    uint64_t next = 0;
 
-static void
-count_files(const struct dcp_claim *claim, const struct dcp_buf *files, struct survey *survey)
-{
     for (size_t i = 0; i < files->len / sizeof(uint64_t); i++) {
         uint64_t key;
         memcpy(&key, files->data + i * sizeof key, sizeof key);
         if (concerns(claim, (uint32_t)(key >> 32))) {
-            raise_next(survey, (uint32_t)key);
+            next = dcp_max_u64(next, (uint64_t)(uint32_t)key + 1);
         }
     }
+    return next;
 }
 
 /* A file that is referenced but gone keeps its number too: a new file under that name would
@@ -89,7 +91,8 @@ count_references(const struct dcp_claim *claim, struct survey *survey, struct dc
         }
     }
     if (rc == 0) {
-        count_files(claim, &set.files, survey);
+        survey->references_next = next_of(claim, &set.files);
+        survey->next = dcp_max_u64(survey->next, survey->references_next);
     }
     dcp_reference_set_clean_up(&set);
     return rc;
@@ -104,14 +107,14 @@ look(const struct dcp_claim *claim, bool with_references, struct survey *survey,
     if (rc != 0) {
         return rc;
     }
-    survey->next = 0;
+    survey->files_next = next_of(claim, &survey->scan.files);
+    survey->next = survey->files_next;
     survey->tied = false;
-    count_files(claim, &survey->scan.files, survey);
     for (size_t i = 0; i < dcp_dir_scan_claims_count(&survey->scan); i++) {
         const struct dcp_claim_name *other = dcp_dir_scan_claim(&survey->scan, i);
         bool is_ours = strcmp(other->text, claim->name) == 0;
         if (!is_ours && (other->rank < 0 || concerns(claim, (uint32_t)other->rank))) {
-            raise_next(survey, other->n0);
+            survey->next = dcp_max_u64(survey->next, (uint64_t)other->n0 + 1);
             survey->tied = survey->tied || (claim->name[0] != '\0' && other->n0 == claim->n0 &&
                                             strcmp(other->text, claim->name) < 0);
         }
@@ -123,6 +126,7 @@ static int
 write_text(const struct dcp_claim *claim, int fd, const char *identity, struct dcp_error *err)
 {
     char text[CLAIM_TEXT_BYTES], who[IDENTITY_BYTES], id[2 * sizeof claim->save_id.bytes + 1];
+    char path[DCP_ERROR_PATH_BYTES];
     int len;
 
     snprintf(who, sizeof who, "%s", identity == NULL ? "unknown" : identity);
@@ -138,7 +142,8 @@ write_text(const struct dcp_claim *claim, int fd, const char *identity, struct d
                    "metadata when it is complete; the next save removes it otherwise.\n",
                    who, id, claim->n0, claim->target);
     DCP_ASSERT(len > 0 && (size_t)len < sizeof text);
-    return dcp_io_write_all(claim->io, fd, text, (size_t)len, 0, claim->name, err);
+    return dcp_io_write_all(claim->io, fd, text, (size_t)len, 0,
+                            dcp_claim_path(claim, claim->name, path), err);
 }
 
 static void
@@ -255,6 +260,9 @@ dcp_claim_take(const struct dcp_io *io, int dirfd, const char *dir_path, int32_t
         rc = try_claim(&claim, &next, identity, &survey, &taken, err);
     }
     dcp_dir_scan_clean_up(&survey.scan);
+    if (rc == 0 && taken && survey.files_next > survey.references_next) {
+        dcp_claim_empty_leftovers(&claim);
+    }
     if (rc == 0 && !taken) {
         rc = dcp_error_set(err, DCP_E_SUPERSEDED, 0, dir_path,
                            "other saves claim %s again and again: let one job save to it",

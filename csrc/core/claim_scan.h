@@ -72,9 +72,19 @@ bool dcp_claim_dir_removed(const struct dcp_claim *claim);
  * `what` says what was tried. */
 int dcp_claim_error(const struct dcp_claim *claim, int sys_errno, const char *what,
                     const char *name, struct dcp_error *err);
+/* The same of a failed fsync, after which nothing of the file can be relied on. */
+int dcp_claim_sync_error(const struct dcp_claim *claim, int sys_errno, const char *what,
+                         const char *name, struct dcp_error *err);
+/* "<directory>/<name>" for messages.  Returns `path`. */
+const char *dcp_claim_path(const struct dcp_claim *claim, const char *name,
+                           char path[DCP_ERROR_PATH_BYTES]);
 
-/* ---- claim_references.c, which is all that the protocol knows of the metadata format.  The model
- * test links its own two functions and runs on a format of a few bytes. */
+/* Once the claim stands: empties data files of saves that never committed, so that the space they
+ * take is there for this one; the next commit removes them (sweep.c).  Whatever fails is left. */
+void dcp_claim_empty_leftovers(const struct dcp_claim *claim);
+
+/* ---- claim_references.c, which is all that the protocol knows of our formats.  The model test
+ * links its own three functions and runs on a format of a few bytes. */
 
 /* Non-zero stops the walk and is returned. */
 typedef int (*dcp_reference_fn)(void *ctx, const char *name, size_t len);
@@ -82,5 +92,8 @@ typedef int (*dcp_reference_fn)(void *ctx, const char *name, size_t len);
 int dcp_claim_references(const uint8_t *image, size_t len, dcp_reference_fn fn, void *fn_ctx,
                          struct dcp_error *err) DCP_MUST_CHECK;
 bool dcp_claim_image_save_id(const uint8_t *image, size_t len, struct dcp_save_id *ret_id);
+/* Whose data file begins with `bytes`; `len`: DCP_FILE_HEADER_BYTES, or all of a shorter file.
+ * False when it is none of ours. */
+bool dcp_claim_file_save_id(const uint8_t *bytes, size_t len, struct dcp_save_id *ret_id);
 
 #endif

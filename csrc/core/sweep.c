@@ -1,7 +1,7 @@
 /*
  * sweep.c: removing data files that no checkpoint needs any more.
  *
- * Only the save that has just committed sweeps, and only below its own number.  A file may go when
+ * The save that has just committed sweeps, and only below its own number.  A file may go when
  * nothing can need it: no metadata file references it, and no claim covers it (a claim covers every
  * number from its own upwards, of its rank or of all).  The order of the looks makes that hold
  * while other saves come and go, although a walk over a directory is not a snapshot:
@@ -13,6 +13,15 @@
  *      the directory was emptied and numbers began again, this is where we learn it.
  * One thing is beyond any order of looks: a directory that somebody empties and saves to again
  * between step 3 and the unlink, which knows only names.
+ *
+ * A save that has just claimed needs the space that killed saves still take: a disk that they
+ * filled would never let it get as far as its commit.  By the same steps, with its claim in the
+ * place of
+ * `.metadata` in step 3, it empties files, and only those that we wrote whose numbers are above all
+ * that is referenced: of no checkpoint, nor of one that a power cut could bring back.  The names
+ * stay until the commit.  Were they to go, and this save to fail, their numbers would be given out
+ * again, and a process that is slow to learn that it lost would remove a later save's file as its
+ * own.
  *
  * Threads: no state.
  */
@@ -98,9 +107,9 @@ check_target(const struct dcp_claim *claim, bool *ret_ours, struct dcp_error *er
     return rc;
 }
 
-/* References of every metadata file but our own, whose files all have our number or a higher one.
- * Files of ranks that have candidates are opened by name: a rename during the walk hides both names
- * from it. */
+/* References of every metadata file but the claim's target: once that is ours, its files all have
+ * our number or a higher one.  Files of ranks that have candidates are opened by name: a rename
+ * during the walk hides both names from it. */
 static int
 gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
                   struct dcp_reference_set *set, struct dcp_error *err)
@@ -202,26 +211,146 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
     return rc;
 }
 
+/* ---- what failed saves left ---- */
+
+static uint64_t
+highest_number(const struct dcp_buf *keys)
+{
+    uint64_t highest = 0;
+
+    for (size_t i = 0; i < keys_count(keys); i++) {
+        highest = dcp_max_u64(highest, (uint32_t)key_at(keys, i));
+    }
+    return highest;
+}
+
+/* Keeps of the candidates those above all references that no claim covers. */
+static void
+keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
+               const struct dcp_buf *references, struct dcp_buf *files)
+{
+    uint64_t highest = highest_number(references);
+    size_t kept = 0;
+
+    for (size_t i = 0; i < keys_count(files); i++) {
+        uint64_t key = key_at(files, i);
+        if ((references->len == 0 || (uint32_t)key > highest) && !is_claimed(scan, claim, key)) {
+            memcpy(files->data + kept++ * sizeof key, &key, sizeof key);
+        }
+    }
+    files->len = kept * sizeof(uint64_t);
+}
+
+static bool
+still_stands(const struct dcp_claim *claim)
+{
+    int fd = claim->io->open_at(claim->io->ctx, claim->dirfd, claim->name, O_RDONLY, 0);
+
+    if (fd >= 0) {
+        claim->io->close(claim->io->ctx, fd);
+    }
+    return fd >= 0;
+}
+
+/* The metadata as we see it must be what a power cut leaves, before anything goes because of it. */
+static bool
+names_are_durable(const struct dcp_claim *claim)
+{
+    int rc;
+
+    do {
+        rc = claim->sync ? claim->io->fsync(claim->io->ctx, claim->dirfd) : 0;
+    } while (rc == -EINTR);
+    return rc == 0;
+}
+
+/* How many bytes of a header there are; negative when they cannot be read. */
+static ssize_t
+read_head(const struct dcp_io *io, int fd, uint8_t bytes[DCP_FILE_HEADER_BYTES])
+{
+    ssize_t n;
+
+    do {
+        n = io->pread(io->ctx, fd, bytes, DCP_FILE_HEADER_BYTES, 0);
+    } while (n == -EINTR);
+    return n;
+}
+
+/* Gives the space of a file back if it is ours, or if it has nothing in it: killed before its first
+ * write, it may have its whole length reserved.  One with a second name is left: that may be an
+ * older checkpoint's, and it takes no space of its own. */
+static void
+empty_file(const struct dcp_claim *claim, const char *name)
+{
+    const struct dcp_io *io = claim->io;
+    uint8_t bytes[DCP_FILE_HEADER_BYTES];
+    int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDWR, 0);
+    struct dcp_save_id id;
+    struct dcp_stat st;
+    ssize_t n;
+
+    if (fd < 0) {
+        return;
+    }
+    n = read_head(io, fd, bytes);
+    if (n >= 0 && (n == 0 || dcp_claim_file_save_id(bytes, (size_t)n, &id)) &&
+        io->fstat(io->ctx, fd, &st) == 0 && st.links == 1) {
+        (void)io->truncate(io->ctx, fd, 0);
+    }
+    io->close(io->ctx, fd);
+}
+
+void
+dcp_claim_empty_leftovers(const struct dcp_claim *claim)
+{
+    struct dcp_dir_scan scan = {0};
+    struct dcp_reference_set set = {0};
+    char name[DCP_CLAIM_NAME_BYTES];
+    struct dcp_error ignored;
+    int rc;
+
+    dcp_error_clear(&ignored);
+    rc = dcp_dir_scan_run(claim, &scan, &ignored);
+    if (rc == 0) {
+        keep_candidates(claim, &scan.files);
+        rc = gather_references(claim, &scan, &set, &ignored);
+    }
+    if (rc == 0) {
+        rc = dcp_reference_set_add(claim, claim->target, &set, &ignored);
+    }
+    if (rc == 0 && !set.incomplete) {
+        keep_leftovers(claim, &scan, &set.files, &scan.files);
+        if (scan.files.len > 0 && names_are_durable(claim) && still_stands(claim)) {
+            for (size_t i = 0; i < keys_count(&scan.files); i++) {
+                uint64_t key = key_at(&scan.files, i);
+                dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
+                empty_file(claim, name);
+            }
+        }
+    }
+    dcp_dir_scan_clean_up(&scan);
+    dcp_reference_set_clean_up(&set);
+}
+
+/* ---- what this save leaves when it fails ---- */
+
 /* True when the file's header says that another save wrote it. */
 static bool
 is_foreign(const struct dcp_claim *claim, const char *name)
 {
     const struct dcp_io *io = claim->io;
     uint8_t bytes[DCP_FILE_HEADER_BYTES];
-    struct dcp_file_header header;
-    struct dcp_error ignored;
-    bool foreign;
+    struct dcp_save_id id;
+    ssize_t n;
     int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDONLY, 0);
 
     if (fd < 0) {
         return false;
     }
-    dcp_error_clear(&ignored);
-    foreign = dcp_io_read_all(io, fd, bytes, sizeof bytes, 0, name, &ignored) == 0 &&
-              dcp_file_parse_header(bytes, &header, &ignored) == 0 &&
-              memcmp(&header.save_id, &claim->save_id, sizeof header.save_id) != 0;
+    n = read_head(io, fd, bytes);
     io->close(io->ctx, fd);
-    return foreign;
+    return n > 0 && dcp_claim_file_save_id(bytes, (size_t)n, &id) &&
+           memcmp(&id, &claim->save_id, sizeof id) != 0;
 }
 
 void

@@ -11,6 +11,7 @@ struct dcp_installed_plan {
     bool valid;
     struct dcp_hash128 plan_id;     /* random, the coordinator's */
     struct dcp_hash128 fingerprint; /* of this rank's plan */
+    struct dcp_hash128 names_hash;  /* of its names: the coordinator of `plan_id` has them */
     uint8_t *keep;                  /* owned bitmap over this rank's items */
     struct dcp_layout layout;       /* owned: this rank's files */
     struct dcp_plan *plans;         /* coordinator: owned, all ranks */

@@ -14,6 +14,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "plan_private.h"
+
 static char *
 copy_text(const char *text)
 {
@@ -175,7 +177,9 @@ dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan)
     dcp_plan_clean_up(&save->plan);
     save->plan = *plan;
     memset(plan, 0, sizeof *plan);
-    save->fingerprint = dcp_plan_fingerprint(&save->plan, save->plan_salt);
+    save->names_hash = dcp_plan_names_hash(&save->plan);
+    save->fingerprint =
+        dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
 }
 
 /* ---- agree ---- */
@@ -193,12 +197,14 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         .is_coordinator = save->info.is_coordinator,
         .save_id = save->info.save_id,
         .n0 = save->info.n0,
+        .names_hash = save->names_hash,
     };
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
     if (installed->valid) {
         ballot.plan_id = installed->plan_id;
+        ballot.held_plan = installed->plan_id.lo;
     }
     rc = dcp_group_check(group, err);
     if (rc == 0) {
@@ -212,6 +218,8 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         save->info.save_id = ballot.save_id;
         save->info.n0 = ballot.n0;
         save->info.call_agrees = ballot.call_agrees;
+        save->coordinator_names_hash = ballot.names_hash;
+        save->coordinator_held_plan = ballot.held_plan;
     }
     return rc;
 }

@@ -1,5 +1,5 @@
 /*
- * save.h: one save in flight (private to save.c and save_plan.c).
+ * save.h: one save in flight (private to save.c, save_plan.c and save_gather.c).
  */
 #ifndef DCP_CORE_SAVE_H
 #define DCP_CORE_SAVE_H
@@ -26,11 +26,14 @@ struct dcp_save {
     bool claimed; /* this process holds `claim` */
     struct dcp_claim claim;
     struct dcp_plan plan;
-    struct dcp_hash128 fingerprint;
+    struct dcp_hash128 fingerprint, names_hash; /* of `plan` */
+    /* From the vote: which names the coordinator has (save_gather.c). */
+    struct dcp_hash128 coordinator_names_hash;
+    uint64_t coordinator_held_plan;
     struct dcp_installed_plan own; /* of an independent save; else the group's is used */
     struct dcp_buf metadata;       /* coordinator: the image */
     struct dcp_save_info info;
-    bool agreed; /* the plan in `dcp_save_installed` holds for this save */
+    bool agreed;            /* the plan in `dcp_save_installed` holds for this save */
     uint32_t created_files; /* by this save: the first ones of the layout */
 };
 
@@ -40,6 +43,13 @@ dcp_save_installed(struct dcp_save *save)
 {
     return save->independent ? &save->own : &save->group->installed;
 }
+
+/* Collective: every rank's plan to the coordinator.  `local`, *ret_local_rc: what failed on this
+ * rank alone; it goes on to the next call.  Coordinator: plans go to `next`, and *ret_spans (the
+ * caller's, dcp_free) has room for one span per rank.  Non-zero: the gather itself failed. */
+int dcp_save_gather_plans(struct dcp_save *save, struct dcp_installed_plan *next,
+                          struct dcp_span **ret_spans, struct dcp_error *local, int *ret_local_rc,
+                          struct dcp_error *err) DCP_MUST_CHECK;
 
 /* The SLOW way: gather plans, decide, scatter, install. */
 int dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,

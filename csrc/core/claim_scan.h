@@ -1,6 +1,6 @@
 /*
  * claim_scan.h: what lies in a checkpoint directory, as the commit protocol sees it (private to
- * commit.c, claim.c and claim_scan.c).
+ * claim*.c, commit.c and sweep.c; save_space.c asks for the name of a claim).
  */
 #ifndef DCP_CORE_CLAIM_SCAN_H
 #define DCP_CORE_CLAIM_SCAN_H

@@ -31,6 +31,7 @@ dcp_installed_plan_clean_up(struct dcp_installed_plan *installed)
         dcp_plan_clean_up(&installed->plans[i]);
     }
     dcp_free(installed->plans);
+    dcp_free(installed->sees_claim);
     memset(installed, 0, sizeof *installed);
 }
 

@@ -11,11 +11,14 @@ struct dcp_installed_plan {
     bool valid;
     struct dcp_hash128 plan_id;     /* random, the coordinator's */
     struct dcp_hash128 fingerprint; /* of this rank's plan */
+    struct dcp_hash128 names_hash;  /* of its names: the coordinator of `plan_id` has them */
     uint8_t *keep;                  /* owned bitmap over this rank's items */
     struct dcp_layout layout;       /* owned: this rank's files */
     struct dcp_plan *plans;         /* coordinator: owned, all ranks */
     uint32_t plans_count;
     struct dcp_global_plan global; /* coordinator: borrows `plans` */
+    bool *sees_claim;      /* coordinator: owned, per rank: it saves to the same directory */
+    uint64_t shared_bytes; /* coordinator: that those ranks write */
 };
 
 struct dcp_group {

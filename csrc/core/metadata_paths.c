@@ -5,8 +5,10 @@
  * has it, but the keys come in the order of the LAST plan, then what the one before it adds, and so
  * on.  A reader that compares dicts does not see the order, one that iterates does, so it is kept.
  *
- * Ranks of one job mostly have the same names in the same order: the position of a name in the
- * plan before is tried first, and only where it differs the name is hashed.
+ * Of plans in a row that share a table of names, the last gives the order and the first the value;
+ * those between change nothing and are left out.  Other ranks mostly have the same names in the
+ * same order too: the position of a name in the plan before is tried first, and only where it
+ * differs the name is hashed.
  *
  * Threads: no state.
  */
@@ -40,8 +42,7 @@ name_of(const struct merger *m, uint32_t path)
 static bool
 is_same(const struct dcp_name *a, const struct dcp_name *b)
 {
-    return a->fqn_len == b->fqn_len &&
-           (a->fqn_len == 0 || memcmp(a->fqn, b->fqn, a->fqn_len) == 0);
+    return a->fqn_len == b->fqn_len && (a->fqn_len == 0 || memcmp(a->fqn, b->fqn, a->fqn_len) == 0);
 }
 
 static int
@@ -115,10 +116,17 @@ merge_plan(struct merger *m, uint32_t p)
     return 0;
 }
 
+static bool
+is_between_equals(const struct dcp_global_plan *global, uint32_t p)
+{
+    const struct dcp_plan *plan = &global->plans[p];
+    return plan->table != NULL && p > 0 && p + 1 < global->plans_count &&
+           plan[-1].table == plan->table && plan[1].table == plan->table;
+}
+
 int
 dcp_metadata_merge_paths(const struct dcp_global_plan *global, const struct dcp_metadata *md,
-                         struct dcp_md_path **ret_paths, uint64_t *ret_count,
-                         struct dcp_error *err)
+                         struct dcp_md_path **ret_paths, uint64_t *ret_count, struct dcp_error *err)
 {
     struct merger m = {.global = global, .md = md, .err = err};
     uint32_t most_names = 0;
@@ -130,7 +138,9 @@ dcp_metadata_merge_paths(const struct dcp_global_plan *global, const struct dcp_
     m.guess = dcp_malloc_array(most_names, sizeof *m.guess);
     int rc = m.guess == NULL ? no_memory(&m) : 0;
     for (uint32_t p = global->plans_count; rc == 0 && p > 0; p--) {
-        rc = merge_plan(&m, p - 1);
+        if (!is_between_equals(global, p - 1)) {
+            rc = merge_plan(&m, p - 1);
+        }
     }
     dcp_free(m.guess);
     dcp_index_map_clean_up(&m.map);

@@ -12,11 +12,15 @@
 
 #include <string.h>
 
+#include "name_table.h"
+
 enum {
     FIRST_CAP = 64,
     PATH_STR = 's',
     PATH_INT = 'i',
     HASH_BLOCK_BYTES = 4096,
+    /* Ranks compare these hashes: a change of what is hashed, or how, takes a new number. */
+    NAMES_HASH_VERSION = 1,
 };
 
 _Static_assert(sizeof(struct dcp_item) == 24, "the fingerprint hashes items as they lie in memory");
@@ -27,10 +31,14 @@ dcp_plan_clean_up(struct dcp_plan *plan)
     if (plan == NULL) {
         return;
     }
-    dcp_free(plan->names);
+    if (plan->table != NULL) {
+        dcp_name_table_release(plan->table);
+    } else {
+        dcp_free(plan->names);
+        dcp_bump_clean_up(&plan->strings);
+    }
     dcp_free(plan->items);
     dcp_free(plan->dims);
-    dcp_bump_clean_up(&plan->strings);
     *plan = (struct dcp_plan){0};
 }
 
@@ -107,6 +115,7 @@ dcp_plan_add_name(struct dcp_plan *plan, const char *fqn, size_t fqn_len, const 
                              fqn_len, path_len, path_parts, DCP_MAX_FQN_BYTES, DCP_MAX_PATH_BYTES,
                              DCP_MAX_PATH_PARTS);
     }
+    DCP_ASSERT(plan->table == NULL); /* shared names do not change */
     int rc = make_room_for_name(plan, err);
     if (rc != 0) {
         return rc;
@@ -223,6 +232,31 @@ dcp_plan_add_item(struct dcp_plan *plan, const struct dcp_item *item, const uint
     return 0;
 }
 
+int
+dcp_plan_reserve_items(struct dcp_plan *plan, uint32_t count, struct dcp_error *err)
+{
+    DCP_ASSERT(plan->items == NULL && count <= DCP_MAX_ITEMS_PER_RANK);
+    plan->items = dcp_malloc_array(count, sizeof *plan->items);
+    if (plan->items == NULL) {
+        return out_of_memory(err, "items", count);
+    }
+    plan->items_cap = count;
+    return 0;
+}
+
+void
+dcp_plan_trim(struct dcp_plan *plan)
+{
+    uint64_t *dims = plan->dims;
+    if (plan->dims_cap > plan->dims_count) {
+        dims = dcp_realloc(plan->dims, (size_t)plan->dims_count * sizeof *dims);
+    }
+    if (dims != NULL) {
+        plan->dims = dims;
+        plan->dims_cap = plan->dims_count;
+    }
+}
+
 uint64_t
 dcp_item_payload_bytes(const struct dcp_plan *plan, const struct dcp_item *item)
 {
@@ -314,15 +348,19 @@ hasher_add(struct hasher *h, const void *data, size_t len)
     }
 }
 
+static struct dcp_hash128
+hasher_end(struct hasher *h)
+{
+    return dcp_hash128(h->block, h->len, h->salt ^ 1);
+}
+
 struct dcp_hash128
-dcp_plan_fingerprint(const struct dcp_plan *plan, uint64_t salt)
+dcp_plan_names_hash(const struct dcp_plan *plan)
 {
     struct hasher h;
-    h.salt = salt;
+    h.salt = NAMES_HASH_VERSION;
     h.len = 0;
-    uint32_t head[] = {plan->rank,      plan->thread_count, plan->single_file_per_rank,
-                       plan->has_paths, plan->names_count,  plan->items_count};
-    hasher_add(&h, head, sizeof head);
+    hasher_add(&h, &plan->names_count, sizeof plan->names_count);
     for (uint32_t i = 0; i < plan->names_count; i++) {
         const struct dcp_name *name = &plan->names[i];
         uint32_t lens[] = {name->fqn_len, name->path_len, name->path_parts, name->path != NULL};
@@ -332,7 +370,28 @@ dcp_plan_fingerprint(const struct dcp_plan *plan, uint64_t salt)
             hasher_add(&h, name->path, name->path_len);
         }
     }
+    return hasher_end(&h);
+}
+
+struct dcp_hash128
+dcp_plan_fingerprint_named(const struct dcp_plan *plan, const struct dcp_hash128 *names_hash,
+                           uint64_t salt)
+{
+    struct hasher h;
+    h.salt = salt;
+    h.len = 0;
+    uint32_t head[] = {plan->rank, plan->thread_count, plan->single_file_per_rank, plan->has_paths,
+                       plan->items_count};
+    hasher_add(&h, head, sizeof head);
+    hasher_add(&h, names_hash, sizeof *names_hash);
     hasher_add(&h, plan->items, plan->items_count * sizeof *plan->items);
     hasher_add(&h, plan->dims, (size_t)plan->dims_count * sizeof *plan->dims);
-    return dcp_hash128(h.block, h.len, h.salt ^ 1);
+    return hasher_end(&h);
+}
+
+struct dcp_hash128
+dcp_plan_fingerprint(const struct dcp_plan *plan, uint64_t salt)
+{
+    struct dcp_hash128 names_hash = dcp_plan_names_hash(plan);
+    return dcp_plan_fingerprint_named(plan, &names_hash, salt);
 }

@@ -4,13 +4,16 @@
  * Decoding trusts nothing.  Each name takes 3 bytes at least and each item 1, which bounds the
  * counts by the input's length; what may be left out is bounded too (SHARED_MAX, SAME_SIZE_DIMS),
  * so memory is a fixed multiple of the input.  Values are checked by dcp_plan_add_name and _item,
- * the same gate that local plans pass.
+ * the same gate that local plans pass.  Names that are left out are found by their hash among those
+ * the receiver has; names that lie there already, byte for byte, are not decoded again.
  *
  * Threads: no state.
  */
 #include "plan_format.h"
 
 #include <string.h>
+
+#include "name_table.h"
 
 /* What decoding carries from one name or item to the next. */
 struct decoder {
@@ -221,8 +224,16 @@ take_item(struct decoder *d)
     return dcp_plan_add_item(d->plan, &item, d->global_size, offsets, sizes, d->err);
 }
 
+/* What the head says besides the plan's own numbers. */
+struct head {
+    uint32_t names_count, items_count;
+    bool nameless;
+    struct dcp_span names;         /* of an image with names */
+    struct dcp_hash128 names_hash; /* of a nameless one */
+};
+
 static int
-take_head(struct decoder *d, uint32_t *ret_names_count, uint32_t *ret_items_count)
+take_head(struct decoder *d, struct head *ret_head)
 {
     const uint8_t *magic = dcp_cursor_bytes(&d->in, MAGIC_BYTES);
     if (magic == NULL || memcmp(magic, DCP_PLAN_MAGIC, MAGIC_BYTES) != 0) {
@@ -232,38 +243,99 @@ take_head(struct decoder *d, uint32_t *ret_names_count, uint32_t *ret_items_coun
         return damaged(d, "a plan of another version");
     }
     uint8_t flags = dcp_cursor_u8(&d->in);
-    uint64_t rank = dcp_cursor_varint(&d->in);
-    uint64_t thread_count = dcp_cursor_varint(&d->in);
-    uint64_t names_count = dcp_cursor_varint(&d->in);
-    uint64_t items_count = dcp_cursor_varint(&d->in);
+    uint32_t rank = dcp_cursor_u32(&d->in);
+    uint32_t thread_count = dcp_cursor_u32(&d->in);
+    struct head head = {.nameless = (flags & FLAG_NAMELESS) != 0};
+    head.names_count = dcp_cursor_u32(&d->in);
+    head.items_count = dcp_cursor_u32(&d->in);
+    head.names_hash.lo = dcp_cursor_u64(&d->in);
+    head.names_hash.hi = dcp_cursor_u64(&d->in);
+    if (!head.nameless) {
+        uint64_t len = head.names_hash.lo;
+        head.names = (struct dcp_span){dcp_cursor_bytes(&d->in, len), (size_t)len};
+    }
     size_t left = d->in.len - d->in.pos;
     if (d->in.failed || (flags & ~(unsigned)FLAG_ALL) != 0 || rank >= DCP_MAX_RANKS ||
-        thread_count > DCP_MAX_FILES_PER_RANK || names_count > left / NAME_MIN_BYTES ||
-        names_count > DCP_MAX_ITEMS_PER_RANK ||
-        items_count > (left - names_count * NAME_MIN_BYTES) / ITEM_MIN_BYTES ||
-        items_count > DCP_MAX_ITEMS_PER_RANK) {
+        thread_count > DCP_MAX_FILES_PER_RANK || head.names_count > DCP_MAX_ITEMS_PER_RANK ||
+        (!head.nameless &&
+         (head.names_hash.hi != 0 || head.names_count > head.names.len / NAME_MIN_BYTES)) ||
+        head.items_count > left / ITEM_MIN_BYTES || head.items_count > DCP_MAX_ITEMS_PER_RANK) {
         return damaged(d, "a malformed head");
     }
-    d->plan->rank = (uint32_t)rank;
-    d->plan->thread_count = (uint32_t)thread_count;
+    d->plan->rank = rank;
+    d->plan->thread_count = thread_count;
     d->plan->single_file_per_rank = (flags & FLAG_SINGLE_FILE) != 0;
     d->plan->has_paths = (flags & FLAG_HAS_PATHS) != 0;
-    *ret_names_count = (uint32_t)names_count;
-    *ret_items_count = (uint32_t)items_count;
+    *ret_head = head;
     return 0;
 }
 
-int
-dcp_plan_decode(const uint8_t *data, size_t len, struct dcp_plan *ret_plan, struct dcp_error *err)
+/* Names that came with the image: the bytes before the items. */
+static int
+take_names(struct decoder *d, const struct head *head)
+{
+    size_t len = d->in.len, items_at = d->in.pos;
+    int rc = 0;
+    d->in.pos = items_at - head->names.len;
+    d->in.len = items_at;
+    for (uint32_t i = 0; rc == 0 && i < head->names_count; i++) {
+        rc = take_name(d);
+    }
+    if (rc == 0 && d->in.pos != d->in.len) {
+        rc = damaged(d, "bytes behind the last name");
+    }
+    d->in.len = len;
+    return rc;
+}
+
+/* Names of a table that the receiver has. */
+static int
+take_known_names(struct decoder *d, const struct head *head, struct dcp_name_table *table)
+{
+    if (table == NULL) {
+        return dcp_error_set(d->err, DCP_E_MISSING, 0, NULL,
+                             "rank %u left out names that the coordinator does not have; this "
+                             "should not happen, save again with a new process group",
+                             d->plan->rank);
+    }
+    if (table->names_count != head->names_count) {
+        return damaged(d, "another number of names than their hash stands for");
+    }
+    dcp_plan_use_table(d->plan, table);
+    return 0;
+}
+
+static int
+take_shared_names(struct decoder *d, const struct head *head, struct dcp_name_tables *tables)
+{
+    struct dcp_name_table *known = head->nameless
+                                       ? dcp_name_tables_by_hash(tables, &head->names_hash)
+                                       : dcp_name_tables_by_image(tables, head->names);
+    if (head->nameless || known != NULL) {
+        return take_known_names(d, head, known);
+    }
+    int rc = take_names(d, head);
+    return rc != 0 ? rc : dcp_name_tables_intern(tables, d->plan, head->names, d->err);
+}
+
+/* `tables` NULL: the plan owns its names. */
+static int
+decode(const uint8_t *data, size_t len, struct dcp_name_tables *tables, struct dcp_plan *ret_plan,
+       struct dcp_error *err)
 {
     struct dcp_plan plan = {0};
     struct decoder d = {.in = {.data = data, .len = len}, .plan = &plan, .err = err};
-    uint32_t names_count = 0, items_count = 0;
-    int rc = take_head(&d, &names_count, &items_count);
-    for (uint32_t i = 0; rc == 0 && i < names_count; i++) {
-        rc = take_name(&d);
+    struct head head;
+    int rc = take_head(&d, &head);
+    if (rc == 0 && tables != NULL) {
+        rc = take_shared_names(&d, &head, tables);
+    } else if (rc == 0) {
+        rc = head.nameless ? damaged(&d, "names are left out") : take_names(&d, &head);
     }
-    for (uint32_t i = 0; rc == 0 && i < items_count; i++) {
+    if (rc == 0) {
+        rc = dcp_plan_reserve_items(&plan, head.items_count, err);
+    }
+    for (uint32_t i = 0; rc == 0 && i < head.items_count; i++) {
         rc = take_item(&d);
     }
     if (rc == 0 && d.in.pos != len) {
@@ -275,6 +347,20 @@ dcp_plan_decode(const uint8_t *data, size_t len, struct dcp_plan *ret_plan, stru
         dcp_plan_clean_up(&plan);
         return rc;
     }
+    dcp_plan_trim(&plan);
     *ret_plan = plan;
     return 0;
+}
+
+int
+dcp_plan_decode(const uint8_t *data, size_t len, struct dcp_plan *ret_plan, struct dcp_error *err)
+{
+    return decode(data, len, NULL, ret_plan, err);
+}
+
+int
+dcp_plan_decode_shared(const uint8_t *data, size_t len, struct dcp_name_tables *tables,
+                       struct dcp_plan *ret_plan, struct dcp_error *err)
+{
+    return decode(data, len, tables, ret_plan, err);
 }

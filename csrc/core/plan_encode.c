@@ -1,7 +1,8 @@
 /*
  * plan_encode.c: a plan into its image (plan_format.h).
  *
- * One pass over names and one over items; each says what differs from the one before.
+ * One pass over names and one over items; each says what differs from the one before.  Equal names
+ * give equal bytes, so that a receiver need not decode them again to see that they are equal.
  *
  * Threads: no state.
  */
@@ -185,28 +186,42 @@ put_item(struct dcp_buf *buf, const struct dcp_plan *plan, const struct dcp_item
     }
 }
 
-int
-dcp_plan_encode(const struct dcp_plan *plan, struct dcp_buf *buf, struct dcp_error *err)
+/* The last two numbers say where the names are: `names[0]` bytes long, or known by their hash. */
+static void
+put_head(struct dcp_buf *buf, const struct dcp_plan *plan, unsigned more_flags,
+         const uint64_t names[2])
 {
-    unsigned flags = (plan->single_file_per_rank ? FLAG_SINGLE_FILE : 0u) |
+    unsigned flags = more_flags | (plan->single_file_per_rank ? FLAG_SINGLE_FILE : 0u) |
                      (plan->has_paths ? FLAG_HAS_PATHS : 0u);
     dcp_buf_put(buf, DCP_PLAN_MAGIC, MAGIC_BYTES);
     dcp_buf_put_u8(buf, VERSION);
     dcp_buf_put_u8(buf, (uint8_t)flags);
-    dcp_buf_put_varint(buf, plan->rank);
-    dcp_buf_put_varint(buf, plan->thread_count);
-    dcp_buf_put_varint(buf, plan->names_count);
-    dcp_buf_put_varint(buf, plan->items_count);
+    dcp_buf_put_u32(buf, plan->rank);
+    dcp_buf_put_u32(buf, plan->thread_count);
+    dcp_buf_put_u32(buf, plan->names_count);
+    dcp_buf_put_u32(buf, plan->items_count);
+    dcp_buf_put_u64(buf, names[0]);
+    dcp_buf_put_u64(buf, names[1]);
+}
 
+static int
+put_names(struct dcp_buf *buf, const struct dcp_plan *plan, struct dcp_error *err)
+{
     static const struct dcp_name empty = {.fqn = ""};
-    const struct dcp_name *before_name = &empty;
+    const struct dcp_name *before = &empty;
     for (uint32_t i = 0; i < plan->names_count; i++) {
-        int rc = put_name(buf, before_name, &plan->names[i], err);
+        int rc = put_name(buf, before, &plan->names[i], err);
         if (rc != 0) {
             return rc;
         }
-        before_name = &plan->names[i];
+        before = &plan->names[i];
     }
+    return 0;
+}
+
+static int
+put_items(struct dcp_buf *buf, const struct dcp_plan *plan, struct dcp_error *err)
+{
     uint32_t next_name = 0;
     const struct dcp_item *before = NULL;
     for (uint32_t i = 0; i < plan->items_count; i++) {
@@ -221,4 +236,29 @@ dcp_plan_encode(const struct dcp_plan *plan, struct dcp_buf *buf, struct dcp_err
         before = item->kind == DCP_ITEM_BYTES ? before : item;
     }
     return dcp_buf_check(buf, err);
+}
+
+int
+dcp_plan_encode(const struct dcp_plan *plan, struct dcp_buf *buf, struct dcp_error *err)
+{
+    struct dcp_buf names = {0};
+    int rc = put_names(&names, plan, err);
+    if (rc == 0) {
+        rc = dcp_buf_check(&names, err);
+    }
+    if (rc == 0) {
+        put_head(buf, plan, 0, (uint64_t[]){names.len, 0});
+        dcp_buf_put(buf, names.data, names.len);
+        rc = put_items(buf, plan, err);
+    }
+    dcp_buf_clean_up(&names);
+    return rc;
+}
+
+int
+dcp_plan_encode_nameless(const struct dcp_plan *plan, const struct dcp_hash128 *names_hash,
+                         struct dcp_buf *buf, struct dcp_error *err)
+{
+    put_head(buf, plan, FLAG_NAMELESS, (uint64_t[]){names_hash->lo, names_hash->hi});
+    return put_items(buf, plan, err);
 }

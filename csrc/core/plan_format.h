@@ -5,9 +5,14 @@
  * State dicts repeat themselves: a name shares its head with the one before it, its path is the
  * name cut at dots, items come in the order of names, most boxes are the whole tensor or differ
  * from it in one dimension.  An image says only what is new: about 30 bytes for an FSDP item with
- * its name, where torch's pickle takes 220.
+ * its name, where torch's pickle takes 220.  Of the 30, the name takes 20; a gather leaves the
+ * names out where the coordinator has them already (save_gather.c).
  *
- *     "DCPP" version flags varint(rank, thread_count, names_count, items_count) names items
+ *     head of HEAD_BYTES, little endian:
+ *         "DCPP" version flags u32 rank, thread_count, names_count, items_count
+ *         u64 bytes of the names, u64 0; or, with FLAG_NAMELESS, the 128-bit hash of the names
+ *     names, unless FLAG_NAMELESS
+ *     items
  *
  * name: varint(bytes shared with the name before), varint(bytes that follow), bytes, path mode
  *     0 no path; 1 cut: varint(parts), then varint(bytes of the part << 1 | is a list index) each;
@@ -24,7 +29,8 @@
 
 enum {
     MAGIC_BYTES = 4,
-    VERSION = 1,
+    VERSION = 2,
+    HEAD_BYTES = MAGIC_BYTES + 2 + 4 * 4 + 2 * 8,
     NAME_MIN_BYTES = 3,
     ITEM_MIN_BYTES = 1,
     /* Bytes that a name may take over from the one before. */
@@ -36,7 +42,9 @@ enum {
 enum flag_bits {
     FLAG_SINGLE_FILE = 1 << 0,
     FLAG_HAS_PATHS = 1 << 1,
-    FLAG_ALL = FLAG_SINGLE_FILE | FLAG_HAS_PATHS,
+    /* Counted from the top: what the image is like.  From the bottom: what the plan is like. */
+    FLAG_NAMELESS = 1 << 7,
+    FLAG_ALL = FLAG_SINGLE_FILE | FLAG_HAS_PATHS | FLAG_NAMELESS,
 };
 
 enum path_mode { PATH_NONE = 0, PATH_CUT = 1, PATH_RAW = 2 };

@@ -43,10 +43,39 @@ dcp_name_clip(const struct dcp_name *name)
     return (int)len;
 }
 
+/* ---- what decides a plan, in two parts ---- */
+
+/* Names and paths, in order; equal on all ranks of most jobs. */
+struct dcp_hash128 dcp_plan_names_hash(const struct dcp_plan *plan);
+/* dcp_plan_fingerprint for a caller that has hashed the names already. */
+struct dcp_hash128 dcp_plan_fingerprint_named(const struct dcp_plan *plan,
+                                              const struct dcp_hash128 *names_hash, uint64_t salt);
+
+/* ---- memory of a plan whose size is known, or final ---- */
+
+/* Room for `count` items of a plan that has none. */
+int dcp_plan_reserve_items(struct dcp_plan *plan, uint32_t count,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+/* Gives back the room that growing dimensions took ahead. */
+void dcp_plan_trim(struct dcp_plan *plan);
+
+/* ---- codec of a gather, where most ranks' names are known already ---- */
+
+struct dcp_name_tables;
+
+/* As dcp_plan_encode, but in the place of the names stands their hash. */
+int dcp_plan_encode_nameless(const struct dcp_plan *plan, const struct dcp_hash128 *names_hash,
+                             struct dcp_buf *buf, struct dcp_error *err) DCP_MUST_CHECK;
+/* Takes both kinds of image.  The plan's names are a shared table: one of `tables`, or a new one
+ * that is added to them.  DCP_E_MISSING: names are left out that `tables` do not have.  The image
+ * must stay until the tables are cleaned up. */
+int dcp_plan_decode_shared(const uint8_t *data, size_t len, struct dcp_name_tables *tables,
+                           struct dcp_plan *ret_plan, struct dcp_error *err) DCP_MUST_CHECK;
+
 /* ---- names of all plans, numbered by first appearance; equal text, equal number ---- */
 
 struct dcp_name_ids {
-    uint32_t *ids;           /* owned: every plan's names, one plan behind the other */
+    uint32_t *ids;           /* owned: names of every plan, of a shared table once */
     uint64_t *first;         /* owned, one per plan: where its names start in `ids` */
     uint32_t distinct_count; /* ids are below this */
 };

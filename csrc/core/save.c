@@ -13,6 +13,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io_explain.h"
+#include "plan_private.h"
+
 static char *
 copy_text(const char *text)
 {
@@ -109,6 +112,17 @@ target_name(const struct dcp_save *save, char *ret_name, size_t size)
     }
 }
 
+static int
+open_failed(const struct dcp_save *save, int sys_errno, const char *what, struct dcp_error *err)
+{
+    char why[DCP_IO_EXPLAIN_BYTES];
+    const struct dcp_io_trouble trouble = {
+        .io = save->io, .fd = save->dirfd, .sys_errno = sys_errno};
+
+    return dcp_error_set(err, DCP_E_IO, sys_errno, save->dir_path, "%s %s failed: %s", what,
+                         save->dir_path, dcp_io_explain(&trouble, why));
+}
+
 int
 dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err)
 {
@@ -117,22 +131,22 @@ dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err)
     int rc = io->mkdirs(io->ctx, save->dir_path);
 
     if (rc < 0) {
-        return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path,
-                             "could not make the checkpoint's directory %s", save->dir_path);
+        return open_failed(save, -rc, "making the checkpoint's directory", err);
     }
     rc = io->open_dir(io->ctx, save->dir_path);
     if (rc < 0) {
-        return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path,
-                             "could not open the checkpoint's directory %s", save->dir_path);
+        return open_failed(save, -rc, "opening the checkpoint's directory", err);
     }
     save->dirfd = rc;
     target_name(save, name, sizeof name);
-    rc = io->open_at(io->ctx, save->dirfd, name, O_RDONLY, 0);
+    do {
+        rc = io->open_at(io->ctx, save->dirfd, name, O_RDONLY, 0);
+    } while (rc == -EINTR);
     if (rc < 0 && rc != -ENOENT) {
-        return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path, "could not open %s/%s",
-                             save->dir_path, name);
+        return open_failed(save, -rc, "opening the previous checkpoint in", err);
     }
-    *ret_exists = rc >= 0;
+    save->exists = rc >= 0;
+    *ret_exists = save->exists;
     if (rc >= 0) {
         io->close(io->ctx, rc);
     }
@@ -168,7 +182,8 @@ dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan)
     dcp_plan_clean_up(&save->plan);
     save->plan = *plan;
     memset(plan, 0, sizeof *plan);
-    save->fingerprint = dcp_plan_fingerprint(&save->plan, save->plan_salt);
+    save->names_hash = dcp_plan_names_hash(&save->plan);
+    save->fingerprint = dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
 }
 
 /* ---- agree ---- */
@@ -180,18 +195,21 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     const struct dcp_installed_plan *installed = &group->installed;
     struct dcp_vote ballot = {
         .reuse = ok && installed->valid && installed->fingerprint.lo == save->fingerprint.lo &&
-                 installed->fingerprint.hi == save->fingerprint.hi,
+                 installed->fingerprint.hi == save->fingerprint.hi &&
+                 (!save->info.is_coordinator || dcp_save_fits_again(save)),
         .ok = ok,
         .call = save->call_hash,
         .is_coordinator = save->info.is_coordinator,
         .save_id = save->info.save_id,
         .n0 = save->info.n0,
+        .names_hash = save->names_hash,
     };
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
     if (installed->valid) {
         ballot.plan_id = installed->plan_id;
+        ballot.held_plan = installed->plan_id.lo;
     }
     rc = dcp_group_check(group, err);
     if (rc == 0) {
@@ -205,6 +223,8 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         save->info.save_id = ballot.save_id;
         save->info.n0 = ballot.n0;
         save->info.call_agrees = ballot.call_agrees;
+        save->coordinator_names_hash = ballot.names_hash;
+        save->coordinator_held_plan = ballot.held_plan;
     }
     return rc;
 }

@@ -1,5 +1,5 @@
 /*
- * save.h: one save in flight (private to save.c, save_plan.c, save_write.c and save_commit.c).
+ * save.h: one save in flight (private to save.c and the save_*.c).
  */
 #ifndef DCP_CORE_SAVE_H
 #define DCP_CORE_SAVE_H
@@ -21,12 +21,19 @@ struct dcp_save {
     bool independent, to_lowest_rank, sync;
     enum dcp_direct direct;
 
-    pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
-    int dirfd;    /* -1 until dcp_save_open */
-    bool claimed; /* this process holds `claim` */
+    pid_t pid;   /* a forked child holds a copy of a save that is its parent's to end */
+    int dirfd;   /* -1 until dcp_save_open */
+    bool exists; /* a committed checkpoint was there when the directory was opened */
+    bool asked_space;
+    uint64_t
+        free_bytes; /* on the directory's file system, when it was asked; UINT64_MAX: unknown */
+    bool claimed;   /* this process holds `claim` */
     struct dcp_claim claim;
     struct dcp_plan plan;
-    struct dcp_hash128 fingerprint;
+    struct dcp_hash128 fingerprint, names_hash; /* of `plan` */
+    /* From the vote: which names the coordinator has (save_gather.c). */
+    struct dcp_hash128 coordinator_names_hash;
+    uint64_t coordinator_held_plan;
     struct dcp_installed_plan own; /* of an independent save; else the group's is used */
     struct dcp_buf metadata;       /* coordinator: the image */
     struct dcp_save_info info;
@@ -41,10 +48,29 @@ dcp_save_installed(struct dcp_save *save)
     return save->independent ? &save->own : &save->group->installed;
 }
 
+/* Collective: every rank's plan to the coordinator.  `local`, *ret_local_rc: what failed on this
+ * rank alone; it goes on to the next call.  Coordinator: plans go to `next`, and *ret_spans (the
+ * caller's, dcp_free) has room for one span per rank.  Non-zero: the gather itself failed. */
+int dcp_save_gather_plans(struct dcp_save *save, struct dcp_installed_plan *next,
+                          struct dcp_span **ret_spans, struct dcp_error *local, int *ret_local_rc,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+
 /* The SLOW way: gather plans, decide, scatter, install. */
 int dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
                        struct dcp_error *err) DCP_MUST_CHECK;
 /* The same for one rank on its own. */
 int dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- save_space.c ---- */
+
+/* After the vote: this rank's directory is the coordinator's. */
+bool dcp_save_sees_claim(const struct dcp_save *save);
+/* Coordinator, before the vote: false when the installed plan does not fit any more. */
+bool dcp_save_fits_again(struct dcp_save *save);
+/* Coordinator, before its answers: refuses what does not fit.  Sets next->shared_bytes. */
+int dcp_save_check_sum(struct dcp_save *save, struct dcp_installed_plan *next,
+                       struct dcp_error *err) DCP_MUST_CHECK;
+/* Any rank, before it writes (the coordinator: with the metadata): its own bytes. */
+int dcp_save_check_own(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

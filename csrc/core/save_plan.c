@@ -2,6 +2,10 @@
  * save_plan.c: from local plans to an installed one: gather, decide, scatter, install (design
  * section 3, SLOW).
  *
+ * The collectives, in the order that every rank makes them after the vote (save.c):
+ *     gather of plans    longest, memory, rounds, received (comm_bytes.c, save_gather.c)
+ *     scatter of answers longest, memory, rounds
+ *     install            one all-reduce; the failures' exchange behind it if a rank failed
  * A rank that fails on the way sends an empty message and goes on to the install vote with its
  * failure, so that every rank makes the same calls in the same order.  The answer to a rank is {ok,
  * plan_id, bitmap of kept items}; its layout is a pure function of plan and bitmap, so nothing else
@@ -19,34 +23,16 @@ keep_bytes(const struct dcp_plan *plan)
     return ((size_t)plan->items_count + 7) / 8;
 }
 
-/* Coordinator: decodes all plans and decides.  Fills `next`, plan id included. */
+/* Coordinator: from all plans to the global one, plan id included. */
 static int
-decide(struct dcp_save *save, const struct dcp_span *messages, struct dcp_installed_plan *next,
-       struct dcp_error *err)
+decide(struct dcp_save *save, struct dcp_installed_plan *next, struct dcp_error *err)
 {
-    uint32_t size = save->group->comm.size;
-    int rc;
+    int rc = dcp_global_plan_build(next->plans, next->plans_count, save->to_lowest_rank,
+                                   &next->global, err);
 
-    next->plans = dcp_calloc(size, sizeof *next->plans);
-    if (next->plans == NULL) {
-        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the plans of %u ranks",
-                             size);
+    if (rc == 0) {
+        rc = dcp_save_check_sum(save, next, err);
     }
-    next->plans_count = size;
-    for (uint32_t i = 0; i < size; i++) {
-        if (messages[i].len == 0) {
-            return dcp_error_set(err, DCP_E_PEER, 0, NULL, "rank %u sent no plan", i);
-        }
-        rc = dcp_plan_decode(messages[i].data, messages[i].len, &next->plans[i], err);
-        if (rc != 0) {
-            return rc;
-        }
-        if (next->plans[i].rank != i) {
-            return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "rank %u sent the plan of rank %u",
-                                 i, next->plans[i].rank);
-        }
-    }
-    rc = dcp_global_plan_build(next->plans, size, save->to_lowest_rank, &next->global, err);
     if (rc == 0 && dcp_random_bytes(&next->plan_id, sizeof next->plan_id) != 0) {
         rc = dcp_error_set(err, DCP_E_IO, 0, NULL, "the system gave no random bytes for a plan id");
     }
@@ -134,26 +120,21 @@ dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
     struct dcp_group *group = save->group;
     bool is_coordinator = group->comm.rank == group->coordinator;
     struct dcp_installed_plan next = {0};
-    struct dcp_buf message = {0}, answer = {0};
+    struct dcp_buf answer = {0};
     struct dcp_span *spans = NULL;
-    uint8_t *block = NULL;
     struct dcp_error local;
     struct dcp_failure mine;
     struct dcp_save_id id;
     int rc, local_rc;
 
     dcp_error_clear(&local);
-    local_rc = dcp_plan_encode(&save->plan, &message, &local);
-    rc = dcp_comm_gather_bytes(&group->comm, group->coordinator, message.data,
-                               local_rc == 0 ? message.len : 0, &block, &spans, err);
+    rc = dcp_save_gather_plans(save, &next, &spans, &local, &local_rc, err);
     if (rc != 0) {
-        rc = dcp_group_give_up(group, rc, err);
         goto done;
     }
     if (is_coordinator && local_rc == 0) {
-        local_rc = decide(save, spans, &next, &local);
+        local_rc = decide(save, &next, &local);
     }
-    /* The messages have been decoded: their spans serve for the answers. */
     rc = scatter_answers(save, &next, local_rc == 0, spans, &answer, err);
     if (rc != 0) {
         goto done;
@@ -180,10 +161,8 @@ dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
     }
 done:
     dcp_installed_plan_clean_up(&next);
-    dcp_buf_clean_up(&message);
     dcp_buf_clean_up(&answer);
     dcp_free(spans);
-    dcp_free(block);
     return rc;
 }
 

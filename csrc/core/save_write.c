@@ -7,6 +7,8 @@
 
 #include <errno.h>
 
+#include "io_explain.h"
+
 static int
 build_metadata(struct dcp_save *save, struct dcp_error *err)
 {
@@ -22,20 +24,23 @@ build_metadata(struct dcp_save *save, struct dcp_error *err)
     return rc;
 }
 
-/* A full disk is better met before the first byte than at the last one. */
+/* The names must be durable before this rank says so. */
 static int
-check_space(struct dcp_save *save, uint64_t need_bytes, struct dcp_error *err)
+sync_names(const struct dcp_save *save, struct dcp_error *err)
 {
-    struct dcp_space space;
-    int rc = save->io->space(save->io->ctx, save->dirfd, &space);
+    char why[DCP_IO_EXPLAIN_BYTES];
+    struct dcp_io_trouble trouble = {.io = save->io, .fd = save->dirfd, .syncing = true};
+    int rc;
 
-    if (rc == 0 && space.free_bytes < need_bytes) {
-        return dcp_error_set(err, DCP_E_IO, ENOSPC, save->dir_path,
-                             "not enough space in %s: this rank writes %llu bytes, %llu are free",
-                             save->dir_path, (unsigned long long)need_bytes,
-                             (unsigned long long)space.free_bytes);
+    do {
+        rc = save->io->fsync(save->io->ctx, save->dirfd);
+    } while (rc == -EINTR);
+    if (rc == 0) {
+        return 0;
     }
-    return 0; /* where free space cannot be asked, the writes tell */
+    trouble.sys_errno = -rc;
+    return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path, "syncing the directory %s failed: %s",
+                         save->dir_path, dcp_io_explain(&trouble, why));
 }
 
 int
@@ -61,20 +66,15 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         rc = build_metadata(save, err);
     }
     if (rc == 0) {
-        rc = check_space(save, installed->layout.total_bytes, err);
+        rc = dcp_save_check_own(save, err);
     }
     if (rc == 0) {
         rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, &installed->layout,
                             sources, &save->info.save_id, save->info.n0, &options, NULL,
                             &save->info.write, err);
     }
-    /* The names must be durable before this rank says so. */
     if (rc == 0 && save->sync) {
-        int sync_rc = save->io->fsync(save->io->ctx, save->dirfd);
-        if (sync_rc < 0) {
-            rc = dcp_error_set(err, DCP_E_IO, -sync_rc, save->dir_path,
-                               "could not sync the directory %s", save->dir_path);
-        }
+        rc = sync_names(save, err);
     }
     save->info.write_ns = dcp_now_ns() - start_ns;
     return rc;

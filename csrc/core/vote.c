@@ -25,6 +25,8 @@ enum vote_lane {
     VOTE_CALL = 8,     /* and ~ */
     VOTE_SAVE_ID = 10, /* two lanes */
     VOTE_N0 = 12,
+    VOTE_NAMES = 13, /* two lanes */
+    VOTE_HELD_PLAN = 15,
 };
 
 /* The same version lanes lead both messages, so ranks of different protocols learn of it. */
@@ -80,9 +82,9 @@ fill_vote(const struct dcp_vote *vote, bool ok, int64_t lanes[DCP_VOTE_LANES])
     lanes[VOTE_OK] = ok;
     put_equal(lanes, VOTE_CALL, vote->call);
     if (!vote->is_coordinator) {
-        lanes[VOTE_SAVE_ID] = INT64_MAX;
-        lanes[VOTE_SAVE_ID + 1] = INT64_MAX;
-        lanes[VOTE_N0] = INT64_MAX;
+        for (int lane = VOTE_SAVE_ID; lane < DCP_VOTE_LANES; lane++) {
+            lanes[lane] = INT64_MAX;
+        }
         return;
     }
     uint64_t halves[2];
@@ -90,6 +92,9 @@ fill_vote(const struct dcp_vote *vote, bool ok, int64_t lanes[DCP_VOTE_LANES])
     lanes[VOTE_SAVE_ID] = (int64_t)halves[0];
     lanes[VOTE_SAVE_ID + 1] = (int64_t)halves[1];
     lanes[VOTE_N0] = ok ? (int64_t)vote->n0 : 0;
+    lanes[VOTE_NAMES] = (int64_t)vote->names_hash.lo;
+    lanes[VOTE_NAMES + 1] = (int64_t)vote->names_hash.hi;
+    lanes[VOTE_HELD_PLAN] = (int64_t)vote->held_plan;
 }
 
 static enum dcp_verdict
@@ -140,6 +145,9 @@ dcp_vote_run(const struct dcp_comm *comm, struct dcp_vote *vote, enum dcp_verdic
     if (verdict != DCP_VERDICT_FAILED && !vote->is_coordinator) {
         memcpy(vote->save_id.bytes, &lanes[VOTE_SAVE_ID], sizeof vote->save_id.bytes);
         vote->n0 = (uint64_t)lanes[VOTE_N0];
+        vote->names_hash.lo = (uint64_t)lanes[VOTE_NAMES];
+        vote->names_hash.hi = (uint64_t)lanes[VOTE_NAMES + 1];
+        vote->held_plan = (uint64_t)lanes[VOTE_HELD_PLAN];
     }
     *ret_verdict = verdict;
     return 0;

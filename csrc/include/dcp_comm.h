@@ -48,7 +48,7 @@ void dcp_comm_sim_destroy(struct dcp_comm_sim *sim);
 
 /* ---- vote (design section 3): one all-reduce, MIN, 16 lanes of int64 ---- */
 
-enum { DCP_VOTE_LANES = 16, DCP_PROTOCOL_VERSION = 1 };
+enum { DCP_VOTE_LANES = 16, DCP_PROTOCOL_VERSION = 2 };
 
 enum dcp_verdict {
     DCP_VERDICT_FAST = 1,   /* every rank may reuse its installed plan */
@@ -66,6 +66,8 @@ struct dcp_vote {
     /* in on the coordinator, out elsewhere */
     struct dcp_save_id save_id;
     uint64_t n0;
+    struct dcp_hash128 names_hash; /* of the coordinator's plan (dcp_plan_names_hash) */
+    uint64_t held_plan; /* low half of the id of the plan that it has installed; 0: none */
     /* out */
     bool call_agrees; /* false with SLOW: ranks named different directories; warn with both */
 };

@@ -60,18 +60,22 @@ struct dcp_name {
     uint32_t path_parts; /* 0 without a path */
 };
 
+struct dcp_name_table; /* private to the core: names that several plans share */
+
 struct dcp_plan {
     uint32_t rank;             /* group rank; names the files */
     uint32_t thread_count;     /* of the writer: files per rank when single_file_per_rank */
     bool single_file_per_rank; /* else one file per item */
     bool has_paths;            /* flatten_state_dict: metadata gets planner_data */
-    struct dcp_name *names;    /* owned array */
+    struct dcp_name *names;    /* owned array, or the table's */
     uint32_t names_count, names_cap;
     struct dcp_item *items; /* owned array, state dict order */
     uint32_t items_count, items_cap;
     uint64_t *dims; /* owned array */
     uint64_t dims_count, dims_cap;
     struct dcp_bump strings; /* owns names' text and paths */
+    /* Of a plan that was gathered: owns names and strings in this plan's place; else NULL. */
+    struct dcp_name_table *table;
 };
 
 /* Zero-initialised is a valid empty plan.  The destructor is idempotent. */
@@ -133,8 +137,8 @@ dcp_item_weight_bytes(const struct dcp_plan *plan, const struct dcp_item *item)
     return dcp_max_u64(item->slot_bytes, dcp_item_payload_bytes(plan, item));
 }
 
-/* ---- codec: a compact little-endian image; decode checks every bound, name, kind, dtype, dim and
- * product ---- */
+/* ---- codec: a compact little-endian image, complete in itself; decode checks every bound, name,
+ * kind, dtype, dim and product ---- */
 int dcp_plan_encode(const struct dcp_plan *plan, struct dcp_buf *buf,
                     struct dcp_error *err) DCP_MUST_CHECK;
 int dcp_plan_decode(const uint8_t *data, size_t len, struct dcp_plan *ret_plan,

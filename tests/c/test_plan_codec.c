@@ -121,15 +121,18 @@ mutations_are_refused_or_decode_to_a_sound_plan(void)
     dcp_buf_clean_up(&again);
 }
 
+/* The head of an image with names of `names_bytes` bytes. */
 static void
-put_head(struct dcp_buf *image, uint64_t names_count, uint64_t items_count)
+put_head(struct dcp_buf *image, uint64_t names_count, uint64_t names_bytes, uint64_t items_count)
 {
     dcp_buf_clear(image);
-    dcp_buf_put(image, "DCPP\1\1", 6);
-    dcp_buf_put_varint(image, 0);
-    dcp_buf_put_varint(image, 1);
-    dcp_buf_put_varint(image, names_count);
-    dcp_buf_put_varint(image, items_count);
+    dcp_buf_put(image, "DCPP\2\1", 6);
+    dcp_buf_put_u32(image, 0);
+    dcp_buf_put_u32(image, 1);
+    dcp_buf_put_u32(image, (uint32_t)names_count);
+    dcp_buf_put_u32(image, (uint32_t)items_count);
+    dcp_buf_put_u64(image, names_bytes);
+    dcp_buf_put_u64(image, 0);
 }
 
 static void
@@ -137,14 +140,20 @@ counts_that_the_input_cannot_hold_are_refused_before_memory_is_taken(void)
 {
     struct dcp_buf image = {0};
     struct dcp_plan back;
-    const uint64_t counts[] = {2, 1000, UINT32_MAX, 1ull << 40, UINT64_MAX};
+    const uint32_t counts[] = {2, 1000, 1u << 31, UINT32_MAX};
+    const uint64_t lengths[] = {5, 1000, 1ull << 32, UINT64_MAX - 38, UINT64_MAX};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
-        put_head(&image, counts[i], 0);
+        put_head(&image, counts[i], 4, 0);
         dcp_buf_put(&image, "\0\1a\0", 4);
         dcp_alloc_fail_after(1);
         CHECK_EQ(decode_copy(image.data, image.len, &back), DCP_E_CORRUPT);
+        put_head(&image, 0, 0, counts[i]);
+        CHECK_EQ(decode_copy(image.data, image.len, &back), DCP_E_CORRUPT);
         dcp_alloc_fail_after(0);
-        put_head(&image, 0, counts[i]);
+    }
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        put_head(&image, 1, lengths[i], 0);
+        dcp_buf_put(&image, "\0\1a\0", 4);
         dcp_alloc_fail_after(1);
         CHECK_EQ(decode_copy(image.data, image.len, &back), DCP_E_CORRUPT);
         dcp_alloc_fail_after(0);
@@ -182,7 +191,7 @@ items_that_lie_are_refused(void)
     struct dcp_buf image = {0};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct dcp_plan back = {0};
-        put_head(&image, 1, 1);
+        put_head(&image, 1, 4, 1);
         dcp_buf_put(&image, "\0\1a\0", 4);
         dcp_buf_put(&image, cases[i].bytes, cases[i].len);
         CHECK_EQ(decode_copy(image.data, image.len, &back), cases[i].code);
@@ -216,7 +225,7 @@ paths_that_lie_are_refused(void)
     struct dcp_buf image = {0};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct dcp_plan back = {0};
-        put_head(&image, 1, 0);
+        put_head(&image, 1, 7 + cases[i].len, 0);
         dcp_buf_put(&image, "\0\5ab.07", 7);
         dcp_buf_put(&image, cases[i].bytes, cases[i].len);
         CHECK_EQ(decode_copy(image.data, image.len, &back), cases[i].code);
@@ -235,7 +244,7 @@ what_an_image_leaves_out_is_bounded(void)
         struct dcp_plan back = {0};
         char text[300];
         memset(text, 2, sizeof text); /* as text or as sizes */
-        put_head(&image, 2, 0);
+        put_head(&image, 2, 2 + 1 + sizeof text + 1 + 4, 0);
         dcp_buf_put_varint(&image, 0);
         dcp_buf_put_varint(&image, sizeof text);
         dcp_buf_put(&image, text, sizeof text);
@@ -246,7 +255,7 @@ what_an_image_leaves_out_is_bounded(void)
         dcp_plan_clean_up(&back);
 
         uint8_t ndim = (uint8_t)(8 + over);
-        put_head(&image, 1, 2);
+        put_head(&image, 1, 4, 2);
         dcp_buf_put(&image, "\0\1a\0", 4);
         dcp_buf_put(&image, "\x42\x07\x00", 3);
         dcp_buf_put_u8(&image, ndim);

@@ -18,6 +18,10 @@ enum { RANKS = 3, COORDINATOR = 1, TIMEOUT_MS = 20000, SHORT_TIMEOUT_MS = 150 };
 /* Where the caller's own failure comes from. */
 enum raise_at { RAISE_NEVER, RAISE_BEFORE_AGREE, RAISE_BEFORE_FINISH };
 
+/* How the second save comes by its plan.  A changed plan is gathered without the names, which the
+ * coordinator has of all ranks; after a forgotten one they are sent. */
+enum planning { PLAN_REUSED, PLAN_FORGOTTEN, PLAN_CHANGED, PLANNINGS };
+
 struct fault {
     enum fault_mode mode;
     uint32_t nth, victim;
@@ -30,7 +34,7 @@ struct fault_case {
     enum raise_at raise_at;
     uint32_t raises; /* rank */
     uint64_t fail_allocation_of_agree, fail_allocation_of_write; /* 1 is the next; 0: none */
-    bool slow;       /* the plan is agreed on anew */
+    enum planning planning;
     bool stays;      /* a rank that lost its connection lives on: the others wait in vain */
     bool independent;
     enum dcp_direct direct;
@@ -94,11 +98,12 @@ save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     io_faults_init(&io_faults, fault->table);
     group = new_group(&table);
     save_once(group, &io_faults.io, &request, &fault->first[rank]);
-    if (fault->slow) {
+    if (fault->planning == PLAN_FORGOTTEN) {
         dcp_group_forget_plan(group);
     }
     arm(fault, rank, &comm_faults, &io_faults);
     request.generation = 2;
+    request.change = fault->planning == PLAN_CHANGED ? CHANGE_SALT : CHANGE_NONE;
     request.fail_before_agree = fault->raise_at == RAISE_BEFORE_AGREE && rank == fault->raises;
     request.fail_before_finish = fault->raise_at == RAISE_BEFORE_FINISH && rank == fault->raises;
     request.fail_allocation_of_agree = fault->fail_allocation_of_agree;
@@ -140,11 +145,11 @@ describe(const struct fault_case *fault)
 {
     fprintf(stderr,
             "failed: comm mode %d call %u rank %u%s; io mode %d call %u rank %u errno %d; raise %d "
-            "rank %u%s%s%s%s\n",
+            "rank %u; planning %d%s%s%s\n",
             fault->comm.mode, fault->comm.nth, fault->comm.victim,
             fault->comm_spares_victim ? " (others)" : "", fault->io.mode, fault->io.nth,
             fault->io.victim, fault->io.sys_errno, fault->raise_at, fault->raises,
-            fault->slow ? ", slow" : "", fault->stays ? ", stays" : "",
+            fault->planning, fault->stays ? ", stays" : "",
             fault->independent ? ", independent" : "",
             fault->direct == DCP_DIRECT_OFF ? "" : ", direct");
     for (uint32_t r = 0; r < RANKS; r++) {
@@ -368,22 +373,23 @@ enum { SLOW_CALLS = 11, FAST_CALLS = 3 };
 static void
 a_rank_that_dies_in_any_collective_leaves_one_whole_checkpoint(void)
 {
-    for (int slow = 0; slow < 2; slow++) {
+    for (int p = 0; p < PLANNINGS; p++) {
         struct fault_case like = {
-            .comm = {.mode = FAULT_BEFORE}, .slow = slow, .direct = DCP_DIRECT_OFF};
-        CHECK_EQ(fail_each_collective(&like), RANKS * (slow ? SLOW_CALLS : FAST_CALLS));
+            .comm = {.mode = FAULT_BEFORE}, .planning = p, .direct = DCP_DIRECT_OFF};
+        CHECK_EQ(fail_each_collective(&like), RANKS * (p != PLAN_REUSED ? SLOW_CALLS : FAST_CALLS));
     }
 }
 
 static void
 a_lost_reply_of_any_collective_leaves_one_whole_checkpoint(void)
 {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 2 * PLANNINGS; i++) {
         struct fault_case like = {.comm = {.mode = FAULT_AFTER},
-                                  .comm_spares_victim = i / 2 != 0,
-                                  .slow = i % 2 != 0,
+                                  .comm_spares_victim = i / PLANNINGS != 0,
+                                  .planning = i % PLANNINGS,
                                   .direct = DCP_DIRECT_OFF};
-        CHECK_EQ(fail_each_collective(&like), RANKS * (like.slow ? SLOW_CALLS : FAST_CALLS));
+        CHECK_EQ(fail_each_collective(&like),
+                 RANKS * (like.planning != PLAN_REUSED ? SLOW_CALLS : FAST_CALLS));
     }
 }
 
@@ -401,7 +407,7 @@ a_failing_system_call_of_any_rank_leaves_one_whole_checkpoint(void)
     for (int i = 0; i < 4; i++) {
         struct fault_case like = {
             .io = {.mode = FAULT_BEFORE, .sys_errno = i / 2 == 0 ? EIO : ENOSPC},
-            .slow = i % 2 != 0,
+            .planning = i % 2 != 0 ? PLAN_FORGOTTEN : PLAN_REUSED,
             .direct = i % 2 != 0 ? DCP_DIRECT_OFF : DCP_DIRECT_ON};
         CHECK(fail_each_system_call(&like) > 60);
     }
@@ -429,7 +435,7 @@ a_caller_that_raises_on_any_rank_aborts_the_save_everywhere(void)
     for (int i = 0; i < 4 * RANKS; i++) {
         enum raise_at at = i % 2 == 0 ? RAISE_BEFORE_AGREE : RAISE_BEFORE_FINISH;
         struct fault_case fault = {.raise_at = at,
-                                   .slow = i / 2 % 2 != 0,
+                                   .planning = i / 2 % 2 != 0 ? PLAN_CHANGED : PLAN_REUSED,
                                    .raises = (uint32_t)i / 4,
                                    .direct = DCP_DIRECT_OFF};
         run_case(&fault);
@@ -461,12 +467,12 @@ a_caller_that_raises_in_an_independent_save_aborts_its_own_part_only(void)
 static void
 running_out_of_memory_leaves_one_whole_checkpoint(void)
 {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 2 * PLANNINGS; i++) {
         unsigned failed = 0;
         bool all_ok = false;
         for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
-            struct fault_case fault = {.slow = i % 2 != 0, .direct = DCP_DIRECT_OFF};
-            *(i / 2 == 0 ? &fault.fail_allocation_of_agree : &fault.fail_allocation_of_write) = nth;
+            struct fault_case fault = {.planning = i % PLANNINGS, .direct = DCP_DIRECT_OFF};
+            *(i / PLANNINGS == 0 ? &fault.fail_allocation_of_agree : &fault.fail_allocation_of_write) = nth;
             run_case(&fault);
             all_ok = true;
             for (uint32_t r = 0; r < RANKS; r++) {

@@ -9,6 +9,10 @@
 
 enum { MAX_RANKS = 64, TIMEOUT_MS = 20000, COORDINATOR_N0 = 41 };
 
+#define HELD_PLAN UINT64_C(0x8000000000000002)
+
+static const struct dcp_hash128 names_hash = {UINT64_MAX, INT64_MAX};
+
 enum deviation {
     NOTHING,
     PLAN_ID_LOW_BIT,
@@ -104,6 +108,8 @@ run_vote(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     if (vote->is_coordinator) {
         vote->save_id = id_of(200); /* both halves negative as int64 */
         vote->n0 = COORDINATOR_N0;
+        vote->names_hash = names_hash;
+        vote->held_plan = HELD_PLAN;
     }
     struct dcp_comm inner = *comm;
     struct dcp_comm mine = *comm;
@@ -139,6 +145,9 @@ check_verdict(const struct vote_case *c, int rc, enum dcp_verdict verdict, bool 
         if (verdict != DCP_VERDICT_FAILED) {
             CHECK(memcmp(c->vote[r].save_id.bytes, id.bytes, sizeof id.bytes) == 0);
             CHECK_EQ(c->vote[r].n0, COORDINATOR_N0);
+            CHECK(c->vote[r].names_hash.lo == names_hash.lo);
+            CHECK(c->vote[r].names_hash.hi == names_hash.hi);
+            CHECK(c->vote[r].held_plan == HELD_PLAN);
         }
     }
 }

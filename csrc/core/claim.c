@@ -12,8 +12,8 @@
  * holds its save id, nobody else's claim can ever stand under that name. The listing before the
  * claim only guesses a number that will do.
  *
- * What a killed save left behind is emptied here, not only removed by the next commit: a disk that
- * it filled would never let the next save get that far.
+ * What killed saves left behind is emptied here, not only removed by the next commit: a disk that
+ * they filled would never let the next save get that far.
  *
  * Threads: no state.
  */
@@ -42,10 +42,10 @@ enum {
 /* What a look at the directory tells a claimant. */
 struct survey {
     struct dcp_dir_scan scan;
-    uint64_t next; /* one above every number in use by others; 0 when there is none */
-    uint64_t files_next, references_next; /* the same of data files alone, and of references */
-    bool tied;     /* another claim has our number, and its name sorts before ours */
-    bool vanished; /* a claim was gone when we came to fence it: it may just have committed */
+    uint64_t next;  /* one above every number in use by others; 0 when there is none */
+    bool leftovers; /* there are data files that nothing references */
+    bool tied;      /* another claim has our number, and its name sorts before ours */
+    bool vanished;  /* a claim was gone when we came to fence it: it may just have committed */
 };
 
 /* A global claim is about all files; one of a rank about that rank's. */
@@ -71,6 +71,21 @@ next_of(const struct dcp_claim *claim, const struct dcp_buf *files)
     return next;
 }
 
+static void
+note_leftovers(const struct dcp_claim *claim, struct dcp_buf *references, struct survey *survey)
+{
+    const struct dcp_buf *files = &survey->scan.files;
+
+    survey->leftovers = false;
+    dcp_file_keys_sort(references);
+    for (size_t i = 0; i < files->len / sizeof(uint64_t) && !survey->leftovers; i++) {
+        uint64_t key;
+        memcpy(&key, files->data + i * sizeof key, sizeof key);
+        survey->leftovers =
+            concerns(claim, (uint32_t)(key >> 32)) && !dcp_file_keys_have(references, key);
+    }
+}
+
 /* A file that is referenced but gone keeps its number too: a new file under that name would
  * complete the old checkpoint with foreign bytes. */
 static int
@@ -91,8 +106,8 @@ count_references(const struct dcp_claim *claim, struct survey *survey, struct dc
         }
     }
     if (rc == 0) {
-        survey->references_next = next_of(claim, &set.files);
-        survey->next = dcp_max_u64(survey->next, survey->references_next);
+        survey->next = dcp_max_u64(survey->next, next_of(claim, &set.files));
+        note_leftovers(claim, &set.files, survey);
     }
     dcp_reference_set_clean_up(&set);
     return rc;
@@ -107,8 +122,7 @@ look(const struct dcp_claim *claim, bool with_references, struct survey *survey,
     if (rc != 0) {
         return rc;
     }
-    survey->files_next = next_of(claim, &survey->scan.files);
-    survey->next = survey->files_next;
+    survey->next = next_of(claim, &survey->scan.files);
     survey->tied = false;
     for (size_t i = 0; i < dcp_dir_scan_claims_count(&survey->scan); i++) {
         const struct dcp_claim_name *other = dcp_dir_scan_claim(&survey->scan, i);
@@ -260,7 +274,7 @@ dcp_claim_take(const struct dcp_io *io, int dirfd, const char *dir_path, int32_t
         rc = try_claim(&claim, &next, identity, &survey, &taken, err);
     }
     dcp_dir_scan_clean_up(&survey.scan);
-    if (rc == 0 && taken && survey.files_next > survey.references_next) {
+    if (rc == 0 && taken && survey.leftovers) {
         dcp_claim_empty_leftovers(&claim);
     }
     if (rc == 0 && !taken) {

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "dcp_limits.h"
@@ -144,6 +145,32 @@ dcp_claim_name_parse(const char *name, struct dcp_claim_name *ret)
     ret->n0 = n0;
     snprintf(ret->text, sizeof ret->text, "%s", name);
     return true;
+}
+
+/* ---- keys ---- */
+
+static int
+compare_keys(const void *a, const void *b)
+{
+    uint64_t x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+    return x < y ? -1 : x > y;
+}
+
+void
+dcp_file_keys_sort(struct dcp_buf *keys)
+{
+    if (keys->len > 0) {
+        qsort(keys->data, keys->len / sizeof(uint64_t), sizeof(uint64_t), compare_keys);
+    }
+}
+
+bool
+dcp_file_keys_have(const struct dcp_buf *sorted_keys, uint64_t key)
+{
+    return sorted_keys->len > 0 && bsearch(&key, sorted_keys->data, sorted_keys->len / sizeof key,
+                                           sizeof key, compare_keys) != NULL;
 }
 
 /* ---- errors ---- */

@@ -21,6 +21,10 @@ dcp_file_key(uint32_t rank, uint64_t n)
     return (uint64_t)rank << 32 | (uint32_t)n;
 }
 
+/* Arrays of keys: sorted once, then asked. */
+void dcp_file_keys_sort(struct dcp_buf *keys);
+bool dcp_file_keys_have(const struct dcp_buf *sorted_keys, uint64_t key);
+
 /* One walk over the directory.  Zero-initialised is an empty one. */
 struct dcp_dir_scan {
     struct dcp_buf claims;   /* struct dcp_claim_name */
@@ -79,8 +83,8 @@ int dcp_claim_sync_error(const struct dcp_claim *claim, int sys_errno, const cha
 const char *dcp_claim_path(const struct dcp_claim *claim, const char *name,
                            char path[DCP_ERROR_PATH_BYTES]);
 
-/* Once the claim stands: empties data files of saves that never committed, so that the space they
- * take is there for this one; the next commit removes them (sweep.c).  Whatever fails is left. */
+/* Once the claim stands: empties data files that nothing references, so that the space they take is
+ * there for this save; the next commit removes them (sweep.c).  Whatever fails is left. */
 void dcp_claim_empty_leftovers(const struct dcp_claim *claim);
 
 /* ---- claim_references.c, which is all that the protocol knows of our formats.  The model test

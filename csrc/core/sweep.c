@@ -14,14 +14,13 @@
  * One thing is beyond any order of looks: a directory that somebody empties and saves to again
  * between step 3 and the unlink, which knows only names.
  *
- * A save that has just claimed needs the space that killed saves still take: a disk that they
- * filled would never let it get as far as its commit.  By the same steps, with its claim in the
- * place of
- * `.metadata` in step 3, it empties files, and only those that we wrote whose numbers are above all
- * that is referenced: of no checkpoint, nor of one that a power cut could bring back.  The names
- * stay until the commit.  Were they to go, and this save to fail, their numbers would be given out
- * again, and a process that is slow to learn that it lost would remove a later save's file as its
- * own.
+ * A save that has just claimed needs the space that is taken by what killed saves left, and by what
+ * a save that was killed after its commit did not sweep: a disk that they filled would never let it
+ * get as far as its own.  By the same steps, with its claim in the place of `.metadata` in step 3
+ * and the directory synced before (the references that we read must be what a power cut leaves), it
+ * empties those files, if we wrote them.  Their names stay until the commit.  Were they to go, and
+ * this save to fail, their numbers would be given out again, and a process that is slow to learn
+ * that it lost would remove a later save's file as its own.
  *
  * Threads: no state.
  */
@@ -29,19 +28,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "dcp_record.h"
-
-static int
-compare_keys(const void *a, const void *b)
-{
-    uint64_t x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return x < y ? -1 : x > y;
-}
 
 static size_t
 keys_count(const struct dcp_buf *keys)
@@ -55,14 +44,6 @@ key_at(const struct dcp_buf *keys, size_t i)
     uint64_t key;
     memcpy(&key, keys->data + i * sizeof key, sizeof key);
     return key;
-}
-
-static void
-sort_keys(struct dcp_buf *keys)
-{
-    if (keys->len > 0) {
-        qsort(keys->data, keys_count(keys), sizeof(uint64_t), compare_keys);
-    }
 }
 
 /* Keeps of the listed files those that this claim may ever sweep, sorted by rank and number. */
@@ -79,7 +60,7 @@ keep_candidates(const struct dcp_claim *claim, struct dcp_buf *files)
         }
     }
     files->len = kept * sizeof(uint64_t);
-    sort_keys(files);
+    dcp_file_keys_sort(files);
 }
 
 static bool
@@ -138,7 +119,7 @@ gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan
     }
     rc = dcp_buf_check(&ranks, err);
     if (rc == 0) {
-        sort_keys(&ranks);
+        dcp_file_keys_sort(&ranks);
     }
     for (size_t i = 0; rc == 0 && i < keys_count(&ranks) && !set->incomplete; i++) {
         if (key_at(&ranks, i) != last) {
@@ -158,14 +139,12 @@ remove_files(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
     char name[DCP_CLAIM_NAME_BYTES];
     int first = 0;
 
-    sort_keys(&set->files);
+    dcp_file_keys_sort(&set->files);
     for (size_t i = 0; i < keys_count(&scan->files); i++) {
         uint64_t key = key_at(&scan->files, i);
         int rc;
 
-        if (is_claimed(scan, claim, key) ||
-            (set->files.len > 0 && bsearch(&key, set->files.data, keys_count(&set->files),
-                                           sizeof key, compare_keys) != NULL)) {
+        if (is_claimed(scan, claim, key) || dcp_file_keys_have(&set->files, key)) {
             continue;
         }
         dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
@@ -213,28 +192,17 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
 
 /* ---- what failed saves left ---- */
 
-static uint64_t
-highest_number(const struct dcp_buf *keys)
-{
-    uint64_t highest = 0;
-
-    for (size_t i = 0; i < keys_count(keys); i++) {
-        highest = dcp_max_u64(highest, (uint32_t)key_at(keys, i));
-    }
-    return highest;
-}
-
-/* Keeps of the candidates those above all references that no claim covers. */
+/* Keeps of the candidates those that nothing references and no claim covers. */
 static void
 keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
-               const struct dcp_buf *references, struct dcp_buf *files)
+               struct dcp_buf *references, struct dcp_buf *files)
 {
-    uint64_t highest = highest_number(references);
     size_t kept = 0;
 
+    dcp_file_keys_sort(references);
     for (size_t i = 0; i < keys_count(files); i++) {
         uint64_t key = key_at(files, i);
-        if ((references->len == 0 || (uint32_t)key > highest) && !is_claimed(scan, claim, key)) {
+        if (!dcp_file_keys_have(references, key) && !is_claimed(scan, claim, key)) {
             memcpy(files->data + kept++ * sizeof key, &key, sizeof key);
         }
     }

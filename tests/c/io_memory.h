@@ -108,10 +108,11 @@ uint64_t io_memory_calls(const struct io_memory *fs); /* so far, of all kinds */
 uint64_t io_memory_calls_of(const struct io_memory *fs, enum io_call call);
 bool io_memory_crashed(const struct io_memory *fs);
 unsigned io_memory_open_files(const struct io_memory *fs); /* descriptors that are open */
-uint64_t io_memory_used_bytes(const struct io_memory *fs);  /* of the disk */
+/* Of the disk, by files that this process made; -1: by all. */
+uint64_t io_memory_used_bytes(const struct io_memory *fs, int process_id);
 /* fsyncs that said yes of a file whose fsync had failed before. */
 uint64_t io_memory_vain_syncs(const struct io_memory *fs);
-uint64_t io_memory_state_hash(const struct io_memory *fs);  /* of names and contents, volatile */
+uint64_t io_memory_state_hash(const struct io_memory *fs); /* of names and contents, volatile */
 
 /* Looks from outside: no call is counted, no fault hits. */
 uint64_t io_memory_version(const struct io_memory *fs); /* counts changes of names */

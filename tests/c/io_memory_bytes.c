@@ -15,14 +15,14 @@ maker_of(const struct io_inode *inode)
     return (unsigned)(inode->label >> 16) - 1;
 }
 
-/* Of all files, or those that one process made. */
-static uint64_t
-used_bytes(const struct io_memory *fs, bool of_one, unsigned process_id)
+uint64_t
+io_memory_used_bytes(const struct io_memory *fs, int process_id)
 {
     uint64_t used = 0;
 
     for (const struct io_inode *inode = fs->inodes; inode != NULL; inode = inode->next) {
-        if ((inode->names > 0 || inode->opens > 0) && (!of_one || maker_of(inode) == process_id)) {
+        if ((inode->names > 0 || inode->opens > 0) &&
+            (process_id < 0 || maker_of(inode) == (unsigned)process_id)) {
             used += inode->len > inode->allocated ? inode->len : inode->allocated;
             used += inode->names * fs->faults.name_bytes;
         }
@@ -31,21 +31,17 @@ used_bytes(const struct io_memory *fs, bool of_one, unsigned process_id)
 }
 
 uint64_t
-io_memory_used_bytes(const struct io_memory *fs)
-{
-    return used_bytes(fs, false, 0);
-}
-
-uint64_t
 io_room(const struct io_memory *fs, unsigned process_id)
 {
-    bool of_one = fs->faults.limited != 0;
+    const struct io_memory_faults *faults = &fs->faults;
 
-    if (fs->faults.space_bytes == UINT64_MAX || (of_one && fs->faults.limited - 1 != process_id)) {
+    if (faults->space_bytes == UINT64_MAX ||
+        (faults->limited != 0 && faults->limited - 1 != process_id)) {
         return UINT64_MAX;
     }
-    return fs->faults.space_bytes -
-           dcp_min_u64(fs->faults.space_bytes, used_bytes(fs, of_one, process_id));
+    return faults->space_bytes -
+           dcp_min_u64(faults->space_bytes,
+                       io_memory_used_bytes(fs, faults->limited == 0 ? -1 : (int)process_id));
 }
 
 int

@@ -90,11 +90,11 @@ struct io_called io_begin(void *ctx, enum io_call kind, const char *name);
 ssize_t io_end(struct io_called *call, ssize_t rc);
 /* Something that the call told its process. */
 void io_note(struct io_called *call, uint64_t value);
-/* Whether the disk has room for so many more bytes of a file that the process made; the error of one
- * that has not. */
+/* Whether the disk has room for so many more bytes of a file that the process made; the error of
+ * one that has not. */
 uint64_t io_room(const struct io_memory *fs, unsigned process_id);
 int io_full(const struct io_memory *fs);
-struct io_fd *io_fd_get(struct io_memory *fs, int fd);       /* NULL: no such descriptor */
+struct io_fd *io_fd_get(struct io_memory *fs, int fd);     /* NULL: no such descriptor */
 struct io_inode *io_fd_file(struct io_memory *fs, int fd); /* NULL: not of a file */
 /* Puts the calls of io_memory_bytes.c into a table. */
 void io_bytes_calls(struct dcp_io *io);

@@ -224,7 +224,7 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
     const struct dcp_comm *comm = dcp_group_comm(group);
     struct dcp_save_params params = {
         .io = io,
-        .dir_path = SAVE_DIR,
+        .dir_path = request->dir == NULL ? SAVE_DIR : request->dir,
         .meta = {.checkpoint_id = SAVE_DIR, .version = "1.0.0"},
         .identity = "a test",
         .call_hash = 77,

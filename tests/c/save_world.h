@@ -39,6 +39,7 @@ struct save_request {
     enum save_change change;
     enum dcp_direct direct;
     bool independent;
+    const char *dir; /* NULL: SAVE_DIR */
     bool fail_before_agree, fail_before_finish; /* as if the caller had raised there */
     /* The allocation of this number fails and all later ones, on all ranks: they share a heap.
      * From before agree or before write on, until the caller ends it; 0: none. */

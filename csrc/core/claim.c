@@ -12,7 +12,7 @@
  * holds its save id, nobody else's claim can ever stand under that name. The listing before the
  * claim only guesses a number that will do.
  *
- * What killed saves left behind is emptied here, not only removed by the next commit: a disk that
+ * What killed saves left behind is cleared here, not only by the next commit: a disk that
  * they filled would never let the next save get that far.
  *
  * Threads: no state.
@@ -275,7 +275,7 @@ dcp_claim_take(const struct dcp_io *io, int dirfd, const char *dir_path, int32_t
     }
     dcp_dir_scan_clean_up(&survey.scan);
     if (rc == 0 && taken && survey.leftovers) {
-        dcp_claim_empty_leftovers(&claim);
+        dcp_claim_clear_leftovers(&claim);
     }
     if (rc == 0 && !taken) {
         rc = dcp_error_set(err, DCP_E_SUPERSEDED, 0, dir_path,

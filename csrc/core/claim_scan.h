@@ -83,9 +83,9 @@ int dcp_claim_sync_error(const struct dcp_claim *claim, int sys_errno, const cha
 const char *dcp_claim_path(const struct dcp_claim *claim, const char *name,
                            char path[DCP_ERROR_PATH_BYTES]);
 
-/* Once the claim stands: empties data files that nothing references, so that the space they take is
- * there for this save; the next commit removes them (sweep.c).  Whatever fails is left. */
-void dcp_claim_empty_leftovers(const struct dcp_claim *claim);
+/* Once the claim stands: frees the space of data files that nothing references, so that it is there
+ * for this save (sweep.c).  Whatever fails is left for the next commit. */
+void dcp_claim_clear_leftovers(const struct dcp_claim *claim);
 
 /* ---- claim_references.c, which is all that the protocol knows of our formats.  The model test
  * links its own three functions and runs on a format of a few bytes. */

@@ -14,13 +14,17 @@
  * One thing is beyond any order of looks: a directory that somebody empties and saves to again
  * between step 3 and the unlink, which knows only names.
  *
- * A save that has just claimed needs the space that is taken by what killed saves left, and by what
- * a save that was killed after its commit did not sweep: a disk that they filled would never let it
- * get as far as its own.  By the same steps, with its claim in the place of `.metadata` in step 3
- * and the directory synced before (the references that we read must be what a power cut leaves), it
- * empties those files, if we wrote them.  Their names stay until the commit.  Were they to go, and
- * this save to fail, their numbers would be given out again, and a process that is slow to learn
- * that it lost would remove a later save's file as its own.
+ * A save that has just claimed needs the space that killed saves took, or was left by one that was
+ * killed while it swept: a disk that they filled would never let it get as far as its commit.  The
+ * steps are the same, with its claim in the place of `.metadata` in step 3, and the directory is
+ * synced first: the references that we read must be those that a power cut leaves.
+ *   - Numbers below the highest reference are of checkpoints that were replaced.  They go, as
+ * above; who still reads one keeps what it has open.
+ *   - Numbers above it are of saves that never committed.  Their files are emptied and keep their
+ *     names until the commit.  Were the names to go, and this save to fail, the numbers would be
+ *     given out again, and a process that is slow to learn that it lost would remove a later save's
+ *     file as its own.  That the claim stands is asked after the file is open: a claim is made
+ * once, so the file is no younger than it, and can be nobody's who came later.
  *
  * Threads: no state.
  */
@@ -192,6 +196,17 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
 
 /* ---- what failed saves left ---- */
 
+static uint64_t
+highest_number(const struct dcp_buf *keys)
+{
+    uint64_t highest = 0;
+
+    for (size_t i = 0; i < keys_count(keys); i++) {
+        highest = dcp_max_u64(highest, (uint32_t)key_at(keys, i));
+    }
+    return highest;
+}
+
 /* Keeps of the candidates those that nothing references and no claim covers. */
 static void
 keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
@@ -262,18 +277,36 @@ empty_file(const struct dcp_claim *claim, const char *name)
     }
     n = read_head(io, fd, bytes);
     if (n >= 0 && (n == 0 || dcp_claim_file_save_id(bytes, (size_t)n, &id)) &&
-        io->fstat(io->ctx, fd, &st) == 0 && st.links == 1) {
+        io->fstat(io->ctx, fd, &st) == 0 && st.links == 1 && still_stands(claim)) {
         (void)io->truncate(io->ctx, fd, 0);
     }
     io->close(io->ctx, fd);
 }
 
+static void
+clear_files(const struct dcp_claim *claim, const struct dcp_buf *references,
+            const struct dcp_buf *files)
+{
+    uint64_t highest = highest_number(references);
+
+    for (size_t i = 0; i < keys_count(files) && still_stands(claim); i++) {
+        uint64_t key = key_at(files, i);
+        char name[DCP_CLAIM_NAME_BYTES];
+
+        dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
+        if (references->len > 0 && (uint32_t)key < highest) {
+            (void)claim->io->unlink_at(claim->io->ctx, claim->dirfd, name);
+        } else {
+            empty_file(claim, name);
+        }
+    }
+}
+
 void
-dcp_claim_empty_leftovers(const struct dcp_claim *claim)
+dcp_claim_clear_leftovers(const struct dcp_claim *claim)
 {
     struct dcp_dir_scan scan = {0};
     struct dcp_reference_set set = {0};
-    char name[DCP_CLAIM_NAME_BYTES];
     struct dcp_error ignored;
     int rc;
 
@@ -288,12 +321,8 @@ dcp_claim_empty_leftovers(const struct dcp_claim *claim)
     }
     if (rc == 0 && !set.incomplete) {
         keep_leftovers(claim, &scan, &set.files, &scan.files);
-        if (scan.files.len > 0 && names_are_durable(claim) && still_stands(claim)) {
-            for (size_t i = 0; i < keys_count(&scan.files); i++) {
-                uint64_t key = key_at(&scan.files, i);
-                dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
-                empty_file(claim, name);
-            }
+        if (scan.files.len > 0 && names_are_durable(claim)) {
+            clear_files(claim, &set.files, &scan.files);
         }
     }
     dcp_dir_scan_clean_up(&scan);

@@ -5,9 +5,10 @@
  *
  * Synthetic plans of an FSDP job: most tensors sharded along dim 0 over all ranks (fsdp), or over
  * the 8 ranks of a node and replicated over nodes (hsdp), or replicated (ddp); besides one
- * replicated tensor in 16 and one object in 64.  Every plan goes through the codec, so the steps
- * see memory as it is after a gather.  Prints nanoseconds per item; the sum of the coordinator's
- * steps must stay below 1000.  Checks the counts that it prints and exits 1 when one is wrong.
+ * replicated tensor in 16 and one object in 64.  Every plan goes through the codec, without its
+ * names as most do in a gather, so the steps see memory as it is after one; what it costs with
+ * names is told besides.  Prints nanoseconds per item; the sum of the coordinator's steps must stay
+ * below 1000.  Checks the counts that it prints and exits 1 when one is wrong.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -17,7 +18,7 @@
 
 #include "dcp_metadata.h"
 #include "dcp_plan.h"
-#include "plan_private.h"
+#include "name_table.h"
 
 enum shape { FSDP, DDP, HSDP };
 
@@ -83,47 +84,101 @@ make_item(struct dcp_plan *plan, enum shape shape, uint32_t ranks, uint32_t i,
     must(dcp_plan_add_item(plan, &item, size, offsets, sizes, err), err);
 }
 
+/* Sums over all plans. */
+struct codec_costs {
+    uint64_t build_ns, hash_ns, names_hash_ns;
+    uint64_t encode_ns, decode_ns, image_bytes;                   /* without names */
+    uint64_t named_encode_ns, named_decode_ns, named_image_bytes; /* with them */
+};
+
+static void
+must_be_equal(const struct dcp_plan *a, const struct dcp_plan *b)
+{
+    struct dcp_hash128 x = dcp_plan_fingerprint(a, 0), y = dcp_plan_fingerprint(b, 0);
+    if (x.lo != y.lo || x.hi != y.hi) {
+        fprintf(stderr, "plan_scaling: a plan changed on its way\n");
+        exit(1);
+    }
+}
+
+static void
+pass_named(const struct dcp_plan *plan, struct dcp_buf *image, struct codec_costs *costs)
+{
+    struct dcp_plan back;
+    struct dcp_error err = {0};
+    uint64_t t0 = now_ns();
+    dcp_buf_clear(image);
+    must(dcp_plan_encode(plan, image, &err), &err);
+    uint64_t t1 = now_ns();
+    must(dcp_plan_decode(image->data, image->len, &back, &err), &err);
+    uint64_t t2 = now_ns();
+    costs->named_encode_ns += t1 - t0;
+    costs->named_decode_ns += t2 - t1;
+    costs->named_image_bytes += image->len;
+    must_be_equal(plan, &back);
+    dcp_plan_clean_up(&back);
+}
+
+/* As in a gather; the first plan is the coordinator's, whose names are the ones that it knows. */
+static void
+pass_nameless(const struct dcp_plan *plan, struct dcp_name_tables *tables, struct dcp_buf *image,
+              struct dcp_plan *ret_back, struct codec_costs *costs)
+{
+    struct dcp_error err = {0};
+    uint64_t t0 = now_ns();
+    struct dcp_hash128 names_hash = dcp_plan_names_hash(plan);
+    uint64_t t1 = now_ns();
+    (void)dcp_plan_fingerprint_named(plan, &names_hash, 0);
+    uint64_t t2 = now_ns();
+    dcp_buf_clear(image);
+    must(dcp_plan_encode_nameless(plan, &names_hash, image, &err), &err);
+    uint64_t t3 = now_ns();
+    if (plan->rank == 0) {
+        must(dcp_name_tables_add_copy(tables, plan, &names_hash, &err), &err);
+    }
+    must(dcp_plan_decode_shared(image->data, image->len, tables, ret_back, &err), &err);
+    uint64_t t4 = now_ns();
+    costs->names_hash_ns += t1 - t0;
+    costs->hash_ns += t2 - t0;
+    costs->encode_ns += t3 - t2;
+    costs->decode_ns += t4 - t3;
+    costs->image_bytes += image->len;
+    must_be_equal(plan, ret_back);
+}
+
 /* Makes one plan at a time and sends it through the codec, as a gather would. */
 static struct dcp_plan *
 make_plans(enum shape shape, uint32_t ranks, uint32_t items)
 {
     struct dcp_error err = {0};
     struct dcp_plan *plans = calloc(ranks, sizeof *plans);
-    uint64_t build_ns = 0, hash_ns = 0, encode_ns = 0, decode_ns = 0, bytes = 0;
+    struct codec_costs costs = {0};
+    struct dcp_name_tables tables = {0};
     struct dcp_buf image = {0};
     for (uint32_t p = 0; p < ranks; p++) {
         struct dcp_plan plan = {
             .rank = p, .thread_count = 1, .single_file_per_rank = true, .has_paths = true};
-        uint64_t t0 = now_ns();
+        uint64_t since = now_ns();
         for (uint32_t i = 0; i < items; i++) {
             make_item(&plan, shape, ranks, i, &err);
         }
-        uint64_t t1 = now_ns();
-        struct dcp_hash128 before = dcp_plan_fingerprint(&plan, 0);
-        uint64_t t2 = now_ns();
-        dcp_buf_clear(&image);
-        must(dcp_plan_encode(&plan, &image, &err), &err);
-        uint64_t t3 = now_ns();
-        must(dcp_plan_decode(image.data, image.len, &plans[p], &err), &err);
-        uint64_t t4 = now_ns();
-        build_ns += t1 - t0;
-        hash_ns += t2 - t1;
-        encode_ns += t3 - t2;
-        decode_ns += t4 - t3;
-        bytes += image.len;
-        struct dcp_hash128 after = dcp_plan_fingerprint(&plans[p], 0);
-        if (before.lo != after.lo || before.hi != after.hi) {
-            fprintf(stderr, "plan_scaling: a plan changed on its way\n");
-            exit(1);
-        }
+        costs.build_ns += now_ns() - since;
+        pass_named(&plan, &image, &costs);
+        pass_nameless(&plan, &tables, &image, &plans[p], &costs);
         dcp_plan_clean_up(&plan);
     }
     dcp_buf_clean_up(&image);
+    dcp_name_tables_clean_up(&tables);
     double n = (double)ranks * items;
-    printf("  each rank, ns/item: build %.1f, fingerprint %.1f, encode %.1f; image %.1f B/item\n",
-           (double)build_ns / n, (double)hash_ns / n, (double)encode_ns / n, (double)bytes / n);
-    printf("  %-24s %9.3f ms %8.1f ns/item\n", "decode", (double)decode_ns / 1e6,
-           (double)decode_ns / n);
+    printf("  each rank, ns/item: build %.1f, fingerprint %.1f (names %.1f), encode %.1f; image "
+           "%.1f B/item\n",
+           (double)costs.build_ns / n, (double)costs.hash_ns / n, (double)costs.names_hash_ns / n,
+           (double)costs.encode_ns / n, (double)costs.image_bytes / n);
+    printf("  %-24s %9.3f ms %8.1f ns/item\n", "decode", (double)costs.decode_ns / 1e6,
+           (double)costs.decode_ns / n);
+    printf("  (with names: encode %.1f, decode %.1f ns/item; image %.1f B/item)\n",
+           (double)costs.named_encode_ns / n, (double)costs.named_decode_ns / n,
+           (double)costs.named_image_bytes / n);
     return plans;
 }
 

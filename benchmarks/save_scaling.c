@@ -3,14 +3,17 @@
  *
  *     gcc -O2 -std=c11 -D_GNU_SOURCE -Icsrc/include -Icsrc/core benchmarks/save_scaling.c \
  *         csrc/core/[a-z]*.c -lpthread -o build/save_scaling
- *     build/save_scaling [ranks] [tensors per rank] [FAST rounds]
+ *     build/save_scaling [ranks] [tensors per rank] [FAST rounds] [own keys]
  *
  * Every rank is a thread with its own FSDP-like plan (one tensor in 16 replicated, one object in
  * 64) and makes the calls that a save makes: vote, gather, decide, scatter, install, then FAST
- * rounds of one vote each.  Costs are CPU time of the rank's own thread outside of the collectives,
- * since in here a transport costs what copying costs.  Bytes are what the gather's rounds carry,
- * padding included.  Memory is what the core's allocator holds.  Exits 1 when a verdict or a count
- * is wrong.
+ * rounds of one vote each, then another SLOW round with one more tensor on every rank.  Ranks have
+ * the same names, and `own keys` names besides that no other rank has, objects as samplers' states.
+ *
+ * Costs are CPU time of the rank's own thread outside of the collectives, since in here a transport
+ * costs what copying costs.  Bytes are what the gather's rounds carry, padding included.  Memory is
+ * what the core's allocator holds, of the coordinator: `answering` when it sends the answers,
+ * `kept` after the round.  Exits 1 when a verdict or a count is wrong.
  */
 #include <inttypes.h>
 #include <pthread.h>
@@ -24,32 +27,49 @@
 
 enum { STACK_BYTES = 256 << 10, TIMEOUT_MS = 600000, REPLICATED_EVERY = 16, OBJECT_EVERY = 64 };
 
+/* The SLOW rounds. */
+enum { FIRST, CHANGED, ROUNDS };
+static const char *const round_names[ROUNDS] = {"first SLOW round", "one more tensor"};
+
 /* In the order they come; a rank is in one at a time. */
 enum step { STEP_VOTE, STEP_GATHER, STEP_DECIDE, STEP_SCATTER, STEP_INSTALL, STEPS };
 
 static const char *const step_names[STEPS] = {"fingerprint, vote", "encode, gather", "decide",
                                               "scatter", "layout, install"};
 
+/* What a rank did in one round, or in all FAST rounds together. */
+struct books {
+    uint64_t cpu_ns[STEPS];
+    uint64_t wall_ns[STEPS]; /* from entering the step to leaving it, waiting included */
+    uint64_t sent_bytes;     /* to the coordinator */
+    uint64_t kept_items;
+    uint64_t own_bytes; /* what this rank keeps between saves */
+};
+
 struct rank {
     pthread_t thread;
     struct job *job;
     struct dcp_comm inner; /* of the simulated group */
     enum step step;
-    uint64_t since_ns;         /* CPU time at the last return from a collective */
-    uint64_t cpu_ns[STEPS];    /* SLOW */
-    uint64_t wall_ns[STEPS];   /* from entering the step to leaving it, waiting included */
+    uint64_t since_ns; /* CPU time at the last return from a collective */
     uint64_t entered_ns;
-    uint64_t sent_bytes;       /* to the coordinator */
-    uint64_t fast_cpu_ns, fast_wall_ns;
-    uint64_t kept_items, own_bytes; /* what this rank keeps between saves */
+    struct books *books; /* the open ones */
+    struct books slow[ROUNDS], fast;
 };
 
 struct job {
-    uint32_t ranks, tensors, rounds;
+    uint32_t ranks, tensors, own_keys, fast_rounds;
     struct rank *all;
-    uint64_t plans_bytes, installed_bytes; /* live, of all ranks together */
-    uint64_t metadata_ns, metadata_bytes;
+    /* Live bytes of all ranks together, and what is the coordinator's of them. */
+    uint64_t plans_bytes[ROUNDS], answering_bytes[ROUNDS], installed_bytes[ROUNDS];
+    uint64_t metadata_ns[ROUNDS], metadata_bytes[ROUNDS];
 };
+
+static uint32_t
+round_tensors(const struct job *job, int round)
+{
+    return job->tensors + (round == CHANGED);
+}
 
 static void
 must(int rc, const struct dcp_error *err)
@@ -74,7 +94,7 @@ static void
 next_step(struct rank *rank)
 {
     uint64_t now_ns = dcp_now_ns();
-    rank->wall_ns[rank->step] += now_ns - rank->entered_ns;
+    rank->books->wall_ns[rank->step] += now_ns - rank->entered_ns;
     rank->entered_ns = now_ns;
     rank->step++;
 }
@@ -82,7 +102,7 @@ next_step(struct rank *rank)
 static void
 leave(struct rank *rank)
 {
-    rank->cpu_ns[rank->step] += cpu_now_ns() - rank->since_ns;
+    rank->books->cpu_ns[rank->step] += cpu_now_ns() - rank->since_ns;
 }
 
 static void
@@ -101,7 +121,7 @@ counted_all_reduce_min(void *ctx, int64_t *lanes, size_t count, struct dcp_error
     }
     int rc = rank->inner.all_reduce_min(rank->inner.ctx, lanes, count, err);
     /* The vote, and the agreement behind the gather. */
-    if (rank->step == STEP_VOTE || (rank->step == STEP_GATHER && rank->sent_bytes > 0)) {
+    if (rank->step == STEP_VOTE || (rank->step == STEP_GATHER && rank->books->sent_bytes > 0)) {
         next_step(rank);
     }
     come_back(rank);
@@ -114,7 +134,7 @@ counted_gather(void *ctx, uint32_t root, const void *send, void *recv, size_t by
 {
     struct rank *rank = ctx;
     leave(rank);
-    rank->sent_bytes += bytes;
+    rank->books->sent_bytes += bytes;
     int rc = rank->inner.gather(rank->inner.ctx, root, send, recv, bytes, err);
     come_back(rank);
     return rc;
@@ -126,6 +146,9 @@ counted_scatter(void *ctx, uint32_t root, const void *send, void *recv, size_t b
 {
     struct rank *rank = ctx;
     leave(rank);
+    if (rank->inner.rank == root && rank->books != &rank->fast) {
+        rank->job->answering_bytes[rank->books - rank->slow] = dcp_alloc_live_bytes();
+    }
     int rc = rank->inner.scatter(rank->inner.ctx, root, send, recv, bytes, err);
     if (rank->step == STEP_SCATTER) {
         next_step(rank); /* a second round of answers counts as installing */
@@ -188,8 +211,24 @@ replicas_count(uint32_t tensors)
     return count;
 }
 
+static void
+make_own_keys(struct dcp_plan *plan, uint32_t count, struct dcp_error *err)
+{
+    char fqn[96];
+    for (uint32_t i = 0; i < count; i++) {
+        struct dcp_item item = {.kind = DCP_ITEM_BYTES, .slot_bytes = 800};
+        struct dcp_buf path = {0};
+        int len = snprintf(fqn, sizeof fqn, "loader.dp_rank_%u.worker_%u", plan->rank, i);
+        dcp_path_put_str(&path, fqn, (size_t)len);
+        must(dcp_plan_add_name(plan, fqn, (size_t)len, path.data, path.len, 1, &item.name, err),
+             err);
+        must(dcp_plan_add_item(plan, &item, NULL, NULL, NULL, err), err);
+        dcp_buf_clean_up(&path);
+    }
+}
+
 static struct dcp_save *
-start_save(struct dcp_group *group, const struct job *job)
+start_save(struct dcp_group *group, struct rank *rank, uint32_t tensors)
 {
     struct dcp_save_params params = {.io = dcp_io_posix(), .dir_path = "/nowhere"};
     struct dcp_plan plan = {.rank = dcp_group_comm(group)->rank,
@@ -200,13 +239,13 @@ start_save(struct dcp_group *group, const struct job *job)
     struct dcp_save *save = NULL;
 
     must(dcp_save_new(group, &params, &save, &err), &err);
-    for (uint32_t i = 0; i < job->tensors; i++) {
-        make_item(&plan, job->ranks, i, &err);
+    for (uint32_t i = 0; i < tensors; i++) {
+        make_item(&plan, rank->job->ranks, i, &err);
     }
+    make_own_keys(&plan, rank->job->own_keys, &err);
     uint64_t since_ns = cpu_now_ns();
     dcp_save_set_plan(save, &plan);
-    struct rank *rank = &job->all[dcp_group_comm(group)->rank];
-    rank->cpu_ns[STEP_VOTE] += cpu_now_ns() - since_ns;
+    rank->books->cpu_ns[STEP_VOTE] += cpu_now_ns() - since_ns;
     return save;
 }
 
@@ -225,9 +264,9 @@ agree(struct rank *rank, struct dcp_save *save, bool expect_fast)
     rank->since_ns = cpu_now_ns();
     must(dcp_save_agree(save, NULL, &failures, &err), &err);
     leave(rank);
-    rank->wall_ns[rank->step] += dcp_now_ns() - rank->entered_ns;
+    rank->books->wall_ns[rank->step] += dcp_now_ns() - rank->entered_ns;
     dcp_save_get_info(save, &info);
-    rank->kept_items = info.kept_items;
+    rank->books->kept_items = info.kept_items;
     if (info.fast != expect_fast) {
         fprintf(stderr, "save_scaling: a round was %s\n", info.fast ? "FAST" : "SLOW");
         exit(1);
@@ -235,7 +274,7 @@ agree(struct rank *rank, struct dcp_save *save, bool expect_fast)
 }
 
 static void
-write_metadata(struct job *job, const struct dcp_group *group)
+write_metadata(struct job *job, int round, const struct dcp_group *group)
 {
     struct dcp_storage_meta meta = {.checkpoint_id = "/nowhere", .version = "1.0.0"};
     struct dcp_save_id id = {{1}};
@@ -244,33 +283,53 @@ write_metadata(struct job *job, const struct dcp_group *group)
     uint64_t since_ns = cpu_now_ns();
 
     must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, &image, &err), &err);
-    job->metadata_ns = cpu_now_ns() - since_ns;
-    job->metadata_bytes = image.len;
+    job->metadata_ns[round] = cpu_now_ns() - since_ns;
+    job->metadata_bytes[round] = image.len;
     dcp_buf_clean_up(&image);
 }
 
-static void
-run_fast_rounds(struct rank *rank, struct dcp_group *group)
+static uint64_t
+kept_by_rank(const struct dcp_installed_plan *installed, uint32_t items)
 {
-    struct rank slow = *rank; /* the books of the SLOW round stay as they are */
+    const struct dcp_layout *layout = &installed->layout;
+    return layout->records_count * sizeof *layout->records +
+           layout->files_count * sizeof *layout->files + (items + 7) / 8;
+}
 
-    memset(rank->cpu_ns, 0, sizeof rank->cpu_ns);
-    memset(rank->wall_ns, 0, sizeof rank->wall_ns);
-    for (uint32_t i = 0; i < rank->job->rounds; i++) {
-        struct dcp_save *save = start_save(group, rank->job);
-        agree(rank, save, true);
-        dcp_save_destroy(save);
+static void
+run_slow_round(struct rank *rank, struct dcp_group *group, int round)
+{
+    struct job *job = rank->job;
+    uint32_t tensors = round_tensors(job, round);
+
+    rank->books = &rank->slow[round];
+    uint64_t before_bytes = 0;
+    wait_for_all(rank);
+    if (rank->inner.rank == 0) {
+        before_bytes = dcp_alloc_live_bytes(); /* what the round before installed */
     }
-    slow.fast_cpu_ns = rank->cpu_ns[STEP_VOTE] + rank->cpu_ns[STEP_GATHER];
-    slow.fast_wall_ns = rank->wall_ns[STEP_VOTE] + rank->wall_ns[STEP_GATHER];
-    *rank = slow;
+    wait_for_all(rank);
+    struct dcp_save *save = start_save(group, rank, tensors);
+    wait_for_all(rank);
+    if (rank->inner.rank == 0) {
+        job->plans_bytes[round] = dcp_alloc_live_bytes() - before_bytes;
+    }
+    agree(rank, save, false);
+    rank->books->own_bytes = kept_by_rank(&group->installed, tensors + job->own_keys);
+    wait_for_all(rank);
+    if (rank->inner.rank == 0) {
+        job->installed_bytes[round] = dcp_alloc_live_bytes() - job->plans_bytes[round];
+        job->answering_bytes[round] -= job->plans_bytes[round];
+        write_metadata(job, round, group);
+    }
+    wait_for_all(rank);
+    dcp_save_destroy(save);
 }
 
 static void *
 run_rank(void *arg)
 {
     struct rank *rank = arg;
-    struct job *job = rank->job;
     struct dcp_group *group = NULL;
     struct dcp_error err = {0};
     struct dcp_comm comm = rank->inner;
@@ -281,22 +340,14 @@ run_rank(void *arg)
     comm.scatter = counted_scatter;
     comm.destroy = counted_destroy;
     must(dcp_group_new(&comm, 0, &group, &err), &err);
-    struct dcp_save *save = start_save(group, job);
-    wait_for_all(rank);
-    if (rank->inner.rank == 0) {
-        job->plans_bytes = dcp_alloc_live_bytes();
+    run_slow_round(rank, group, FIRST);
+    rank->books = &rank->fast;
+    for (uint32_t i = 0; i < rank->job->fast_rounds; i++) {
+        struct dcp_save *save = start_save(group, rank, rank->job->tensors);
+        agree(rank, save, true);
+        dcp_save_destroy(save);
     }
-    agree(rank, save, false);
-    const struct dcp_layout *layout = &group->installed.layout;
-    rank->own_bytes = layout->records_count * sizeof *layout->records +
-                      layout->files_count * sizeof *layout->files + (job->tensors + 7) / 8;
-    wait_for_all(rank);
-    if (rank->inner.rank == 0) {
-        job->installed_bytes = dcp_alloc_live_bytes() - job->plans_bytes;
-        write_metadata(job, group);
-    }
-    dcp_save_destroy(save);
-    run_fast_rounds(rank, group);
+    run_slow_round(rank, group, CHANGED);
     dcp_group_destroy(group);
     return NULL;
 }
@@ -332,20 +383,29 @@ run_job(struct job *job)
     dcp_comm_sim_destroy(sim);
 }
 
-static void
-report(const struct job *job)
+static double
+bytes_of_ranks(const struct job *job, int round)
 {
-    const struct rank *coordinator = &job->all[0];
-    double items = (double)job->ranks * job->tensors, coordinator_ns = 0, own_bytes = 0;
-    struct rusage usage = {0};
+    double own_bytes = 0;
+    for (uint32_t r = 0; r < job->ranks; r++) {
+        own_bytes += (double)job->all[r].slow[round].own_bytes;
+    }
+    return own_bytes;
+}
 
-    printf("%u ranks x %u tensors = %.0f items\n", job->ranks, job->tensors, items);
-    printf("  %-18s %14s %14s %16s %12s\n", "SLOW round", "coordinator ms", "ns per item",
+static void
+report_slow(const struct job *job, int round)
+{
+    const struct books *coordinator = &job->all[0].slow[round];
+    double items = (double)job->ranks * (round_tensors(job, round) + job->own_keys);
+    double coordinator_ns = 0, own_bytes = bytes_of_ranks(job, round);
+
+    printf("  %-18s %14s %14s %16s %12s\n", round_names[round], "coordinator ms", "ns per item",
            "other rank ms", "wall ms");
     for (int s = 0; s < STEPS; s++) {
         double others_ns = 0;
         for (uint32_t r = 1; r < job->ranks; r++) {
-            others_ns += (double)job->all[r].cpu_ns[s];
+            others_ns += (double)job->all[r].slow[round].cpu_ns[s];
         }
         others_ns /= job->ranks > 1 ? job->ranks - 1 : 1;
         printf("  %-18s %14.2f %14.1f %16.3f %12.2f\n", step_names[s],
@@ -354,28 +414,58 @@ report(const struct job *job)
         coordinator_ns += (double)coordinator->cpu_ns[s];
     }
     printf("  %-18s %14.2f %14.1f %16s %12s (%.1f bytes per item)\n", "metadata",
-           (double)job->metadata_ns / 1e6, (double)job->metadata_ns / items, "-", "-",
-           (double)job->metadata_bytes / items);
-    coordinator_ns += (double)job->metadata_ns;
+           (double)job->metadata_ns[round] / 1e6, (double)job->metadata_ns[round] / items, "-", "-",
+           (double)job->metadata_bytes[round] / items);
+    coordinator_ns += (double)job->metadata_ns[round];
     printf("  %-18s %14.2f %14.1f\n", "all", coordinator_ns / 1e6, coordinator_ns / items);
-    for (uint32_t r = 0; r < job->ranks; r++) {
-        own_bytes += (double)job->all[r].own_bytes;
+    printf("  bytes per item: a rank sends %.1f; the coordinator answering %.0f, kept %.0f; a "
+           "rank's plan %.0f, its layout %.0f\n",
+           (double)coordinator->sent_bytes * job->ranks / items,
+           (double)job->answering_bytes[round] / items,
+           ((double)job->installed_bytes[round] - own_bytes) / items,
+           (double)job->plans_bytes[round] / items, own_bytes / items);
+}
+
+static void
+report(const struct job *job)
+{
+    struct rusage usage = {0};
+
+    printf("%u ranks x %u tensors, %u keys of its own each\n", job->ranks, job->tensors,
+           job->own_keys);
+    for (int round = 0; round < ROUNDS; round++) {
+        report_slow(job, round);
+    }
+    if (job->fast_rounds > 0) {
+        const struct books *coordinator = &job->all[0].fast;
+        double fast_ns = 0, wall_ns = 0;
+        for (uint32_t r = 0; r < job->ranks; r++) {
+            const struct books *fast = &job->all[r].fast;
+            fast_ns += (double)(fast->cpu_ns[STEP_VOTE] + fast->cpu_ns[STEP_GATHER]);
+        }
+        wall_ns = (double)(coordinator->wall_ns[STEP_VOTE] + coordinator->wall_ns[STEP_GATHER]);
+        printf("  FAST round: %.1f us CPU per rank (%.1f ns per item), agreed in %.2f ms wall\n",
+               fast_ns / job->ranks / job->fast_rounds / 1e3,
+               fast_ns / job->ranks / job->fast_rounds / (job->tensors + job->own_keys),
+               wall_ns / job->fast_rounds / 1e6);
     }
     (void)getrusage(RUSAGE_SELF, &usage);
-    printf("  gathered %.1f bytes per item; memory per item: a rank's plan %.0f, its layout %.0f, "
-           "the coordinator's plans %.0f; peak of all %.2f GB\n",
-           (double)coordinator->sent_bytes * job->ranks / items, (double)job->plans_bytes / items,
-           own_bytes / items, ((double)job->installed_bytes - own_bytes) / items,
-           (double)usage.ru_maxrss / 1e6);
-    if (job->rounds > 0) {
-        double fast_ns = 0;
-        for (uint32_t r = 0; r < job->ranks; r++) {
-            fast_ns += (double)job->all[r].fast_cpu_ns;
-        }
-        printf("  FAST round: %.1f us CPU per rank (%.1f ns per item), agreed in %.2f ms wall\n",
-               fast_ns / job->ranks / job->rounds / 1e3,
-               fast_ns / job->ranks / job->rounds / job->tensors,
-               (double)coordinator->fast_wall_ns / job->rounds / 1e6);
+    printf("  peak of all %.2f GB\n", (double)usage.ru_maxrss / 1e6);
+}
+
+/* Every replica once, everything else by everybody. */
+static void
+check_counts(const struct job *job, int round)
+{
+    uint64_t kept = 0, tensors = round_tensors(job, round);
+    uint64_t replicas = replicas_count((uint32_t)tensors);
+
+    for (uint32_t r = 0; r < job->ranks; r++) {
+        kept += job->all[r].slow[round].kept_items;
+    }
+    if (kept != (tensors - replicas + job->own_keys) * job->ranks + replicas) {
+        fprintf(stderr, "save_scaling: %" PRIu64 " items are kept\n", kept);
+        exit(1);
     }
 }
 
@@ -384,21 +474,17 @@ main(int argc, char **argv)
 {
     struct job job = {.ranks = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 10) : 64,
                       .tensors = argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 10) : 200,
-                      .rounds = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 10) : 3};
-    uint64_t kept = 0;
+                      .fast_rounds = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 10) : 3,
+                      .own_keys = argc > 4 ? (uint32_t)strtoul(argv[4], NULL, 10) : 0};
 
     if (job.ranks == 0 || job.tensors == 0) {
-        fprintf(stderr, "usage: save_scaling [ranks] [tensors per rank] [FAST rounds]\n");
+        fprintf(stderr,
+                "usage: save_scaling [ranks] [tensors per rank] [FAST rounds] [own keys]\n");
         return 2;
     }
     run_job(&job);
-    for (uint32_t r = 0; r < job.ranks; r++) {
-        kept += job.all[r].kept_items;
-    }
-    uint64_t replicas = replicas_count(job.tensors);
-    if (kept != (job.tensors - replicas) * job.ranks + replicas) {
-        fprintf(stderr, "save_scaling: %" PRIu64 " items are kept\n", kept);
-        return 1;
+    for (int round = 0; round < ROUNDS; round++) {
+        check_counts(&job, round);
     }
     report(&job);
     free(job.all);

@@ -22,6 +22,10 @@ class Config:
             refuses are unpickled as torch does.  Off: refused by name.
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
+        broadcast_metadata: ``save`` gives every rank the metadata itself; else all but the
+            coordinator read it from the checkpoint when they first look at it.  Only where all
+            ranks of a save have this set, and not for ``async_save``, whose background runs no
+            collective.
         native: False sends every call through torch's own implementation.
     """
 
@@ -29,6 +33,7 @@ class Config:
     strict_coverage: bool = True
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
+    broadcast_metadata: bool = False
     native: bool = True
 
     def __post_init__(self) -> None:
@@ -55,6 +60,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }
 """Environment variable -> (field, parser).  Read once, at import."""

@@ -1,77 +1,94 @@
-"""The Metadata that save returns: read only when somebody looks at it."""
+"""The Metadata that save returns: read only when somebody looks at it.
+
+It starts as a LazyMetadata and turns into torch's own class at the first touch, in place: what
+holds afterwards for attributes, equality, pickles and ``dataclasses`` is torch's code.  Until then
+every way to look at it passes through ``_touch`` first.
+"""
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import os
 import pickle
+import threading
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from . import _native
 
-_FIELDS = ("state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version")
+_lock = threading.RLock()  # a signal handler may look at one while another is read
 
 
-def _plain(source: LazyMetadata) -> Metadata:
-    """torch's own class, with what ``source`` stands for."""
-    plain = Metadata.__new__(Metadata)
-    plain.__dict__.update(source._values())
-    return plain
+def _unlock_after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # its holder may be a thread of the parent
+
+
+os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 class LazyMetadata(Metadata):
-    """A Metadata that unpickles ``.metadata`` at the first touch.
+    """Stands for the Metadata of a committed save, until something of it is asked for.
 
-    The coordinator holds the image it wrote; other ranks know the file and the save id, and refuse
-    with RuntimeError when the checkpoint was replaced or removed meanwhile.  Touching it never
-    communicates.  Pickle, copy and deepcopy give torch's plain class.
+    A rank that holds the image of ``.metadata`` reads it from memory; another one reads the file,
+    and refuses with RuntimeError when the checkpoint was removed or replaced meanwhile.  Touching
+    it never communicates.
     """
 
-    def __init__(self, image: bytes | None, path: str | os.PathLike, save_id: str) -> None:
-        object.__setattr__(self, "_lazy", (image, os.fspath(path), save_id))
-
-    def _values(self) -> dict[str, Any]:
-        own = object.__getattribute__(self, "__dict__")
-        lazy = own.get("_lazy")
-        if lazy is not None:
-            image, path, save_id = lazy
-            metadata = pickle.loads(_read(path, save_id) if image is None else image)
-            set_before = {name: own[name] for name in _FIELDS if name in own}
-            own.update(metadata.__dict__)
-            own.update(set_before)
-            own.pop("_lazy", None)
-        return own
+    def __new__(cls, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata(*args, **kwargs)  # this class has no instances but those of lazy_metadata
 
     def __getattribute__(self, name: str) -> Any:
-        if name in _FIELDS or name == "__dict__":
-            return (
-                object.__getattribute__(self, "_values")()[name]
-                if name in _FIELDS
-                else (object.__getattribute__(self, "_values")())
-            )
+        if name == "__class__":
+            return Metadata
+        if name == "__dict__" or not name.startswith("__"):
+            _touch(self)
         return object.__getattribute__(self, name)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Metadata):
-            return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in _FIELDS)
+    def __setattr__(self, name: str, value: Any) -> None:
+        _touch(self)
+        setattr(self, name, value)
 
-    __hash__ = None  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> None:
+        _touch(self)
+        delattr(self, name)
+
+    def __eq__(self, other: object) -> bool:
+        _touch(self)
+        return self == other
 
     def __repr__(self) -> str:
-        return repr(_plain(self))
+        _touch(self)
+        return repr(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copyreg._reconstructor, (Metadata, object, None), dict(self._values())
+        _touch(self)
+        return self.__reduce_ex__(protocol)
 
-    def __copy__(self) -> Metadata:
-        return copy.copy(_plain(self))
+    def __getstate__(self) -> Any:
+        _touch(self)
+        return self.__dict__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Metadata:
-        return copy.deepcopy(_plain(self), memo)
+
+def lazy_metadata(image: bytes | None, path: str, save_id: str) -> Metadata:
+    """The Metadata of save `save_id`: of the bytes ``image``, or of what ``path`` then holds."""
+    lazy = object.__new__(LazyMetadata)
+    object.__setattr__(lazy, "_source", (image, path, save_id))
+    return lazy
+
+
+def _touch(lazy: Metadata) -> None:
+    """Turn `lazy` into torch's class, unless another thread was first."""
+    with _lock:
+        if type(lazy) is not LazyMetadata:
+            return
+        values = object.__getattribute__(lazy, "__dict__")
+        if "_source" in values:  # an interrupt may have come just before the last line
+            image, path, save_id = values["_source"]
+            metadata = pickle.loads(_read(path, save_id) if image is None else image)
+            values.update(vars(metadata))
+            del values["_source"]
+        object.__setattr__(lazy, "__class__", Metadata)
 
 
 def _read(path: str, save_id: str) -> bytes:
@@ -82,6 +99,8 @@ def _read(path: str, save_id: str) -> bytes:
         raise RuntimeError(
             f"the metadata of this save can no longer be read: {path} was removed"
         ) from error
+    except OSError as error:
+        raise RuntimeError(f"the metadata of this save can not be read: {error}") from error
     if _native.peek_save_id(image) != save_id:
         raise RuntimeError(
             f"the metadata of this save can no longer be read: {path} now belongs to another save"

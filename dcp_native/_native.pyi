@@ -48,6 +48,7 @@ class Save:
         use_collectives: bool = True,
         dedup_save_to_lowest_rank: bool = False,
         sync_files: bool = True,
+        broadcast_metadata: bool = False,
         direct: int = 0,
     ) -> Save: ...
     def open(self) -> bool: ...

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 from . import _native
 from ._config import DIRECT_IO, config
 from ._failures import as_record, raise_alone, raise_failures
-from ._lazy_metadata import LazyMetadata
+from ._lazy_metadata import lazy_metadata
+from ._plan_cache import plan_installed, plan_number
 from ._report import logger, set_report
 
 
@@ -44,8 +45,10 @@ class NativeSave:
         self.use_collectives = use_collectives
         self.kind = kind
         self.error: BaseException | None = None
+        self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
+        self._plan_number = plan_number(planner)
         lowest = getattr(planner, "dedup_save_to_lowest_rank", False)
         flatten = getattr(planner, "flatten_state_dict", True)
         self._native = _native.Save(
@@ -57,10 +60,11 @@ class NativeSave:
             version=CURRENT_DCP_VERSION,
             identity=f"host {socket.gethostname()} pid {os.getpid()} rank {group.rank}",
             call_hash=hash64(kind, os.fspath(writer.path), use_collectives, writer.overwrite),
-            plan_salt=hash64(lowest, flatten),
+            plan_salt=hash64(lowest, flatten, self._plan_number),
             use_collectives=use_collectives,
             dedup_save_to_lowest_rank=lowest,
             sync_files=writer.sync_files,
+            broadcast_metadata=config().broadcast_metadata and kind == "save",
             direct=DIRECT_IO[config().direct_io],
         )
 
@@ -80,6 +84,8 @@ class NativeSave:
                 rank=self.group.rank,
                 use_collectives=self.use_collectives,
             )
+            name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
+            self._metadata_path = os.path.abspath(os.path.join(writer.path, name))
             if self._native.open():
                 self._check_overwrite()
             self._native.claim()
@@ -126,13 +132,19 @@ class NativeSave:
 
     def agree(self) -> None:
         """Collective: every rank has a plan and knows what it keeps, or every rank raises."""
-        if not self.use_collectives:
-            if self.error is None:
-                try:
-                    self._native.agree(None)
-                except BaseException as error:
-                    self.fail(error)
-            return
+        if self.use_collectives:
+            self._agree_with_the_others()
+        elif self.error is None:
+            try:
+                self._native.agree(None)
+            except BaseException as error:
+                self.fail(error)
+        if self.error is None:
+            ranks = self.group.size if self.use_collectives else 1
+            decides = self._native.info()["is_coordinator"]
+            plan_installed(self.planner, self._plan_number, ranks, decides)
+
+    def _agree_with_the_others(self) -> None:
         try:
             failures = self._native.agree(as_record(self.error))
         except BaseException as error:
@@ -140,9 +152,11 @@ class NativeSave:
         raise_failures("plan", failures, self.group.rank, self.error, self._native.interrupt())
         if not self._native.info()["call_agrees"]:
             warnings.warn(
-                "the ranks of this save were given different checkpoint ids; this rank's is "
-                f"{self.writer.path}. Only the coordinator's directory is committed.",
-                stacklevel=5,
+                "the ranks of this save were called differently: checkpoint id, kind of save, "
+                "use_collectives, overwrite and config.broadcast_metadata must agree. This rank's "
+                f"checkpoint id is {self.writer.path}; only the coordinator's directory is "
+                "committed.",
+                stacklevel=6,
             )
 
     def leave(self, error: BaseException) -> None:
@@ -172,10 +186,7 @@ class NativeSave:
         """Report a committed save; its Metadata, not yet read."""
         info = self._native.info()
         set_report({"kind": self.kind, "path": "native", "reason": None, **info})
-        name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
-        return LazyMetadata(
-            self._native.metadata(), os.path.join(self.writer.path, name), info["save_id"]
-        )
+        return lazy_metadata(self._native.metadata(), self._metadata_path, info["save_id"])
 
     def info(self) -> dict[str, Any]:
         """Facts of the native save."""

@@ -92,7 +92,8 @@ names_reserve(struct names *table, struct dcp_error *err)
 static inline bool
 same_text(const struct known_name *known, const struct dcp_name *name)
 {
-    return known->len == name->fqn_len && memcmp(known->fqn, name->fqn, known->len) == 0;
+    return known->len == name->fqn_len &&
+           (known->fqn == name->fqn || memcmp(known->fqn, name->fqn, known->len) == 0);
 }
 
 static int

@@ -29,6 +29,7 @@ dcp_name_table_release(struct dcp_name_table *table)
     }
     DCP_ASSERT(table->references > 0);
     if (--table->references == 0) {
+        dcp_name_table_release(table->lender);
         dcp_free(table->names);
         dcp_bump_clean_up(&table->strings);
         dcp_free(table);
@@ -166,6 +167,10 @@ dcp_name_tables_intern(struct dcp_name_tables *tables, struct dcp_plan *plan, st
                        struct dcp_error *err)
 {
     int rc = dcp_plan_share_names(plan, err);
+    if (rc == 0 && tables->lender != NULL) {
+        tables->lender->references++;
+        plan->table->lender = tables->lender;
+    }
     if (rc == 0) {
         rc = dcp_name_tables_add(tables, plan->table, err);
     }
@@ -191,7 +196,8 @@ int
 dcp_name_tables_add_copy(struct dcp_name_tables *tables, const struct dcp_plan *plan,
                          const struct dcp_hash128 *hash, struct dcp_error *err)
 {
-    if (find_by_hash(tables, hash) != DCP_INDEX_NONE) {
+    tables->lender = dcp_name_tables_by_hash(tables, hash);
+    if (tables->lender != NULL) {
         return 0;
     }
     struct dcp_plan copy = {0};
@@ -204,6 +210,9 @@ dcp_name_tables_add_copy(struct dcp_name_tables *tables, const struct dcp_plan *
     }
     if (rc == 0) {
         rc = dcp_name_tables_intern(tables, &copy, (struct dcp_span){0}, err);
+    }
+    if (rc == 0) {
+        tables->lender = copy.table;
     }
     dcp_plan_clean_up(&copy);
     return rc;

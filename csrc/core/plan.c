@@ -140,6 +140,18 @@ dcp_plan_add_name(struct dcp_plan *plan, const char *fqn, size_t fqn_len, const 
     return 0;
 }
 
+int
+dcp_plan_borrow_name(struct dcp_plan *plan, const struct dcp_name_table *lender, uint32_t n,
+                     struct dcp_error *err)
+{
+    DCP_ASSERT(plan->table == NULL && n < lender->names_count);
+    int rc = make_room_for_name(plan, err);
+    if (rc == 0) {
+        plan->names[plan->names_count++] = lender->names[n];
+    }
+    return rc;
+}
+
 /* ---- items ---- */
 
 static int

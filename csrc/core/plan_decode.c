@@ -19,8 +19,10 @@
 struct decoder {
     struct dcp_cursor in;
     struct dcp_plan *plan;
-    struct dcp_buf fqn;  /* the name being put together */
-    struct dcp_buf path; /* its path */
+    struct dcp_buf fqn;                  /* the name being put together */
+    struct dcp_buf path;                 /* its path */
+    const struct dcp_name_table *lender; /* names that are likely to come, or NULL */
+    uint32_t lender_next;                /* the one that is expected next */
     uint32_t next_name;
     bool has_before;                    /* there was a tensor */
     struct dcp_item before;             /* its dtype, props and ndim */
@@ -86,6 +88,37 @@ take_raw_path(struct decoder *d, uint64_t parts)
     return true;
 }
 
+static bool
+is_lent(const struct decoder *d, uint32_t n, bool has_path, uint32_t parts)
+{
+    if (d->lender == NULL || n >= d->lender->names_count) {
+        return false;
+    }
+    const struct dcp_name *name = &d->lender->names[n];
+    return name->fqn_len == d->fqn.len && (name->path != NULL) == has_path &&
+           name->path_len == d->path.len && name->path_parts == parts &&
+           (d->fqn.len == 0 || memcmp(name->fqn, d->fqn.data, d->fqn.len) == 0) &&
+           (d->path.len == 0 || memcmp(name->path, d->path.data, d->path.len) == 0);
+}
+
+/* The name that has been put together.  One that the rank has beyond the lender's is skipped by
+ * waiting, one that the lender has beyond the rank's by looking one further. */
+static int
+add_name(struct decoder *d, bool has_path, uint32_t parts)
+{
+    for (uint32_t skip = 0; skip < 2; skip++) {
+        if (is_lent(d, d->lender_next + skip, has_path, parts)) {
+            d->lender_next += skip + 1;
+            return dcp_plan_borrow_name(d->plan, d->lender, d->lender_next - 1, d->err);
+        }
+    }
+    static const uint8_t no_bytes;
+    const uint8_t *path = d->path.len == 0 ? &no_bytes : d->path.data;
+    uint32_t name;
+    return dcp_plan_add_name(d->plan, (const char *)d->fqn.data, d->fqn.len, has_path ? path : NULL,
+                             d->path.len, parts, &name, d->err);
+}
+
 static int
 take_name(struct decoder *d)
 {
@@ -115,12 +148,7 @@ take_name(struct decoder *d)
     if (rc != 0) {
         return rc;
     }
-    static const uint8_t no_bytes;
-    const uint8_t *path = d->path.len == 0 ? &no_bytes : d->path.data;
-    uint32_t name;
-    return dcp_plan_add_name(d->plan, (const char *)d->fqn.data, d->fqn.len,
-                             mode == PATH_NONE ? NULL : path, d->path.len, (uint32_t)parts, &name,
-                             d->err);
+    return add_name(d, mode != PATH_NONE, (uint32_t)parts);
 }
 
 static void
@@ -314,6 +342,7 @@ take_shared_names(struct decoder *d, const struct head *head, struct dcp_name_ta
     if (head->nameless || known != NULL) {
         return take_known_names(d, head, known);
     }
+    d->lender = tables->lender;
     int rc = take_names(d, head);
     return rc != 0 ? rc : dcp_name_tables_intern(tables, d->plan, head->names, d->err);
 }

@@ -41,11 +41,13 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->meta.checkpoint_id = save->checkpoint_id;
     save->meta.storage_save_id = save->storage_save_id;
     save->meta.version = save->version;
-    save->call_hash = params->call_hash;
+    /* Part of the call: where ranks differ in it the vote says so to all, and nobody shares. */
+    save->call_hash = params->call_hash + (params->share_metadata ? 1 : 0);
     save->plan_salt = params->plan_salt;
     save->independent = params->independent;
     save->to_lowest_rank = params->to_lowest_rank;
     save->sync = params->sync;
+    save->share_metadata = params->share_metadata;
     save->direct = params->direct;
     return save->dir_path != NULL &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&

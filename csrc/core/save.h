@@ -18,16 +18,15 @@ struct dcp_save {
     char *identity;
     struct dcp_storage_meta meta; /* points at the copies */
     uint64_t call_hash, plan_salt;
-    bool independent, to_lowest_rank, sync;
+    bool independent, to_lowest_rank, sync, share_metadata;
     enum dcp_direct direct;
 
     pid_t pid;   /* a forked child holds a copy of a save that is its parent's to end */
     int dirfd;   /* -1 until dcp_save_open */
     bool exists; /* a committed checkpoint was there when the directory was opened */
     bool asked_space;
-    uint64_t
-        free_bytes; /* on the directory's file system, when it was asked; UINT64_MAX: unknown */
-    bool claimed;   /* this process holds `claim` */
+    uint64_t free_bytes; /* there, when it was asked; UINT64_MAX: not known */
+    bool claimed;        /* this process holds `claim` */
     struct dcp_claim claim;
     struct dcp_plan plan;
     struct dcp_hash128 fingerprint, names_hash; /* of `plan` */
@@ -35,7 +34,7 @@ struct dcp_save {
     struct dcp_hash128 coordinator_names_hash;
     uint64_t coordinator_held_plan;
     struct dcp_installed_plan own; /* of an independent save; else the group's is used */
-    struct dcp_buf metadata;       /* coordinator: the image */
+    struct dcp_buf metadata;       /* the image, where info.metadata tells */
     struct dcp_save_info info;
     bool agreed;            /* the plan in `dcp_save_installed` holds for this save */
     uint32_t created_files; /* by this save: the first ones of the layout */

@@ -1,6 +1,6 @@
 /*
- * save_commit.c: how one save ends: status, publish, result, sweep; or what is undone when it
- * fails.
+ * save_commit.c: how one save ends: status, publish, result, share, sweep; or what is undone when
+ * it fails.
  *
  * `.metadata` is renamed into place only when the data is durable on every rank, and files are
  * swept only after that.  A save that ends anywhere else drops its claim and leaves what was
@@ -74,6 +74,26 @@ learn_outcome(struct dcp_save *save)
     }
 }
 
+/* Collective, after the result: whether it runs was agreed in the vote.  The save is committed, so
+ * nothing that fails here fails it: a rank without the image can read the file. */
+static void
+share_metadata(struct dcp_save *save)
+{
+    struct dcp_group *group = save->group;
+    struct dcp_error ignored;
+
+    if (!save->share_metadata || !save->info.call_agrees || save->independent) {
+        return;
+    }
+    dcp_error_clear(&ignored);
+    if (dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &save->metadata, &ignored) !=
+        0) {
+        group->poisoned = true;
+        return;
+    }
+    save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
+}
+
 int
 dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
                 struct dcp_failure_list *ret_failures, struct dcp_error *err)
@@ -108,6 +128,9 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
         return rc;
     }
     save->info.outcome = DCP_OUTCOME_COMMITTED;
+    if (rc == 0) {
+        share_metadata(save);
+    }
     if (save->info.is_coordinator) {
         dcp_save_sweep(save);
     }

@@ -38,14 +38,18 @@ coordinator_has_names(const struct dcp_save *save)
            same_hash(&save->names_hash, &installed->names_hash);
 }
 
-/* Whether this rank sees the coordinator's claim, then its plan. */
+/* The plan, then whether this rank sees the coordinator's claim. */
 static int
 encode(const struct dcp_save *save, struct dcp_buf *message, struct dcp_error *err)
 {
+    int rc = coordinator_has_names(save)
+                 ? dcp_plan_encode_nameless(&save->plan, &save->names_hash, message, err)
+                 : dcp_plan_encode(&save->plan, message, err);
+    if (rc != 0) {
+        return rc;
+    }
     dcp_buf_put_u8(message, dcp_save_sees_claim(save) ? 1 : 0);
-    return coordinator_has_names(save)
-               ? dcp_plan_encode_nameless(&save->plan, &save->names_hash, message, err)
-               : dcp_plan_encode(&save->plan, message, err);
+    return dcp_buf_check(message, err);
 }
 
 /* What ranks may leave out: the coordinator's own names and those of the installed plans. */
@@ -80,9 +84,9 @@ decode_all(const struct dcp_span *messages, uint32_t size, struct dcp_name_table
         if (messages[i].len == 0) {
             return dcp_error_set(err, DCP_E_PEER, 0, NULL, "rank %u sent no plan", i);
         }
-        next->sees_claim[i] = messages[i].data[0] != 0;
-        int rc = dcp_plan_decode_shared(messages[i].data + 1, messages[i].len - 1, tables,
-                                        &next->plans[i], err);
+        size_t plan_len = messages[i].len - 1;
+        next->sees_claim[i] = messages[i].data[plan_len] != 0;
+        int rc = dcp_plan_decode_shared(messages[i].data, plan_len, tables, &next->plans[i], err);
         if (rc != 0) {
             return rc;
         }

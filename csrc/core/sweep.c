@@ -259,26 +259,36 @@ read_head(const struct dcp_io *io, int fd, uint8_t bytes[DCP_FILE_HEADER_BYTES])
     return n;
 }
 
-/* Gives the space of a file back if it is ours, or if it has nothing in it: killed before its first
- * write, it may have its whole length reserved.  One with a second name is left: that may be an
- * older checkpoint's, and it takes no space of its own. */
+/* Whether a file that nothing references is ours to clear.  An empty one is: killed before its
+ * first write, it may have its whole length reserved.  Stock torch's are left to the commit. */
+static bool
+is_ours(const struct dcp_io *io, int fd)
+{
+    uint8_t bytes[DCP_FILE_HEADER_BYTES];
+    struct dcp_save_id id;
+    ssize_t n = read_head(io, fd, bytes);
+
+    return n == 0 || (n > 0 && dcp_claim_file_save_id(bytes, (size_t)n, &id));
+}
+
+/* A file with a second name is not emptied: that may be an older checkpoint's, and it takes no
+ * space of its own. */
 static void
-empty_file(const struct dcp_claim *claim, const char *name)
+clear_file(const struct dcp_claim *claim, const char *name, bool replaced)
 {
     const struct dcp_io *io = claim->io;
-    uint8_t bytes[DCP_FILE_HEADER_BYTES];
-    int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDWR, 0);
-    struct dcp_save_id id;
+    int fd = io->open_at(io->ctx, claim->dirfd, name, replaced ? O_RDONLY : O_RDWR, 0);
     struct dcp_stat st;
-    ssize_t n;
 
     if (fd < 0) {
         return;
     }
-    n = read_head(io, fd, bytes);
-    if (n >= 0 && (n == 0 || dcp_claim_file_save_id(bytes, (size_t)n, &id)) &&
-        io->fstat(io->ctx, fd, &st) == 0 && st.links == 1 && still_stands(claim)) {
-        (void)io->truncate(io->ctx, fd, 0);
+    if (is_ours(io, fd) && still_stands(claim)) {
+        if (replaced) {
+            (void)io->unlink_at(io->ctx, claim->dirfd, name);
+        } else if (io->fstat(io->ctx, fd, &st) == 0 && st.links == 1) {
+            (void)io->truncate(io->ctx, fd, 0);
+        }
     }
     io->close(io->ctx, fd);
 }
@@ -289,16 +299,12 @@ clear_files(const struct dcp_claim *claim, const struct dcp_buf *references,
 {
     uint64_t highest = highest_number(references);
 
-    for (size_t i = 0; i < keys_count(files) && still_stands(claim); i++) {
+    for (size_t i = 0; i < keys_count(files); i++) {
         uint64_t key = key_at(files, i);
         char name[DCP_CLAIM_NAME_BYTES];
 
         dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
-        if (references->len > 0 && (uint32_t)key < highest) {
-            (void)claim->io->unlink_at(claim->io->ctx, claim->dirfd, name);
-        } else {
-            empty_file(claim, name);
-        }
+        clear_file(claim, name, references->len > 0 && (uint32_t)key < highest);
     }
 }
 

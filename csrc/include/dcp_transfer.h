@@ -47,6 +47,7 @@ struct dcp_save_params {
     bool independent;    /* use_collectives=False: plan and commit alone, one status at the end */
     bool to_lowest_rank; /* dedup */
     bool sync;           /* sync_files */
+    bool share_metadata; /* with the ranks that have no image, if all ask for it */
     enum dcp_direct direct;
 };
 
@@ -75,7 +76,7 @@ int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
 int dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
                    _Atomic uint64_t *progress_bytes, struct dcp_error *err) DCP_MUST_CHECK;
 
-/* Collective: status, commit, result, sweep.  Return values as dcp_save_agree's. */
+/* Collective: status, commit, result, share_metadata, sweep.  Return values as dcp_save_agree's. */
 int dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
                     struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
@@ -99,7 +100,8 @@ struct dcp_save_info {
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
     uint64_t vote_ns, plan_ns, metadata_ns, write_ns, commit_ns;
     struct dcp_write_stats write;
-    struct dcp_span metadata; /* coordinator, after dcp_save_write */
+    /* Coordinator: after dcp_save_write.  Others: after a dcp_save_finish that shared it. */
+    struct dcp_span metadata;
 };
 void dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret);
 const struct dcp_plan *dcp_save_plan(const struct dcp_save *save);

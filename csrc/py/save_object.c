@@ -516,7 +516,8 @@ static PyMethodDef save_methods[] = {
 PyDoc_STRVAR(save_doc,
              "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
              "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
-             "dedup_save_to_lowest_rank=False, sync_files=True, direct=0)\n--\n\n"
+             "dedup_save_to_lowest_rank=False, sync_files=True, broadcast_metadata=False, "
+             "direct=0)\n--\n\n"
              "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {

@@ -19,16 +19,18 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "use_collectives",
                             "dedup_save_to_lowest_rank",
                             "sync_files",
+                            "broadcast_metadata",
                             "direct",
                             NULL};
     unsigned long long call_hash = 0, plan_salt = 0;
-    int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, direct = DCP_DIRECT_AUTO;
+    int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, share = 0;
+    int direct = DCP_DIRECT_AUTO;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKpppi:Save", names, ret_group,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKppppi:Save", names, ret_group,
                                      &params->dir_path, &params->meta.checkpoint_id, &is_path,
                                      &params->meta.storage_save_id, &params->meta.version,
                                      &params->identity, &call_hash, &plan_salt, &use_collectives,
-                                     &lowest, &sync, &direct)) {
+                                     &lowest, &sync, &share, &direct)) {
         return -1;
     }
     params->io = dcp_io_posix();
@@ -38,6 +40,7 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
     params->independent = use_collectives == 0;
     params->to_lowest_rank = lowest != 0;
     params->sync = sync != 0;
+    params->share_metadata = share != 0;
     params->direct = (enum dcp_direct)direct;
     return 0;
 }

@@ -189,8 +189,8 @@ run_save(struct dcp_group *group, struct dcp_save *save, const struct save_reque
     bool exists;
 
     dcp_error_clear(&local.err);
-    local.failed = dcp_save_open(save, &exists, &local.err) != 0 ||
-                   dcp_save_claim(save, &local.err) != 0;
+    local.failed =
+        dcp_save_open(save, &exists, &local.err) != 0 || dcp_save_claim(save, &local.err) != 0;
     if (!local.failed && request->fail_before_agree) {
         raise_here(&local, "agree");
     }
@@ -231,6 +231,7 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
         .plan_salt = request->change == CHANGE_SALT ? 1 : 0,
         .independent = request->independent,
         .sync = true,
+        .share_metadata = request->share_metadata,
         .direct = request->direct,
     };
     struct dcp_save *save = NULL;
@@ -242,6 +243,9 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
     must(dcp_save_new(group, &params, &save, &ret->err) == 0, ret->err.message);
     run_save(group, save, request, &state, ret);
     dcp_save_get_info(save, &ret->info);
+    if (ret->info.metadata.len != 0) {
+        ret->image = dcp_hash128(ret->info.metadata.data, ret->info.metadata.len, 1);
+    }
     ret->info.metadata = (struct dcp_span){0};
     dcp_save_destroy(save);
     save_state_clean_up(&state);
@@ -371,8 +375,8 @@ run_load(struct dcp_load *load, struct load_world *world, const struct dcp_comm 
     if (request->fail_before[0]) {
         raise_here(&local, "open");
     }
-    ret->rc = dcp_load_open(load, as_failure(&local, comm->rank), &local_code, &ret->failures,
-                            &ret->err);
+    ret->rc =
+        dcp_load_open(load, as_failure(&local, comm->rank), &local_code, &ret->failures, &ret->err);
     if (ret->rc != 0) {
         return;
     }
@@ -392,8 +396,8 @@ run_load(struct dcp_load *load, struct load_world *world, const struct dcp_comm 
     if (request->between != NULL) {
         request->between(request->between_arg);
     }
-    ret->read_code = dcp_load_read(load, &world->plan, NULL, NULL, on_record, world, &stats,
-                                   &local.err);
+    ret->read_code =
+        dcp_load_read(load, &world->plan, NULL, NULL, on_record, world, &stats, &local.err);
     local.failed = ret->read_code != 0;
     if (!local.failed && request->fail_before[2]) {
         raise_here(&local, "the status of reading");

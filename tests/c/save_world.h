@@ -38,7 +38,7 @@ struct save_request {
     int generation; /* 1 .. SAVE_GENERATIONS - 1 */
     enum save_change change;
     enum dcp_direct direct;
-    bool independent;
+    bool independent, share_metadata;
     const char *dir; /* NULL: SAVE_DIR */
     bool fail_before_agree, fail_before_finish; /* as if the caller had raised there */
     /* The allocation of this number fails and all later ones, on all ranks: they share a heap.
@@ -51,6 +51,7 @@ struct save_result {
     struct dcp_error err;
     struct dcp_failure_list failures; /* when rc is DCP_E_PEER */
     struct dcp_save_info info;
+    struct dcp_hash128 image; /* of the metadata that this rank holds; zero: it holds none */
 };
 
 /* The whole order of calls, as dcp_native/_save.py makes them. */

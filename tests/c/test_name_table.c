@@ -5,6 +5,7 @@
 #include "name_table.h"
 
 #include "ctest.h"
+#include "dcp_metadata.h"
 #include "plan_maker.h"
 
 enum { RANKS = 7 };
@@ -299,9 +300,54 @@ names_that_differ_in_one_byte_are_decoded_anew(void)
     maker_clean_up_plans(back, 2);
 }
 
-/* Same keys, same values: numbers of names do not depend on who shares a table. */
+/* Each rank has a name of its own: in the place of the coordinator's, besides it, or not at all. */
 static void
-global_plans_do_not_depend_on_sharing(void)
+a_name_of_its_own_costs_a_rank_no_copy_of_the_others(void)
+{
+    enum { NAMES = 12, OWN = 5, KINDS = 3 };
+    struct dcp_plan coordinator = {0}, plans[KINDS] = {{0}}, back[KINDS] = {{0}};
+    struct dcp_name_tables tables = {0};
+    struct dcp_buf images[KINDS] = {{0}};
+    struct dcp_error err = {0};
+    char fqn[32];
+    for (uint32_t i = 0; i < NAMES; i++) {
+        snprintf(fqn, sizeof fqn, "layers.%u.weight", i);
+        (void)maker_name(&coordinator, fqn);
+        for (uint32_t kind = 0; kind < KINDS; kind++) {
+            if (i == OWN && kind != 2) {
+                (void)maker_name(&plans[kind], "rng.7");
+            }
+            if (i != OWN || kind == 1) {
+                (void)maker_name(&plans[kind], fqn);
+            }
+        }
+    }
+    know_names_of(&tables, &coordinator);
+    for (uint32_t kind = 0; kind < KINDS; kind++) {
+        encode(&plans[kind], false, &images[kind]);
+        CHECK_OK(
+            dcp_plan_decode_shared(images[kind].data, images[kind].len, &tables, &back[kind], &err),
+            &err);
+        uint32_t borrowed = 0;
+        for (uint32_t i = 0; i < back[kind].names_count; i++) {
+            for (uint32_t k = 0; k < NAMES; k++) {
+                borrowed += back[kind].names[i].fqn == tables.lender->names[k].fqn;
+            }
+        }
+        CHECK_EQ(borrowed, kind == 1 ? NAMES : NAMES - 1);
+        dcp_buf_clean_up(&images[kind]);
+    }
+    dcp_name_tables_clean_up(&tables); /* the tables keep what they borrow */
+    for (uint32_t kind = 0; kind < KINDS; kind++) {
+        CHECK(same_plan(&plans[kind], &back[kind]));
+    }
+    maker_clean_up_plans(plans, KINDS);
+    maker_clean_up_plans(back, KINDS);
+    dcp_plan_clean_up(&coordinator);
+}
+
+static void
+numbers_of_names_do_not_depend_on_sharing(void)
 {
     for (uint64_t seed = 0; seed < 60; seed++) {
         struct maker_rng rng = {seed};
@@ -327,6 +373,82 @@ global_plans_do_not_depend_on_sharing(void)
         dcp_name_ids_clean_up(&shared);
         dcp_name_tables_clean_up(&tables);
         dcp_buf_clean_up(&image);
+        maker_clean_up_plans(plans, RANKS);
+        maker_clean_up_plans(back, RANKS);
+    }
+}
+
+/* The same five names: in order, reversed, by other paths, without the last two. */
+static void
+make_variant(struct dcp_plan *plan, uint32_t rank, uint64_t variant)
+{
+    const uint64_t sizes[] = {2, 3};
+    struct dcp_error err = {0};
+    *plan = (struct dcp_plan){
+        .rank = rank, .thread_count = 1, .single_file_per_rank = true, .has_paths = true};
+    for (uint32_t i = 0; i < (variant == 3 ? 3 : 5); i++) {
+        uint32_t k = variant == 1 ? 4 - i : i;
+        struct dcp_buf path = {0};
+        char fqn[16];
+        uint32_t name;
+        snprintf(fqn, sizeof fqn, "model.%u", k);
+        dcp_path_put_str(&path, "model", 5);
+        if (variant == 2) {
+            dcp_path_put_str(&path, fqn + 6, 1);
+        } else {
+            dcp_path_put_int(&path, k);
+        }
+        CHECK_OK(dcp_plan_add_name(plan, fqn, 7, path.data, path.len, 2, &name, &err), &err);
+        CHECK_EQ(name, i);
+        dcp_buf_clean_up(&path);
+        CHECK_OK(dcp_plan_add_item(plan,
+                                   &(struct dcp_item){.name = name,
+                                                      .kind = DCP_ITEM_TENSOR,
+                                                      .dtype = DCP_DTYPE_FLOAT32,
+                                                      .ndim = 2},
+                                   sizes, (uint64_t[]){0, 0}, sizes, &err),
+                 &err);
+    }
+}
+
+static void
+write_metadata(const struct dcp_plan *plans, struct dcp_buf *ret_image)
+{
+    struct dcp_storage_meta meta = {.checkpoint_id = "/ckpt", .version = "1.0.0"};
+    struct dcp_save_id id = {{1}};
+    struct dcp_global_plan global;
+    struct dcp_error err = {0};
+    CHECK_OK(dcp_global_plan_build(plans, RANKS, false, &global, &err), &err);
+    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, ret_image, &err), &err);
+    dcp_global_plan_clean_up(&global);
+}
+
+/* Which plan's paths and whose order win is torch's affair (metadata_paths.c). */
+static void
+metadata_does_not_depend_on_sharing(void)
+{
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        struct maker_rng rng = {seed};
+        struct dcp_plan plans[RANKS], back[RANKS] = {{0}};
+        struct dcp_name_tables tables = {0};
+        struct dcp_error err = {0};
+        struct dcp_buf image = {0}, direct = {0}, shared = {0};
+        uint64_t variant = 0;
+        for (uint32_t r = 0; r < RANKS; r++) {
+            variant = maker_below(&rng, 2) != 0 ? maker_below(&rng, 4) : variant;
+            make_variant(&plans[r], r, variant);
+            know_names_of(&tables, &plans[r]);
+            encode(&plans[r], true, &image);
+            CHECK_OK(dcp_plan_decode_shared(image.data, image.len, &tables, &back[r], &err), &err);
+        }
+        write_metadata(plans, &direct);
+        write_metadata(back, &shared);
+        CHECK_EQ(direct.len, shared.len);
+        CHECK(direct.len == shared.len && memcmp(direct.data, shared.data, direct.len) == 0);
+        dcp_buf_clean_up(&direct);
+        dcp_buf_clean_up(&shared);
+        dcp_buf_clean_up(&image);
+        dcp_name_tables_clean_up(&tables);
         maker_clean_up_plans(plans, RANKS);
         maker_clean_up_plans(back, RANKS);
     }
@@ -370,5 +492,6 @@ CTEST_MAIN(RUN(plans_with_shared_names_come_back_equal);
            RUN(every_truncation_of_a_nameless_image_is_refused);
            RUN(mutations_never_give_a_plan_other_names_than_it_says);
            RUN(names_that_differ_in_one_byte_are_decoded_anew);
-           RUN(global_plans_do_not_depend_on_sharing);
+           RUN(a_name_of_its_own_costs_a_rank_no_copy_of_the_others);
+           RUN(numbers_of_names_do_not_depend_on_sharing); RUN(metadata_does_not_depend_on_sharing);
            RUN(running_out_of_memory_is_reported_and_leaks_nothing);)

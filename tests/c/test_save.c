@@ -21,6 +21,7 @@ struct run {
     const struct step *steps;
     size_t steps_count;
     bool independent;
+    uint32_t shares_count;       /* ranks below it share the metadata */
     struct save_result *results; /* step * size + rank */
 };
 
@@ -40,6 +41,7 @@ save_steps(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
             .change = mine ? step->change : CHANGE_NONE,
             .direct = i % 2 == 0 ? DCP_DIRECT_OFF : DCP_DIRECT_ON,
             .independent = run->independent,
+            .share_metadata = comm->rank < run->shares_count,
         };
         if (group == NULL || request.change == CHANGE_GROUP) {
             struct dcp_comm copy = *comm;
@@ -166,9 +168,9 @@ a_plan_is_reused_only_when_nothing_about_it_changed_anywhere(void)
     struct run run = {.fs = io_memory_new(4), .steps = steps, .steps_count = STEPS};
     for (int c = 1; c < CHANGES; c++) {
         for (int k = 0; k < 3; k++) {
-            steps[3 * c - 2 + k] = (struct step){1 + (3 * c + k) % (SAVE_GENERATIONS - 1),
-                                                 k == 0 ? CHANGE_NONE : (enum save_change)c,
-                                                 (uint32_t)c % size};
+            steps[3 * c - 2 + k] =
+                (struct step){1 + (3 * c + k) % (SAVE_GENERATIONS - 1),
+                              k == 0 ? CHANGE_NONE : (enum save_change)c, (uint32_t)c % size};
         }
     }
     steps[STEPS - 1] = (struct step){1, CHANGE_NONE, 0};
@@ -207,6 +209,34 @@ every_change_of_a_plan_still_loads_right(void)
     dcp_engine_trim();
 }
 
+/* By how many of the ranks ask for it: all, too few, none. */
+static void
+the_metadata_reaches_every_rank_when_all_ask_for_it(void)
+{
+    static const struct step steps[] = {{1, CHANGE_NONE, 0}, {2, CHANGE_NONE, 0}};
+    const uint32_t size = 5, coordinator = size / 2;
+    for (uint32_t asking = 0; asking <= size; asking++) {
+        struct run run = {.fs = io_memory_new(asking), .steps = steps, .steps_count = 2};
+        run.shares_count = asking;
+        run_steps(&run, size);
+        for (uint32_t i = 0; i < 2 * size; i++) {
+            const struct save_result *result = &run.results[i];
+            struct dcp_hash128 want = run.results[i - i % size + coordinator].image;
+            bool has = asking == size || i % size == coordinator;
+            CHECK(want.lo != 0);
+            CHECK_EQ(result->image.lo, has ? want.lo : 0);
+            CHECK_EQ(result->image.hi, has ? want.hi : 0);
+            /* Ranks that disagree hear of it, and none of them waits for the others' image. */
+            CHECK_EQ(result->info.call_agrees, asking == 0 || asking == size);
+        }
+        CHECK(run.results[0].image.lo == 0 ||
+              run.results[0].image.lo != run.results[size].image.lo);
+        dcp_free(run.results);
+        io_memory_free(run.fs);
+    }
+    dcp_engine_trim();
+}
+
 /* use_collectives=False: each rank commits its own part, and loads it. */
 static void
 independent_saves_commit_and_sweep_per_rank(void)
@@ -232,4 +262,5 @@ independent_saves_commit_and_sweep_per_rank(void)
 CTEST_MAIN(RUN(saves_of_any_number_of_ranks_load_on_any_other); RUN(replicas_are_written_once);
            RUN(a_plan_is_reused_only_when_nothing_about_it_changed_anywhere);
            RUN(every_change_of_a_plan_still_loads_right);
+           RUN(the_metadata_reaches_every_rank_when_all_ask_for_it);
            RUN(independent_saves_commit_and_sweep_per_rank);)

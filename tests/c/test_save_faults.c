@@ -15,6 +15,9 @@
 
 enum { RANKS = 3, COORDINATOR = 1, TIMEOUT_MS = 20000, SHORT_TIMEOUT_MS = 150 };
 
+/* Collectives of one rank in a save that goes well; SHARE_CALLS come last. */
+enum { SLOW_CALLS = 11, FAST_CALLS = 3, SHARE_CALLS = 3 };
+
 /* Where the caller's own failure comes from. */
 enum raise_at { RAISE_NEVER, RAISE_BEFORE_AGREE, RAISE_BEFORE_FINISH };
 
@@ -32,11 +35,11 @@ struct fault_case {
     struct fault comm, io;
     bool comm_spares_victim; /* the others lose the reply, and the victim alone hears it */
     enum raise_at raise_at;
-    uint32_t raises; /* rank */
+    uint32_t raises;                                             /* rank */
     uint64_t fail_allocation_of_agree, fail_allocation_of_write; /* 1 is the next; 0: none */
     enum planning planning;
-    bool stays;      /* a rank that lost its connection lives on: the others wait in vain */
-    bool independent;
+    bool stays; /* a rank that lost its connection lives on: the others wait in vain */
+    bool independent, shares;
     enum dcp_direct direct;
     /* filled by the run */
     struct io_memory *fs;
@@ -92,7 +95,11 @@ save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     struct dcp_comm table;
     struct dcp_group *group;
     struct save_request request = {
-        .generation = 1, .direct = fault->direct, .independent = fault->independent};
+        .generation = 1,
+        .direct = fault->direct,
+        .independent = fault->independent,
+        .share_metadata = fault->shares,
+    };
 
     comm_faults_init(&comm_faults, sim, comm, &table);
     io_faults_init(&io_faults, fault->table);
@@ -148,9 +155,8 @@ describe(const struct fault_case *fault)
             "rank %u; planning %d%s%s%s\n",
             fault->comm.mode, fault->comm.nth, fault->comm.victim,
             fault->comm_spares_victim ? " (others)" : "", fault->io.mode, fault->io.nth,
-            fault->io.victim, fault->io.sys_errno, fault->raise_at, fault->raises,
-            fault->planning, fault->stays ? ", stays" : "",
-            fault->independent ? ", independent" : "",
+            fault->io.victim, fault->io.sys_errno, fault->raise_at, fault->raises, fault->planning,
+            fault->stays ? ", stays" : "", fault->independent ? ", independent" : "",
             fault->direct == DCP_DIRECT_OFF ? "" : ", direct");
     for (uint32_t r = 0; r < RANKS; r++) {
         const struct save_result *result = &fault->second[r];
@@ -191,6 +197,8 @@ check_told(const struct fault_case *fault, int generation)
               fault->second[COORDINATOR].info.outcome == DCP_OUTCOME_UNKNOWN ||
               result->info.outcome == fault->second[COORDINATOR].info.outcome);
         CHECK(strstr(result->err.message, "where rank") == NULL); /* ranks in different calls */
+        /* What fails after the result fails nobody. */
+        CHECK(!fault->shares || fault->comm.nth <= FAST_CALLS || result->rc == 0);
     }
 }
 
@@ -367,9 +375,6 @@ fail_each_system_call(const struct fault_case *like)
 
 /* ---- cases ---- */
 
-/* Collectives of one rank in a save that goes well. */
-enum { SLOW_CALLS = 11, FAST_CALLS = 3 };
-
 static void
 a_rank_that_dies_in_any_collective_leaves_one_whole_checkpoint(void)
 {
@@ -390,6 +395,16 @@ a_lost_reply_of_any_collective_leaves_one_whole_checkpoint(void)
                                   .direct = DCP_DIRECT_OFF};
         CHECK_EQ(fail_each_collective(&like),
                  RANKS * (like.planning != PLAN_REUSED ? SLOW_CALLS : FAST_CALLS));
+    }
+}
+
+static void
+a_committed_save_stays_good_when_the_metadata_cannot_be_shared(void)
+{
+    for (int mode = FAULT_BEFORE; mode <= FAULT_AFTER; mode++) {
+        struct fault_case like = {
+            .comm = {.mode = (enum fault_mode)mode}, .shares = true, .direct = DCP_DIRECT_OFF};
+        CHECK_EQ(fail_each_collective(&like), RANKS * (FAST_CALLS + SHARE_CALLS));
     }
 }
 
@@ -472,7 +487,8 @@ running_out_of_memory_leaves_one_whole_checkpoint(void)
         bool all_ok = false;
         for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
             struct fault_case fault = {.planning = i % PLANNINGS, .direct = DCP_DIRECT_OFF};
-            *(i / PLANNINGS == 0 ? &fault.fail_allocation_of_agree : &fault.fail_allocation_of_write) = nth;
+            *(i / PLANNINGS == 0 ? &fault.fail_allocation_of_agree
+                                 : &fault.fail_allocation_of_write) = nth;
             run_case(&fault);
             all_ok = true;
             for (uint32_t r = 0; r < RANKS; r++) {
@@ -490,11 +506,11 @@ static void
 a_lost_reply_while_failures_are_told_leaves_one_whole_checkpoint(void)
 {
     for (int i = 0; i < 12; i++) {
-        struct fault_case like = {
-            .comm = {.mode = i % 2 == 0 ? FAULT_BEFORE : FAULT_AFTER},
-            .raise_at = i / 2 % 2 == 0 ? RAISE_BEFORE_AGREE : RAISE_BEFORE_FINISH,
-            .raises = (uint32_t)i / 4,
-            .direct = DCP_DIRECT_OFF};
+        struct fault_case like = {.comm = {.mode = i % 2 == 0 ? FAULT_BEFORE : FAULT_AFTER},
+                                  .raise_at =
+                                      i / 2 % 2 == 0 ? RAISE_BEFORE_AGREE : RAISE_BEFORE_FINISH,
+                                  .raises = (uint32_t)i / 4,
+                                  .direct = DCP_DIRECT_OFF};
         CHECK(fail_each_collective(&like) >= RANKS * (1 + 4));
     }
 }
@@ -504,13 +520,12 @@ static void
 a_failing_coordinator_and_a_lost_reply_leave_one_whole_checkpoint(void)
 {
     for (uint32_t nth = 1; nth < MOST_CALLS && ctest_failures < MOST_FAILURES; nth++) {
-        struct fault_case like = {
-            .io = {.mode = nth % 2 == 0 ? FAULT_BEFORE : FAULT_AFTER,
-                   .sys_errno = EIO,
-                   .victim = COORDINATOR,
-                   .nth = nth},
-            .comm = {.mode = FAULT_AFTER},
-            .direct = DCP_DIRECT_OFF};
+        struct fault_case like = {.io = {.mode = nth % 2 == 0 ? FAULT_BEFORE : FAULT_AFTER,
+                                         .sys_errno = EIO,
+                                         .victim = COORDINATOR,
+                                         .nth = nth},
+                                  .comm = {.mode = FAULT_AFTER},
+                                  .direct = DCP_DIRECT_OFF};
         struct fault_case plain = like;
         plain.comm.mode = FAULT_NONE;
         run_case(&plain);
@@ -529,10 +544,10 @@ static void
 faults_of_independent_saves_stay_with_their_rank(void)
 {
     for (int i = 0; i < 3; i++) {
-        struct fault_case like = {.io = {.mode = (enum fault_mode)(FAULT_BEFORE + i),
-                                         .sys_errno = EIO},
-                                  .independent = true,
-                                  .direct = DCP_DIRECT_OFF};
+        struct fault_case like = {
+            .io = {.mode = (enum fault_mode)(FAULT_BEFORE + i), .sys_errno = EIO},
+            .independent = true,
+            .direct = DCP_DIRECT_OFF};
         CHECK(fail_each_system_call(&like) > 60);
     }
     struct fault_case like = {
@@ -543,6 +558,7 @@ faults_of_independent_saves_stay_with_their_rank(void)
 CTEST_MAIN(RUN(a_caller_that_raises_on_any_rank_aborts_the_save_everywhere);
            RUN(a_rank_that_dies_in_any_collective_leaves_one_whole_checkpoint);
            RUN(a_lost_reply_of_any_collective_leaves_one_whole_checkpoint);
+           RUN(a_committed_save_stays_good_when_the_metadata_cannot_be_shared);
            RUN(a_rank_that_stays_away_is_waited_for_until_the_deadline_only);
            RUN(a_failing_system_call_of_any_rank_leaves_one_whole_checkpoint);
            RUN(a_system_call_whose_reply_is_lost_leaves_one_whole_checkpoint);

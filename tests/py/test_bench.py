@@ -1,6 +1,6 @@
-"""test_bench.py: the benchmark runs, compares what it loads, and leaves nothing behind.
+"""test_bench.py: the benchmarks run, compare what they load, count right, and leave nothing behind.
 
-Only its small size is run: it proves that the program works, not any figure.
+Only small sizes are run: they prove that the programs work, not any figure.
 """
 
 import json
@@ -9,7 +9,10 @@ import pathlib
 import subprocess
 import sys
 
-BENCH = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "bench.py"
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BENCH = ROOT / "benchmarks" / "bench.py"
 
 
 def run_bench(tmp_path, *arguments):
@@ -56,3 +59,51 @@ def test_a_load_that_does_nothing_is_reported_as_wrong(tmp_path, monkeypatch):
     assert done.returncode == 1
     assert "WRONG" in done.stdout
     assert "800 values differ" in done.stdout  # 200 tensors on 2 ranks by 2 contenders
+
+
+@pytest.fixture(scope="module")
+def build_scaling(tmp_path_factory):
+    """Compiles a C benchmark with the core; gives the program's path."""
+    folder = tmp_path_factory.mktemp("scaling")
+    cc = ["cc", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
+    cc += ["-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc" / "core")]
+    core = sorted(str(path) for path in (ROOT / "csrc" / "core").glob("*.c"))
+    subprocess.run([*cc, "-c", *core], check=True, timeout=300, cwd=folder)
+    objects = sorted(str(path) for path in folder.glob("*.o"))
+
+    def build(name):
+        program = folder / name
+        source = str(ROOT / "benchmarks" / f"{name}.c")
+        argv = [*cc, source, *objects, "-lpthread", "-o", str(program)]
+        subprocess.run(argv, check=True, timeout=300)
+        return program
+
+    return build
+
+
+def test_save_scaling_counts_right_and_sends_names_only_where_they_are_news(build_scaling):
+    program = build_scaling("save_scaling")
+    sent = {}
+    for own_keys in ("0", "1"):
+        argv = [str(program), "8", "100", "1", own_keys]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        sent[own_keys] = [
+            float(line.split("sends ")[1].split(";")[0])
+            for line in done.stdout.splitlines()
+            if "a rank sends" in line
+        ]
+        assert "FAST round" in done.stdout
+    assert len(sent["0"]) == len(sent["1"]) == 2
+    assert all(3 * without < named for without, named in zip(sent["0"], sent["1"], strict=True))
+
+
+def test_plan_scaling_passes_plans_unchanged_and_counts_right(build_scaling):
+    program = build_scaling("plan_scaling")
+    done = subprocess.run([str(program), "8", "100"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(",")[0] for line in done.stdout.splitlines() if " ranks x " in line] == [
+        "fsdp",
+        "ddp",
+        "hsdp",
+    ]

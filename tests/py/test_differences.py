@@ -88,18 +88,6 @@ def test_large_payloads_start_on_pages(tmp_path):
             assert len(blocks) >= 4 * 4
 
 
-def test_metadata_is_read_when_touched(tmp_path):
-    """[metadata-lazy]"""
-    ours = dcp.save({"w": value("w", (3,))}, checkpoint_id=tmp_path / "o")
-    assert isinstance(ours, torch_dcp.Metadata)
-    plain = torch_dcp.FileSystemReader(tmp_path / "o").read_metadata()
-    plain.storage_meta.load_id = None
-    assert ours == plain and plain == ours
-    again = pickle.loads(pickle.dumps(ours))
-    assert type(again) is torch_dcp.Metadata and again == plain
-    assert set(vars(ours)) == set(vars(plain))
-
-
 def test_builtin_objects_have_small_records_in_slots(tmp_path):
     """[object-pickle]"""
     dcp.save({"step": 9}, checkpoint_id=tmp_path / "a")

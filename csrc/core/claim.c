@@ -12,6 +12,9 @@
  * holds its save id, nobody else's claim can ever stand under that name. The listing before the
  * claim only guesses a number that will do.
  *
+ * What killed saves left behind is cleared here, not only by the next commit: a disk that
+ * they filled would never let the next save get that far.
+ *
  * Threads: no state.
  */
 #include "claim_scan.h"
@@ -39,9 +42,10 @@ enum {
 /* What a look at the directory tells a claimant. */
 struct survey {
     struct dcp_dir_scan scan;
-    uint64_t next; /* one above every number in use by others; 0 when there is none */
-    bool tied;     /* another claim has our number, and its name sorts before ours */
-    bool vanished; /* a claim was gone when we came to fence it: it may just have committed */
+    uint64_t next;  /* one above every number in use by others; 0 when there is none */
+    bool leftovers; /* there are data files that nothing references */
+    bool tied;      /* another claim has our number, and its name sorts before ours */
+    bool vanished;  /* a claim was gone when we came to fence it: it may just have committed */
 };
 
 /* A global claim is about all files; one of a rank about that rank's. */
@@ -51,21 +55,34 @@ concerns(const struct dcp_claim *claim, uint32_t rank)
     return claim->rank < 0 || (uint32_t)claim->rank == rank;
 }
 
-static void
-raise_next(struct survey *survey, uint64_t n)
+/* One above every number of `files` that matters to the claim. */
+static uint64_t
+next_of(const struct dcp_claim *claim, const struct dcp_buf *files)
 {
-    survey->next = dcp_max_u64(survey->next, n + 1);
-}
+    uint64_t next = 0;
 
-static void
-count_files(const struct dcp_claim *claim, const struct dcp_buf *files, struct survey *survey)
-{
     for (size_t i = 0; i < files->len / sizeof(uint64_t); i++) {
         uint64_t key;
         memcpy(&key, files->data + i * sizeof key, sizeof key);
         if (concerns(claim, (uint32_t)(key >> 32))) {
-            raise_next(survey, (uint32_t)key);
+            next = dcp_max_u64(next, (uint64_t)(uint32_t)key + 1);
         }
+    }
+    return next;
+}
+
+static void
+note_leftovers(const struct dcp_claim *claim, struct dcp_buf *references, struct survey *survey)
+{
+    const struct dcp_buf *files = &survey->scan.files;
+
+    survey->leftovers = false;
+    dcp_file_keys_sort(references);
+    for (size_t i = 0; i < files->len / sizeof(uint64_t) && !survey->leftovers; i++) {
+        uint64_t key;
+        memcpy(&key, files->data + i * sizeof key, sizeof key);
+        survey->leftovers =
+            concerns(claim, (uint32_t)(key >> 32)) && !dcp_file_keys_have(references, key);
     }
 }
 
@@ -89,7 +106,8 @@ count_references(const struct dcp_claim *claim, struct survey *survey, struct dc
         }
     }
     if (rc == 0) {
-        count_files(claim, &set.files, survey);
+        survey->next = dcp_max_u64(survey->next, next_of(claim, &set.files));
+        note_leftovers(claim, &set.files, survey);
     }
     dcp_reference_set_clean_up(&set);
     return rc;
@@ -104,14 +122,13 @@ look(const struct dcp_claim *claim, bool with_references, struct survey *survey,
     if (rc != 0) {
         return rc;
     }
-    survey->next = 0;
+    survey->next = next_of(claim, &survey->scan.files);
     survey->tied = false;
-    count_files(claim, &survey->scan.files, survey);
     for (size_t i = 0; i < dcp_dir_scan_claims_count(&survey->scan); i++) {
         const struct dcp_claim_name *other = dcp_dir_scan_claim(&survey->scan, i);
         bool is_ours = strcmp(other->text, claim->name) == 0;
         if (!is_ours && (other->rank < 0 || concerns(claim, (uint32_t)other->rank))) {
-            raise_next(survey, other->n0);
+            survey->next = dcp_max_u64(survey->next, (uint64_t)other->n0 + 1);
             survey->tied = survey->tied || (claim->name[0] != '\0' && other->n0 == claim->n0 &&
                                             strcmp(other->text, claim->name) < 0);
         }
@@ -123,6 +140,7 @@ static int
 write_text(const struct dcp_claim *claim, int fd, const char *identity, struct dcp_error *err)
 {
     char text[CLAIM_TEXT_BYTES], who[IDENTITY_BYTES], id[2 * sizeof claim->save_id.bytes + 1];
+    char path[DCP_ERROR_PATH_BYTES];
     int len;
 
     snprintf(who, sizeof who, "%s", identity == NULL ? "unknown" : identity);
@@ -138,7 +156,8 @@ write_text(const struct dcp_claim *claim, int fd, const char *identity, struct d
                    "metadata when it is complete; the next save removes it otherwise.\n",
                    who, id, claim->n0, claim->target);
     DCP_ASSERT(len > 0 && (size_t)len < sizeof text);
-    return dcp_io_write_all(claim->io, fd, text, (size_t)len, 0, claim->name, err);
+    return dcp_io_write_all(claim->io, fd, text, (size_t)len, 0,
+                            dcp_claim_path(claim, claim->name, path), err);
 }
 
 static void
@@ -255,6 +274,9 @@ dcp_claim_take(const struct dcp_io *io, int dirfd, const char *dir_path, int32_t
         rc = try_claim(&claim, &next, identity, &survey, &taken, err);
     }
     dcp_dir_scan_clean_up(&survey.scan);
+    if (rc == 0 && taken && survey.leftovers) {
+        dcp_claim_clear_leftovers(&claim);
+    }
     if (rc == 0 && !taken) {
         rc = dcp_error_set(err, DCP_E_SUPERSEDED, 0, dir_path,
                            "other saves claim %s again and again: let one job save to it",

@@ -1,13 +1,14 @@
 /*
- * claim_references.c: which data files a metadata image names, and whose it is.
+ * claim_references.c: which data files a metadata image names, and whose it or a data file is.
  *
- * Kept apart from the protocol so that the protocol can be tested on another format.
+ * Kept apart from the protocol so that the protocol can be tested on other formats.
  *
  * Threads: no state.
  */
 #include "claim_scan.h"
 
 #include "dcp_metadata.h"
+#include "dcp_record.h"
 
 int
 dcp_claim_references(const uint8_t *image, size_t len, dcp_reference_fn fn, void *fn_ctx,
@@ -28,4 +29,18 @@ bool
 dcp_claim_image_save_id(const uint8_t *image, size_t len, struct dcp_save_id *ret_id)
 {
     return dcp_metadata_peek_save_id(image, len, ret_id);
+}
+
+bool
+dcp_claim_file_save_id(const uint8_t *bytes, size_t len, struct dcp_save_id *ret_id)
+{
+    struct dcp_file_header header;
+    struct dcp_error ignored;
+
+    dcp_error_clear(&ignored);
+    if (len < DCP_FILE_HEADER_BYTES || dcp_file_parse_header(bytes, &header, &ignored) != 0) {
+        return false;
+    }
+    *ret_id = header.save_id;
+    return true;
 }

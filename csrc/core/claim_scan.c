@@ -15,9 +15,11 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "dcp_limits.h"
+#include "io_explain.h"
 
 #define CLAIM_PREFIX ".dcp_native-claim-"
 
@@ -145,6 +147,32 @@ dcp_claim_name_parse(const char *name, struct dcp_claim_name *ret)
     return true;
 }
 
+/* ---- keys ---- */
+
+static int
+compare_keys(const void *a, const void *b)
+{
+    uint64_t x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+    return x < y ? -1 : x > y;
+}
+
+void
+dcp_file_keys_sort(struct dcp_buf *keys)
+{
+    if (keys->len > 0) {
+        qsort(keys->data, keys->len / sizeof(uint64_t), sizeof(uint64_t), compare_keys);
+    }
+}
+
+bool
+dcp_file_keys_have(const struct dcp_buf *sorted_keys, uint64_t key)
+{
+    return sorted_keys->len > 0 && bsearch(&key, sorted_keys->data, sorted_keys->len / sizeof key,
+                                           sizeof key, compare_keys) != NULL;
+}
+
 /* ---- errors ---- */
 
 bool
@@ -159,19 +187,47 @@ dcp_claim_dir_removed(const struct dcp_claim *claim)
     return rc == -ESTALE || rc == -ENOENT || (rc == 0 && st.links == 0);
 }
 
-int
-dcp_claim_error(const struct dcp_claim *claim, int sys_errno, const char *what, const char *name,
-                struct dcp_error *err)
+const char *
+dcp_claim_path(const struct dcp_claim *claim, const char *name, char path[DCP_ERROR_PATH_BYTES])
 {
-    const char *dir = claim->dir_path == NULL ? "the checkpoint's directory" : claim->dir_path;
+    if (claim->dir_path == NULL) {
+        snprintf(path, DCP_ERROR_PATH_BYTES, "%s", name);
+    } else {
+        snprintf(path, DCP_ERROR_PATH_BYTES, "%s/%s", claim->dir_path, name);
+    }
+    return path;
+}
+
+static int
+tell(const struct dcp_claim *claim, int sys_errno, bool syncing, const char *what, const char *name,
+     struct dcp_error *err)
+{
+    char path[DCP_ERROR_PATH_BYTES], why[DCP_IO_EXPLAIN_BYTES];
+    const struct dcp_io_trouble trouble = {
+        .io = claim->io, .fd = claim->dirfd, .sys_errno = sys_errno, .syncing = syncing};
 
     if ((sys_errno == ENOENT || sys_errno == ESTALE) && dcp_claim_dir_removed(claim)) {
         return dcp_error_set(err, DCP_E_REMOVED, sys_errno, claim->dir_path,
                              "%s was removed while it was being saved to; nothing was committed",
-                             dir);
+                             claim->dir_path == NULL ? "the directory" : claim->dir_path);
     }
-    return dcp_error_set(err, DCP_E_IO, sys_errno, name, "%s %s in %s failed: %s", what, name, dir,
-                         strerror(sys_errno));
+    dcp_claim_path(claim, name, path);
+    return dcp_error_set(err, DCP_E_IO, sys_errno, path, "%s %s failed: %s", what, path,
+                         dcp_io_explain(&trouble, why));
+}
+
+int
+dcp_claim_error(const struct dcp_claim *claim, int sys_errno, const char *what, const char *name,
+                struct dcp_error *err)
+{
+    return tell(claim, sys_errno, false, what, name, err);
+}
+
+int
+dcp_claim_sync_error(const struct dcp_claim *claim, int sys_errno, const char *what,
+                     const char *name, struct dcp_error *err)
+{
+    return tell(claim, sys_errno, true, what, name, err);
 }
 
 /* ---- the walk ---- */

@@ -1,6 +1,6 @@
 /*
  * claim_scan.h: what lies in a checkpoint directory, as the commit protocol sees it (private to
- * commit.c, claim.c and claim_scan.c).
+ * claim*.c, commit.c and sweep.c; save_space.c asks for the name of a claim).
  */
 #ifndef DCP_CORE_CLAIM_SCAN_H
 #define DCP_CORE_CLAIM_SCAN_H
@@ -20,6 +20,10 @@ dcp_file_key(uint32_t rank, uint64_t n)
 {
     return (uint64_t)rank << 32 | (uint32_t)n;
 }
+
+/* Arrays of keys: sorted once, then asked. */
+void dcp_file_keys_sort(struct dcp_buf *keys);
+bool dcp_file_keys_have(const struct dcp_buf *sorted_keys, uint64_t key);
 
 /* One walk over the directory.  Zero-initialised is an empty one. */
 struct dcp_dir_scan {
@@ -72,9 +76,19 @@ bool dcp_claim_dir_removed(const struct dcp_claim *claim);
  * `what` says what was tried. */
 int dcp_claim_error(const struct dcp_claim *claim, int sys_errno, const char *what,
                     const char *name, struct dcp_error *err);
+/* The same of a failed fsync, after which nothing of the file can be relied on. */
+int dcp_claim_sync_error(const struct dcp_claim *claim, int sys_errno, const char *what,
+                         const char *name, struct dcp_error *err);
+/* "<directory>/<name>" for messages.  Returns `path`. */
+const char *dcp_claim_path(const struct dcp_claim *claim, const char *name,
+                           char path[DCP_ERROR_PATH_BYTES]);
 
-/* ---- claim_references.c, which is all that the protocol knows of the metadata format.  The model
- * test links its own two functions and runs on a format of a few bytes. */
+/* Once the claim stands: frees the space of data files that nothing references, so that it is there
+ * for this save (sweep.c).  Whatever fails is left for the next commit. */
+void dcp_claim_clear_leftovers(const struct dcp_claim *claim);
+
+/* ---- claim_references.c, which is all that the protocol knows of our formats.  The model test
+ * links its own three functions and runs on a format of a few bytes. */
 
 /* Non-zero stops the walk and is returned. */
 typedef int (*dcp_reference_fn)(void *ctx, const char *name, size_t len);
@@ -82,5 +96,8 @@ typedef int (*dcp_reference_fn)(void *ctx, const char *name, size_t len);
 int dcp_claim_references(const uint8_t *image, size_t len, dcp_reference_fn fn, void *fn_ctx,
                          struct dcp_error *err) DCP_MUST_CHECK;
 bool dcp_claim_image_save_id(const uint8_t *image, size_t len, struct dcp_save_id *ret_id);
+/* Whose data file begins with `bytes`; `len`: DCP_FILE_HEADER_BYTES, or all of a shorter file.
+ * False when it is none of ours. */
+bool dcp_claim_file_save_id(const uint8_t *bytes, size_t len, struct dcp_save_id *ret_id);
 
 #endif

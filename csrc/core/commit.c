@@ -50,7 +50,7 @@ sync_parent(const struct dcp_claim *claim, struct dcp_error *err)
     }
     rc = sync_file(io, fd);
     io->close(io->ctx, fd);
-    return rc == 0 ? 0 : dcp_claim_error(claim, -rc, "syncing the parent of", ".", err);
+    return rc == 0 ? 0 : dcp_claim_sync_error(claim, -rc, "syncing the parent of", ".", err);
 }
 
 /* What the rename has done is committed; now it must also outlive a power cut.  Asked once: after a
@@ -61,8 +61,9 @@ make_durable(struct dcp_claim *claim, struct dcp_error *err)
     int rc = claim->sync ? sync_file(claim->io, claim->dirfd) : 0;
 
     claim->durable = rc == 0;
-    return rc == 0 ? 0
-                   : dcp_claim_error(claim, -rc, "syncing the directory of", claim->target, err);
+    return rc == 0
+               ? 0
+               : dcp_claim_sync_error(claim, -rc, "syncing the directory of", claim->target, err);
 }
 
 static int
@@ -70,6 +71,7 @@ write_image(const struct dcp_claim *claim, const uint8_t *metadata, size_t len,
             struct dcp_error *err)
 {
     const struct dcp_io *io = claim->io;
+    char path[DCP_ERROR_PATH_BYTES];
     int fd, rc, close_rc;
 
     do {
@@ -78,17 +80,20 @@ write_image(const struct dcp_claim *claim, const uint8_t *metadata, size_t len,
     if (fd < 0) {
         return dcp_claim_error(claim, -fd, "opening the claim", claim->name, err);
     }
-    rc = dcp_io_write_all(io, fd, metadata, len, 0, claim->name, err);
+    rc = dcp_io_write_all(io, fd, metadata, len, 0, dcp_claim_path(claim, claim->name, path), err);
     if (rc == 0) {
         int sys;
         do {
             sys = io->truncate(io->ctx, fd, len);
         } while (sys == -EINTR);
-        if (sys == 0 && claim->sync) {
-            sys = sync_file(io, fd);
-        }
         if (sys != 0) {
             rc = dcp_claim_error(claim, -sys, "writing the metadata to", claim->name, err);
+        }
+    }
+    if (rc == 0 && claim->sync) {
+        int sys = sync_file(io, fd);
+        if (sys != 0) {
+            rc = dcp_claim_sync_error(claim, -sys, "syncing the metadata in", claim->name, err);
         }
     }
     close_rc = io->close(io->ctx, fd);

@@ -32,6 +32,7 @@ dcp_installed_plan_clean_up(struct dcp_installed_plan *installed)
     }
     dcp_free(installed->plans);
     dcp_last_crcs_clean_up(&installed->last);
+    dcp_free(installed->sees_claim);
     memset(installed, 0, sizeof *installed);
 }
 

@@ -28,6 +28,8 @@ struct dcp_installed_plan {
     uint32_t plans_count;
     struct dcp_global_plan global; /* coordinator: borrows `plans` */
     struct dcp_last_crcs last;     /* owned */
+    bool *sees_claim;      /* coordinator: owned, per rank: it saves to the same directory */
+    uint64_t shared_bytes; /* coordinator: that those ranks write */
 };
 
 struct dcp_group {

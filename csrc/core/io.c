@@ -15,24 +15,23 @@
 #include <string.h>
 
 #include "dcp_limits.h"
+#include "io_explain.h"
 
 /* A network file system may drop a file that was replaced while we held it (ESTALE).  The name then
  * has a new file: opened again, it is read.  Each try needs one more replacement. */
 enum { STALE_TRIES = 4 };
 
 static int
-io_error(struct dcp_error *err, int sys_errno, const char *path, uint64_t offset_bytes,
-         const char *what, size_t len)
+io_error(const struct dcp_io *io, int fd, int sys_errno, const char *path, uint64_t offset_bytes,
+         const char *what, size_t len, struct dcp_error *err)
 {
-    const char *advice = "";
-    int rc;
+    const struct dcp_io_trouble trouble = {
+        .io = io, .fd = fd, .sys_errno = sys_errno, .need_bytes = len};
+    char why[DCP_IO_EXPLAIN_BYTES];
+    int rc = dcp_error_set(err, DCP_E_IO, sys_errno, path,
+                           "%s %zu bytes at offset %" PRIu64 " of %s failed: %s", what, len,
+                           offset_bytes, path, dcp_io_explain(&trouble, why));
 
-    if (sys_errno == ENOSPC || sys_errno == EDQUOT) {
-        advice = ": free some space or save elsewhere";
-    }
-    rc = dcp_error_set(err, DCP_E_IO, sys_errno, path,
-                       "%s %zu bytes at offset %" PRIu64 " of %s failed: %s%s", what, len,
-                       offset_bytes, path, strerror(sys_errno), advice);
     if (err != NULL && err->offset_bytes == UINT64_MAX) {
         err->offset_bytes = offset_bytes;
     }
@@ -53,7 +52,7 @@ dcp_io_read_all(const struct dcp_io *io, int fd, void *buf, size_t len, uint64_t
             continue;
         }
         if (n < 0) {
-            return io_error(err, (int)-n, path, offset, "reading", want);
+            return io_error(io, fd, (int)-n, path, offset, "reading", want, err);
         }
         if (n == 0) {
             return dcp_error_set(err, DCP_E_CORRUPT, 0, path,
@@ -83,7 +82,7 @@ dcp_io_write_all(const struct dcp_io *io, int fd, const void *buf, size_t len, u
             continue;
         }
         if (n <= 0) {
-            return io_error(err, n == 0 ? EIO : (int)-n, path, offset, "writing", want);
+            return io_error(io, fd, n == 0 ? EIO : (int)-n, path, offset, "writing", want, err);
         }
         DCP_ASSERT((size_t)n <= want);
         at += n;

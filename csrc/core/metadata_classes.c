@@ -11,8 +11,8 @@
  */
 #include "metadata_classes.h"
 
-static const char *const metadata_fields[] = {"state_dict_metadata", "planner_data",
-                                              "storage_data", "storage_meta", "version"};
+static const char *const metadata_fields[] = {"state_dict_metadata", "planner_data", "storage_data",
+                                              "storage_meta", "version"};
 static const char *const tensor_fields[] = {"properties", "size", "chunks"};
 static const char *const chunk_fields[] = {"offsets", "sizes"};
 static const char *const index_fields[] = {"fqn", "index", "offset"};
@@ -67,8 +67,7 @@ static const struct {
 };
 
 static int
-find_global(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name,
-            dcp_pvalue *ret)
+find_global(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name, dcp_pvalue *ret)
 {
     for (size_t i = 0; i < sizeof globals / sizeof globals[0]; i++) {
         if (dcp_span_is(name, globals[i].name) && dcp_span_is(module, globals[i].module)) {

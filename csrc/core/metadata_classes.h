@@ -28,15 +28,20 @@ enum dcp_md_class {
 
 /* Kinds of custom values. */
 enum dcp_md_custom {
-    DCP_CUSTOM_SIZE,       /* argument: the cell of its tuple of integers */
+    DCP_CUSTOM_SIZE, /* argument: the cell of its tuple of integers */
     DCP_CUSTOM_STRIDED,
     DCP_CUSTOM_MEM_FORMAT, /* argument: 0 contiguous, 1 channels last, 2 preserve */
     DCP_CUSTOM_PATH,
 };
 
 /* Attributes, in the order of an object's cells. */
-enum { DCP_METADATA_STATE, DCP_METADATA_PLANNER, DCP_METADATA_STORAGE, DCP_METADATA_META,
-       DCP_METADATA_VERSION };
+enum {
+    DCP_METADATA_STATE,
+    DCP_METADATA_PLANNER,
+    DCP_METADATA_STORAGE,
+    DCP_METADATA_META,
+    DCP_METADATA_VERSION
+};
 enum { DCP_TENSOR_PROPERTIES, DCP_TENSOR_SIZE, DCP_TENSOR_CHUNKS };
 enum { DCP_CHUNK_OFFSETS, DCP_CHUNK_SIZES };
 enum { DCP_INDEX_FQN, DCP_INDEX_INDEX, DCP_INDEX_OFFSET };

@@ -60,8 +60,7 @@ encode_chunk(struct dcp_buf *buf, const struct dcp_metadata *md, const struct dc
 }
 
 int
-dcp_metadata_index_encode(const struct dcp_metadata *md, struct dcp_buf *buf,
-                          struct dcp_error *err)
+dcp_metadata_index_encode(const struct dcp_metadata *md, struct dcp_buf *buf, struct dcp_error *err)
 {
     put(buf, md->entries_count);
     put(buf, md->chunks_count);

@@ -80,8 +80,7 @@ find_entry(struct joiner *j, dcp_pvalue fqn)
         j->last_entry = next + 1;
         return 0;
     }
-    const struct dcp_md_entry *found =
-        dcp_metadata_find(md, (const char *)name.data, name.len);
+    const struct dcp_md_entry *found = dcp_metadata_find(md, (const char *)name.data, name.len);
     j->last_entry = found == NULL ? 0 : (uint64_t)(found - md->entries) + 1;
     return 0;
 }
@@ -95,8 +94,7 @@ find_file(struct joiner *j, dcp_pvalue path)
     }
     struct dcp_md_walk *walk = j->walk;
     struct dcp_span text = dcp_p_text(walk->vm, path);
-    if (text.len > MAX_FILE_NAME_BYTES ||
-        dcp_utf8_check(text.data, text.len) != DCP_UTF8_VALID) {
+    if (text.len > MAX_FILE_NAME_BYTES || dcp_utf8_check(text.data, text.len) != DCP_UTF8_VALID) {
         return dcp_md_walk_fail(walk, DCP_E_CORRUPT, no_key,
                                 "a relative_path that is no file name");
     }

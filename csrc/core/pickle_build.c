@@ -317,8 +317,7 @@ dcp_op_newobj(struct dcp_pickle_vm *vm)
         vm->cells.data[cell + i] = DCP_P_UNSET;
     }
     vm->stack.len--;
-    vm->stack.data[vm->stack.len - 1] =
-        dcp_p_make_class(DCP_P_OBJECT, dcp_p_class(class), cell);
+    vm->stack.data[vm->stack.len - 1] = dcp_p_make_class(DCP_P_OBJECT, dcp_p_class(class), cell);
     return 0;
 }
 

@@ -14,9 +14,9 @@
 #include "pickle_op.h"
 
 struct dcp_pickle_out {
-    struct dcp_buf *buf;  /* borrows */
-    size_t first_byte;    /* of the pickle in the buffer */
-    uint32_t memo_count;  /* the number that the next MEMOIZE gets */
+    struct dcp_buf *buf; /* borrows */
+    size_t first_byte;   /* of the pickle in the buffer */
+    uint32_t memo_count; /* the number that the next MEMOIZE gets */
 };
 
 /* Emits PROTO and the frame's opcode; the frame's length is filled in by the end. */

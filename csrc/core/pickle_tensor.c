@@ -58,8 +58,7 @@ global(dcp_pvalue *ret, enum tensor_class class_id, int arg)
 }
 
 static int
-find_global(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name,
-            dcp_pvalue *ret)
+find_global(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name, dcp_pvalue *ret)
 {
     if (dcp_span_is(module, "torch._utils")) {
         for (enum tensor_class c = CLASS_REBUILD_V2; c <= CLASS_REBUILD_PARAMETER; c++) {
@@ -142,8 +141,7 @@ fits_storage(const struct dcp_tensor_pickle *t, uint32_t element_bytes)
     uint64_t volume = 1;
     for (uint32_t i = 0; i < t->ndim; i++) {
         uint64_t reach;
-        if (dcp_mul_overflows_u64(volume, t->sizes[i], &volume) ||
-            volume > DCP_MAX_PAYLOAD_BYTES ||
+        if (dcp_mul_overflows_u64(volume, t->sizes[i], &volume) || volume > DCP_MAX_PAYLOAD_BYTES ||
             dcp_mul_overflows_u64(t->sizes[i] - 1, (uint64_t)t->strides[i], &reach) ||
             dcp_add_overflows_u64(last, reach, &last)) {
             return false;

@@ -106,9 +106,8 @@ static int
 report(struct dcp_pickle_vm *vm, int code, const char *what, const char *quoted)
 {
     bool is_corrupt = code == DCP_E_CORRUPT;
-    int rc = dcp_error_set(vm->err, code, 0, NULL,
-                           "reading a pickle, byte %zu of %zu: %s%s%s; %s", vm->op_pos, vm->len,
-                           what, quoted[0] == 0 ? "" : ": ", quoted,
+    int rc = dcp_error_set(vm->err, code, 0, NULL, "reading a pickle, byte %zu of %zu: %s%s%s; %s",
+                           vm->op_pos, vm->len, what, quoted[0] == 0 ? "" : ": ", quoted,
                            is_corrupt ? "the file is damaged, restore it from a copy"
                                       : "only Python's own reader may understand it");
     if (vm->err != NULL && vm->err->code == code && vm->err->offset_bytes == UINT64_MAX) {

@@ -21,7 +21,7 @@
 typedef uint64_t dcp_pvalue;
 
 enum dcp_ptag {
-    DCP_P_UNSET = 0,    /* an attribute that was not set; never on the stack */
+    DCP_P_UNSET = 0, /* an attribute that was not set; never on the stack */
     DCP_P_NONE = 1,
     DCP_P_BOOL = 2,     /* payload 0 or 1 */
     DCP_P_INT = 3,      /* payload: 60-bit signed integer */
@@ -118,8 +118,8 @@ struct dcp_pickle_vm {
     size_t pos;    /* of the next byte */
     size_t op_pos; /* of the running opcode */
     struct dcp_parray stack, memo, cells;
-    uint64_t memo_count; /* numbers in use: what the next MEMOIZE gets */
-    uint64_t free_dict;  /* dicts to use again, linked by their first cell; 0: none */
+    uint64_t memo_count;         /* numbers in use: what the next MEMOIZE gets */
+    uint64_t free_dict;          /* dicts to use again, linked by their first cell; 0: none */
     size_t marks[DCP_MAX_DEPTH]; /* heights of the stack */
     uint32_t marks_count;
     bool done;
@@ -172,7 +172,7 @@ bool dcp_p_text_is(const struct dcp_pickle_vm *vm, dcp_pvalue v, const char *tex
 
 enum {
     /* What a tuple holds, found out when it was made. */
-    DCP_P_ALL_UINTS = 1,        /* integers of 0 and more */
+    DCP_P_ALL_UINTS = 1, /* integers of 0 and more */
     DCP_P_ALL_INTS_OR_TEXTS = 2,
     DCP_P_ALL_TEXTS = 4,
 };

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io_explain.h"
 #include "plan_private.h"
 
 static char *
@@ -124,6 +125,17 @@ target_name(const struct dcp_save *save, char *ret_name, size_t size)
     }
 }
 
+static int
+open_failed(const struct dcp_save *save, int sys_errno, const char *what, struct dcp_error *err)
+{
+    char why[DCP_IO_EXPLAIN_BYTES];
+    const struct dcp_io_trouble trouble = {
+        .io = save->io, .fd = save->dirfd, .sys_errno = sys_errno};
+
+    return dcp_error_set(err, DCP_E_IO, sys_errno, save->dir_path, "%s %s failed: %s", what,
+                         save->dir_path, dcp_io_explain(&trouble, why));
+}
+
 int
 dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err)
 {
@@ -132,22 +144,22 @@ dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err)
     int rc = io->mkdirs(io->ctx, save->dir_path);
 
     if (rc < 0) {
-        return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path,
-                             "could not make the checkpoint's directory %s", save->dir_path);
+        return open_failed(save, -rc, "making the checkpoint's directory", err);
     }
     rc = io->open_dir(io->ctx, save->dir_path);
     if (rc < 0) {
-        return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path,
-                             "could not open the checkpoint's directory %s", save->dir_path);
+        return open_failed(save, -rc, "opening the checkpoint's directory", err);
     }
     save->dirfd = rc;
     target_name(save, name, sizeof name);
-    rc = io->open_at(io->ctx, save->dirfd, name, O_RDONLY, 0);
+    do {
+        rc = io->open_at(io->ctx, save->dirfd, name, O_RDONLY, 0);
+    } while (rc == -EINTR);
     if (rc < 0 && rc != -ENOENT) {
-        return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path, "could not open %s/%s",
-                             save->dir_path, name);
+        return open_failed(save, -rc, "opening the previous checkpoint in", err);
     }
-    *ret_exists = rc >= 0;
+    save->exists = rc >= 0;
+    *ret_exists = save->exists;
     if (rc >= 0) {
         io->close(io->ctx, rc);
     }
@@ -197,7 +209,8 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     const struct dcp_installed_plan *installed = &group->installed;
     struct dcp_vote ballot = {
         .reuse = ok && installed->valid && installed->fingerprint.lo == save->fingerprint.lo &&
-                 installed->fingerprint.hi == save->fingerprint.hi,
+                 installed->fingerprint.hi == save->fingerprint.hi &&
+                 (!save->info.is_coordinator || dcp_save_fits_again(save)),
         .ok = ok,
         .call = save->call_hash,
         .is_coordinator = save->info.is_coordinator,

@@ -27,9 +27,12 @@ struct dcp_save {
     struct dcp_write_tuning tuning;
     bool own_thread; /* dcp_save_lend_thread */
 
-    pid_t pid;    /* a forked child holds a copy of a save that is its parent's to end */
-    int dirfd;    /* -1 until dcp_save_open */
-    bool claimed; /* this process holds `claim` */
+    pid_t pid;   /* a forked child holds a copy of a save that is its parent's to end */
+    int dirfd;   /* -1 until dcp_save_open */
+    bool exists; /* a committed checkpoint was there when the directory was opened */
+    bool asked_space;
+    uint64_t free_bytes; /* there, when it was asked; UINT64_MAX: not known */
+    bool claimed;        /* this process holds `claim` */
     struct dcp_claim claim;
     struct dcp_plan plan;
     struct dcp_hash128 fingerprint, names_hash; /* of `plan` */
@@ -84,5 +87,17 @@ int dcp_unchanged_count(struct dcp_save *save, const uint32_t *crcs,
                         struct dcp_error *err) DCP_MUST_CHECK;
 /* The save is committed: the next one of the group is compared with it. */
 void dcp_unchanged_keep(struct dcp_save *save);
+
+/* ---- save_space.c ---- */
+
+/* After the vote: this rank's directory is the coordinator's. */
+bool dcp_save_sees_claim(const struct dcp_save *save);
+/* Coordinator, before the vote: false when the installed plan does not fit any more. */
+bool dcp_save_fits_again(struct dcp_save *save);
+/* Coordinator, before its answers: refuses what does not fit.  Sets next->shared_bytes. */
+int dcp_save_check_sum(struct dcp_save *save, struct dcp_installed_plan *next,
+                       struct dcp_error *err) DCP_MUST_CHECK;
+/* Any rank, before it writes: its own bytes. */
+int dcp_save_check_own(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

@@ -38,12 +38,18 @@ coordinator_has_names(const struct dcp_save *save)
            same_hash(&save->names_hash, &installed->names_hash);
 }
 
+/* The plan, then whether this rank sees the coordinator's claim. */
 static int
 encode(const struct dcp_save *save, struct dcp_buf *message, struct dcp_error *err)
 {
-    return coordinator_has_names(save)
-               ? dcp_plan_encode_nameless(&save->plan, &save->names_hash, message, err)
-               : dcp_plan_encode(&save->plan, message, err);
+    int rc = coordinator_has_names(save)
+                 ? dcp_plan_encode_nameless(&save->plan, &save->names_hash, message, err)
+                 : dcp_plan_encode(&save->plan, message, err);
+    if (rc != 0) {
+        return rc;
+    }
+    dcp_buf_put_u8(message, dcp_save_sees_claim(save) ? 1 : 0);
+    return dcp_buf_check(message, err);
 }
 
 /* What ranks may leave out: the coordinator's own names and those of the installed plans. */
@@ -68,7 +74,8 @@ decode_all(const struct dcp_span *messages, uint32_t size, struct dcp_name_table
            struct dcp_installed_plan *next, struct dcp_error *err)
 {
     next->plans = dcp_calloc(size, sizeof *next->plans);
-    if (next->plans == NULL) {
+    next->sees_claim = dcp_calloc(size, sizeof *next->sees_claim);
+    if (next->plans == NULL || next->sees_claim == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the plans of %u ranks",
                              size);
     }
@@ -77,8 +84,9 @@ decode_all(const struct dcp_span *messages, uint32_t size, struct dcp_name_table
         if (messages[i].len == 0) {
             return dcp_error_set(err, DCP_E_PEER, 0, NULL, "rank %u sent no plan", i);
         }
-        int rc =
-            dcp_plan_decode_shared(messages[i].data, messages[i].len, tables, &next->plans[i], err);
+        size_t plan_len = messages[i].len - 1;
+        next->sees_claim[i] = messages[i].data[plan_len] != 0;
+        int rc = dcp_plan_decode_shared(messages[i].data, plan_len, tables, &next->plans[i], err);
         if (rc != 0) {
             return rc;
         }

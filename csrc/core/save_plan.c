@@ -25,11 +25,14 @@ keep_bytes(const struct dcp_plan *plan)
 
 /* Coordinator: from all plans to the global one, plan id included. */
 static int
-decide(const struct dcp_save *save, struct dcp_installed_plan *next, struct dcp_error *err)
+decide(struct dcp_save *save, struct dcp_installed_plan *next, struct dcp_error *err)
 {
     int rc = dcp_global_plan_build(next->plans, next->plans_count, save->to_lowest_rank,
                                    &next->global, err);
 
+    if (rc == 0) {
+        rc = dcp_save_check_sum(save, next, err);
+    }
     if (rc == 0 && dcp_random_bytes(&next->plan_id, sizeof next->plan_id) != 0) {
         rc = dcp_error_set(err, DCP_E_IO, 0, NULL, "the system gave no random bytes for a plan id");
     }

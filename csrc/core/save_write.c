@@ -9,6 +9,8 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include "io_explain.h"
+
 /* From about a millisecond of building on it pays to start a thread. */
 enum { METADATA_THREAD_CHUNKS = 4096 };
 
@@ -83,20 +85,23 @@ metadata_join(struct metadata_job *job, int rc, struct dcp_error *err)
     return rc != 0 ? rc : job->rc;
 }
 
-/* A full disk is better met before the first byte than at the last one. */
+/* The names must be durable before this rank says so. */
 static int
-check_space(struct dcp_save *save, uint64_t need_bytes, struct dcp_error *err)
+sync_names(const struct dcp_save *save, struct dcp_error *err)
 {
-    struct dcp_space space;
-    int rc = save->io->space(save->io->ctx, save->dirfd, &space);
+    char why[DCP_IO_EXPLAIN_BYTES];
+    struct dcp_io_trouble trouble = {.io = save->io, .fd = save->dirfd, .syncing = true};
+    int rc;
 
-    if (rc == 0 && space.free_bytes < need_bytes) {
-        return dcp_error_set(err, DCP_E_IO, ENOSPC, save->dir_path,
-                             "not enough space in %s: this rank writes %llu bytes, %llu are free",
-                             save->dir_path, (unsigned long long)need_bytes,
-                             (unsigned long long)space.free_bytes);
+    do {
+        rc = save->io->fsync(save->io->ctx, save->dirfd);
+    } while (rc == -EINTR);
+    if (rc == 0) {
+        return 0;
     }
-    return 0; /* where free space cannot be asked, the writes tell */
+    trouble.sys_errno = -rc;
+    return dcp_error_set(err, DCP_E_IO, -rc, save->dir_path, "syncing the directory %s failed: %s",
+                         save->dir_path, dcp_io_explain(&trouble, why));
 }
 
 static int
@@ -148,7 +153,7 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "a save was written before it was agreed");
     }
-    rc = check_space(save, dcp_save_layout(save)->total_bytes, err);
+    rc = dcp_save_check_own(save, err);
     if (rc != 0) {
         return rc;
     }
@@ -157,13 +162,8 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
         rc = write_files(save, sources, &options, err);
     }
     rc = metadata_join(&metadata, rc, err);
-    /* The names must be durable before this rank says so. */
     if (rc == 0 && save->sync) {
-        int sync_rc = save->io->fsync(save->io->ctx, save->dirfd);
-        if (sync_rc < 0) {
-            rc = dcp_error_set(err, DCP_E_IO, -sync_rc, save->dir_path,
-                               "could not sync the directory %s", save->dir_path);
-        }
+        rc = sync_names(save, err);
     }
     save->info.write_ns = dcp_now_ns() - start_ns;
     return rc;

@@ -1,7 +1,7 @@
 /*
  * sweep.c: removing data files that no checkpoint needs any more.
  *
- * Only the save that has just committed sweeps, and only below its own number.  A file may go when
+ * The save that has just committed sweeps, and only below its own number.  A file may go when
  * nothing can need it: no metadata file references it, and no claim covers it (a claim covers every
  * number from its own upwards, of its rank or of all).  The order of the looks makes that hold
  * while other saves come and go, although a walk over a directory is not a snapshot:
@@ -14,25 +14,27 @@
  * One thing is beyond any order of looks: a directory that somebody empties and saves to again
  * between step 3 and the unlink, which knows only names.
  *
+ * A save that has just claimed needs the space that killed saves took, or was left by one that was
+ * killed while it swept: a disk that they filled would never let it get as far as its commit.  The
+ * steps are the same, with its claim in the place of `.metadata` in step 3, and the directory is
+ * synced first: the references that we read must be those that a power cut leaves.
+ *   - Numbers below the highest reference are of checkpoints that were replaced.  They go, as
+ * above; who still reads one keeps what it has open.
+ *   - Numbers above it are of saves that never committed.  Their files are emptied and keep their
+ *     names until the commit.  Were the names to go, and this save to fail, the numbers would be
+ *     given out again, and a process that is slow to learn that it lost would remove a later save's
+ *     file as its own.  That the claim stands is asked after the file is open: a claim is made
+ * once, so the file is no younger than it, and can be nobody's who came later.
+ *
  * Threads: no state.
  */
 #include "claim_scan.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "dcp_record.h"
-
-static int
-compare_keys(const void *a, const void *b)
-{
-    uint64_t x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    return x < y ? -1 : x > y;
-}
 
 static size_t
 keys_count(const struct dcp_buf *keys)
@@ -46,14 +48,6 @@ key_at(const struct dcp_buf *keys, size_t i)
     uint64_t key;
     memcpy(&key, keys->data + i * sizeof key, sizeof key);
     return key;
-}
-
-static void
-sort_keys(struct dcp_buf *keys)
-{
-    if (keys->len > 0) {
-        qsort(keys->data, keys_count(keys), sizeof(uint64_t), compare_keys);
-    }
 }
 
 /* Keeps of the listed files those that this claim may ever sweep, sorted by rank and number. */
@@ -70,7 +64,7 @@ keep_candidates(const struct dcp_claim *claim, struct dcp_buf *files)
         }
     }
     files->len = kept * sizeof(uint64_t);
-    sort_keys(files);
+    dcp_file_keys_sort(files);
 }
 
 static bool
@@ -98,9 +92,9 @@ check_target(const struct dcp_claim *claim, bool *ret_ours, struct dcp_error *er
     return rc;
 }
 
-/* References of every metadata file but our own, whose files all have our number or a higher one.
- * Files of ranks that have candidates are opened by name: a rename during the walk hides both names
- * from it. */
+/* References of every metadata file but the claim's target: once that is ours, its files all have
+ * our number or a higher one.  Files of ranks that have candidates are opened by name: a rename
+ * during the walk hides both names from it. */
 static int
 gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
                   struct dcp_reference_set *set, struct dcp_error *err)
@@ -129,7 +123,7 @@ gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan
     }
     rc = dcp_buf_check(&ranks, err);
     if (rc == 0) {
-        sort_keys(&ranks);
+        dcp_file_keys_sort(&ranks);
     }
     for (size_t i = 0; rc == 0 && i < keys_count(&ranks) && !set->incomplete; i++) {
         if (key_at(&ranks, i) != last) {
@@ -149,14 +143,12 @@ remove_files(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
     char name[DCP_CLAIM_NAME_BYTES];
     int first = 0;
 
-    sort_keys(&set->files);
+    dcp_file_keys_sort(&set->files);
     for (size_t i = 0; i < keys_count(&scan->files); i++) {
         uint64_t key = key_at(&scan->files, i);
         int rc;
 
-        if (is_claimed(scan, claim, key) ||
-            (set->files.len > 0 && bsearch(&key, set->files.data, keys_count(&set->files),
-                                           sizeof key, compare_keys) != NULL)) {
+        if (is_claimed(scan, claim, key) || dcp_file_keys_have(&set->files, key)) {
             continue;
         }
         dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
@@ -202,22 +194,163 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
     return rc;
 }
 
+/* ---- what failed saves left ---- */
+
+static uint64_t
+highest_number(const struct dcp_buf *keys)
+{
+    uint64_t highest = 0;
+
+    for (size_t i = 0; i < keys_count(keys); i++) {
+        highest = dcp_max_u64(highest, (uint32_t)key_at(keys, i));
+    }
+    return highest;
+}
+
+/* Keeps of the candidates those that nothing references and no claim covers. */
+static void
+keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
+               struct dcp_buf *references, struct dcp_buf *files)
+{
+    size_t kept = 0;
+
+    dcp_file_keys_sort(references);
+    for (size_t i = 0; i < keys_count(files); i++) {
+        uint64_t key = key_at(files, i);
+        if (!dcp_file_keys_have(references, key) && !is_claimed(scan, claim, key)) {
+            memcpy(files->data + kept++ * sizeof key, &key, sizeof key);
+        }
+    }
+    files->len = kept * sizeof(uint64_t);
+}
+
+static bool
+still_stands(const struct dcp_claim *claim)
+{
+    int fd = claim->io->open_at(claim->io->ctx, claim->dirfd, claim->name, O_RDONLY, 0);
+
+    if (fd >= 0) {
+        claim->io->close(claim->io->ctx, fd);
+    }
+    return fd >= 0;
+}
+
+/* The metadata as we see it must be what a power cut leaves, before anything goes because of it. */
+static bool
+names_are_durable(const struct dcp_claim *claim)
+{
+    int rc;
+
+    do {
+        rc = claim->sync ? claim->io->fsync(claim->io->ctx, claim->dirfd) : 0;
+    } while (rc == -EINTR);
+    return rc == 0;
+}
+
+/* How many bytes of a header there are; negative when they cannot be read. */
+static ssize_t
+read_head(const struct dcp_io *io, int fd, uint8_t bytes[DCP_FILE_HEADER_BYTES])
+{
+    ssize_t n;
+
+    do {
+        n = io->pread(io->ctx, fd, bytes, DCP_FILE_HEADER_BYTES, 0);
+    } while (n == -EINTR);
+    return n;
+}
+
+/* Whether a file that nothing references is ours to clear.  An empty one is: killed before its
+ * first write, it may have its whole length reserved.  Stock torch's are left to the commit. */
+static bool
+is_ours(const struct dcp_io *io, int fd)
+{
+    uint8_t bytes[DCP_FILE_HEADER_BYTES];
+    struct dcp_save_id id;
+    ssize_t n = read_head(io, fd, bytes);
+
+    return n == 0 || (n > 0 && dcp_claim_file_save_id(bytes, (size_t)n, &id));
+}
+
+/* A file with a second name is not emptied: that may be an older checkpoint's, and it takes no
+ * space of its own. */
+static void
+clear_file(const struct dcp_claim *claim, const char *name, bool replaced)
+{
+    const struct dcp_io *io = claim->io;
+    int fd = io->open_at(io->ctx, claim->dirfd, name, replaced ? O_RDONLY : O_RDWR, 0);
+    struct dcp_stat st;
+
+    if (fd < 0) {
+        return;
+    }
+    if (is_ours(io, fd) && still_stands(claim)) {
+        if (replaced) {
+            (void)io->unlink_at(io->ctx, claim->dirfd, name);
+        } else if (io->fstat(io->ctx, fd, &st) == 0 && st.links == 1) {
+            (void)io->truncate(io->ctx, fd, 0);
+        }
+    }
+    io->close(io->ctx, fd);
+}
+
+static void
+clear_files(const struct dcp_claim *claim, const struct dcp_buf *references,
+            const struct dcp_buf *files)
+{
+    uint64_t highest = highest_number(references);
+
+    for (size_t i = 0; i < keys_count(files); i++) {
+        uint64_t key = key_at(files, i);
+        char name[DCP_CLAIM_NAME_BYTES];
+
+        dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
+        clear_file(claim, name, references->len > 0 && (uint32_t)key < highest);
+    }
+}
+
+void
+dcp_claim_clear_leftovers(const struct dcp_claim *claim)
+{
+    struct dcp_dir_scan scan = {0};
+    struct dcp_reference_set set = {0};
+    struct dcp_error ignored;
+    int rc;
+
+    dcp_error_clear(&ignored);
+    rc = dcp_dir_scan_run(claim, &scan, &ignored);
+    if (rc == 0) {
+        keep_candidates(claim, &scan.files);
+        rc = gather_references(claim, &scan, &set, &ignored);
+    }
+    if (rc == 0) {
+        rc = dcp_reference_set_add(claim, claim->target, &set, &ignored);
+    }
+    if (rc == 0 && !set.incomplete) {
+        keep_leftovers(claim, &scan, &set.files, &scan.files);
+        if (scan.files.len > 0 && names_are_durable(claim)) {
+            clear_files(claim, &set.files, &scan.files);
+        }
+    }
+    dcp_dir_scan_clean_up(&scan);
+    dcp_reference_set_clean_up(&set);
+}
+
+/* ---- what this save leaves when it fails ---- */
+
 /* Unlinks a file, unless its header says that another save than `written_by` wrote it. */
 static void
 discard(const struct dcp_claim *claim, const char *name, const struct dcp_save_id *written_by)
 {
     const struct dcp_io *io = claim->io;
     uint8_t bytes[DCP_FILE_HEADER_BYTES];
-    struct dcp_file_header header;
-    struct dcp_error ignored;
+    struct dcp_save_id id;
     bool foreign = false;
     int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDONLY, 0);
 
     if (fd >= 0) {
-        dcp_error_clear(&ignored);
-        foreign = dcp_io_read_all(io, fd, bytes, sizeof bytes, 0, name, &ignored) == 0 &&
-                  dcp_file_parse_header(bytes, &header, &ignored) == 0 &&
-                  memcmp(&header.save_id, written_by, sizeof header.save_id) != 0;
+        ssize_t n = read_head(io, fd, bytes);
+        foreign = n > 0 && dcp_claim_file_save_id(bytes, (size_t)n, &id) &&
+                  memcmp(&id, written_by, sizeof id) != 0;
         io->close(io->ctx, fd);
     }
     if (!foreign) {

@@ -18,6 +18,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "io_explain.h"
+
 /* "<directory>/<name>" for messages; cut when longer than an error record holds. */
 static void
 file_path(const struct dcp_writer *writer, const char *name, char path[DCP_ERROR_PATH_BYTES])
@@ -26,39 +28,31 @@ file_path(const struct dcp_writer *writer, const char *name, char path[DCP_ERROR
              name);
 }
 
-static const char *
-advice(int sys_errno)
+static int
+tell(const struct dcp_writer *writer, const char *name, int sys_errno, bool syncing,
+     const char *what, uint64_t offset_bytes, struct dcp_error *err)
 {
-    switch (sys_errno) {
-    case ENOSPC:
-        return "the file system is full: free some space or save elsewhere";
-    case EDQUOT:
-        return "the disk quota is used up: free some space or save elsewhere";
-    case EROFS:
-    case EACCES:
-    case EPERM:
-        return "this user may not write there";
-    case EMFILE:
-    case ENFILE:
-        return "too many open files: raise the limit (ulimit -n)";
-    default:
-        return "the save is given up";
+    char path[DCP_ERROR_PATH_BYTES], why[DCP_IO_EXPLAIN_BYTES];
+    const struct dcp_io_trouble trouble = {.io = writer->io,
+                                           .fd = writer->dirfd,
+                                           .sys_errno = sys_errno,
+                                           .syncing = syncing,
+                                           .need_bytes = writer->layout->total_bytes};
+    file_path(writer, name, path);
+    bool first = err != NULL && err->code == 0;
+    int code = dcp_error_set(err, DCP_E_IO, sys_errno, path, "%s %s failed: %s", what, path,
+                             dcp_io_explain(&trouble, why));
+    if (first) {
+        err->offset_bytes = offset_bytes;
     }
+    return code;
 }
 
 static int
 fail(const struct dcp_writer *writer, const char *name, int sys_errno, const char *what,
      uint64_t offset_bytes, struct dcp_error *err)
 {
-    char path[DCP_ERROR_PATH_BYTES];
-    file_path(writer, name, path);
-    bool first = err != NULL && err->code == 0;
-    int code = dcp_error_set(err, DCP_E_IO, sys_errno, path, "%s %s failed: %s; %s", what, path,
-                             strerror(sys_errno), advice(sys_errno));
-    if (first) {
-        err->offset_bytes = offset_bytes;
-    }
-    return code;
+    return tell(writer, name, sys_errno, false, what, offset_bytes, err);
 }
 
 static int
@@ -298,7 +292,7 @@ limit_dirty(const struct dcp_writer *writer, struct dcp_write_file *file, struct
                              file->pushed_bytes - file->flushing_bytes, true);
     }
     if (is_lost(rc)) {
-        return fail(writer, file->name, -rc, "flushing", file->flushing_bytes, err);
+        return tell(writer, file->name, -rc, true, "flushing", file->flushing_bytes, err);
     }
     file->flushing_bytes = file->pushed_bytes;
     file->pushed_bytes = file->end_bytes;
@@ -327,7 +321,7 @@ finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error 
         } while (rc == -EINTR);
         writer->stats.sync_ns += dcp_engine_now_ns() - start_ns;
         if (rc < 0) {
-            return fail(writer, file->name, -rc, "syncing", UINT64_MAX, err);
+            return tell(writer, file->name, -rc, true, "syncing", UINT64_MAX, err);
         }
     }
     int fd = file->fd;

@@ -39,7 +39,10 @@ native_exception(PyObject *error_class, const struct dcp_error *err)
 
     if (err->sys_errno != 0 &&
         (err->code == DCP_E_IO || err->code == DCP_E_NOENT || err->code == DCP_E_EXISTS)) {
-        PyObject *message = PyUnicode_FromFormat("%s (%s)", text, strerror(err->sys_errno));
+        const char *system = strerror(err->sys_errno);
+        PyObject *message = strstr(text, system) != NULL
+                                ? PyUnicode_FromString(text)
+                                : PyUnicode_FromFormat("%s (%s)", text, system);
         if (message == NULL) {
             return NULL;
         }

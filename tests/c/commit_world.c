@@ -107,7 +107,7 @@ before_call(struct io_memory_process *process, enum io_call call, const char *na
         }
     }
     if (call == IO_LIST || call == IO_RENAME_AT || call == IO_UNLINK_AT || call == IO_LINK_AT ||
-        (call == IO_OPEN_AT && strcmp(name, "..") != 0) ||
+        (call == IO_OPEN_AT && strcmp(name, "..") != 0) || call == IO_TRUNCATE ||
         (call == IO_FSTAT && world->client_began)) {
         explore_yield();
     }

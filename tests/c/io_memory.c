@@ -157,9 +157,10 @@ memory_mkdirs(void *ctx, const char *path)
     int rc = 0;
 
     if (call.before == 0 && io_dir_find(call.fs, path) == NULL) {
-        rc = -ENOSPC;
+        rc = io_full(call.fs);
         for (size_t i = 0; i < IO_MEMORY_DIRS; i++) {
-            if (!call.fs->dirs[i].used) {
+            if (!call.fs->dirs[i].used &&
+                call.fs->faults.name_bytes <= io_room(call.fs, call.process->id)) {
                 call.fs->dirs[i].used = true;
                 strcpy(call.fs->dirs[i].path, path);
                 rc = 0;
@@ -205,6 +206,9 @@ open_file(struct io_called *call, struct io_dir *dir, const char *name, int flag
     }
     if (inode != NULL && (flags & O_EXCL) != 0) {
         return -EEXIST;
+    }
+    if (inode == NULL && call->fs->faults.name_bytes > io_room(call->fs, call->process->id)) {
+        return io_full(call->fs);
     }
     if (inode == NULL) {
         inode = io_inode_new(call->fs,

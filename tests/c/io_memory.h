@@ -62,6 +62,10 @@ struct io_memory_faults {
     unsigned short_percent; /* of preads and pwrites that move only a part */
     unsigned eintr_percent; /* of calls that may be interrupted */
     uint64_t space_bytes;   /* the disk's size */
+    uint64_t name_bytes;    /* of it, that each name takes */
+    int full_errno;         /* what a full disk says; 0: ENOSPC */
+    unsigned limited;       /* 1 + the only process whose files count and are limited; 0: all */
+    bool hides_space;       /* the disk does not tell how much is free, as quotas do not */
     int fail_call;          /* enum io_call */
     uint64_t fail_nth;      /* the n-th such call from now on fails, 1 is the next; 0: none */
     int fail_errno;
@@ -121,7 +125,11 @@ uint64_t io_memory_calls(const struct io_memory *fs); /* so far, of all kinds */
 uint64_t io_memory_calls_of(const struct io_memory *fs, enum io_call call);
 bool io_memory_crashed(const struct io_memory *fs);
 unsigned io_memory_open_files(const struct io_memory *fs); /* descriptors that are open */
-uint64_t io_memory_state_hash(const struct io_memory *fs);  /* of names and contents, volatile */
+/* Of the disk, by files that this process made; -1: by all. */
+uint64_t io_memory_used_bytes(const struct io_memory *fs, int process_id);
+/* fsyncs that said yes of a file whose fsync had failed before. */
+uint64_t io_memory_vain_syncs(const struct io_memory *fs);
+uint64_t io_memory_state_hash(const struct io_memory *fs); /* of names and contents, volatile */
 
 /* Looks from outside: no call is counted, no fault hits. */
 uint64_t io_memory_version(const struct io_memory *fs); /* counts changes of names */

@@ -7,17 +7,47 @@
 #include <fcntl.h>
 #include <string.h>
 
-static uint64_t
-used_bytes(const struct io_memory *fs)
+/* ---- the disk's size ---- */
+
+static unsigned
+maker_of(const struct io_inode *inode)
+{
+    return (unsigned)(inode->label >> 16) - 1;
+}
+
+uint64_t
+io_memory_used_bytes(const struct io_memory *fs, int process_id)
 {
     uint64_t used = 0;
 
     for (const struct io_inode *inode = fs->inodes; inode != NULL; inode = inode->next) {
-        if (inode->names > 0 || inode->opens > 0) {
+        if ((inode->names > 0 || inode->opens > 0) &&
+            (process_id < 0 || maker_of(inode) == (unsigned)process_id)) {
             used += inode->len > inode->allocated ? inode->len : inode->allocated;
+            used += inode->names * fs->faults.name_bytes;
         }
     }
     return used;
+}
+
+uint64_t
+io_room(const struct io_memory *fs, unsigned process_id)
+{
+    const struct io_memory_faults *faults = &fs->faults;
+
+    if (faults->space_bytes == UINT64_MAX ||
+        (faults->limited != 0 && faults->limited - 1 != process_id)) {
+        return UINT64_MAX;
+    }
+    return faults->space_bytes -
+           dcp_min_u64(faults->space_bytes,
+                       io_memory_used_bytes(fs, faults->limited == 0 ? -1 : (int)process_id));
+}
+
+int
+io_full(const struct io_memory *fs)
+{
+    return fs->faults.full_errno == 0 ? -ENOSPC : -fs->faults.full_errno;
 }
 
 static size_t
@@ -75,13 +105,9 @@ memory_pwrite(void *ctx, int fd, const void *buf, size_t len, uint64_t offset)
     } else if (call.before == 0 && len > 0) {
         size_t n = cut_short(call.fs, len), at = (size_t)offset;
         size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
-        uint64_t room = call.fs->faults.space_bytes == UINT64_MAX
-                            ? UINT64_MAX - have
-                            : call.fs->faults.space_bytes -
-                                  dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
-        uint64_t most = have + room;
+        uint64_t most = have + dcp_min_u64(io_room(call.fs, maker_of(inode)), UINT64_MAX - have);
         if (most <= at) {
-            rc = -ENOSPC;
+            rc = io_full(call.fs);
         } else {
             n = (size_t)dcp_min_u64(n, most - at);
             io_inode_reserve(inode, at + n);
@@ -104,9 +130,8 @@ memory_fallocate(void *ctx, int fd, uint64_t offset, uint64_t len)
     if (rc == 0 && call.before == 0) {
         size_t have = inode->len > inode->allocated ? inode->len : inode->allocated;
         uint64_t more = offset + len > have ? offset + len - have : 0;
-        if (call.fs->faults.space_bytes != UINT64_MAX &&
-            used_bytes(call.fs) + more > call.fs->faults.space_bytes) {
-            rc = -ENOSPC;
+        if (more > io_room(call.fs, maker_of(inode))) {
+            rc = io_full(call.fs);
         } else if (more > 0) {
             inode->allocated = (size_t)(offset + len);
         }
@@ -142,10 +167,18 @@ sync_any(void *ctx, enum io_call kind, int fd)
 
     if (entry != NULL && entry->inode != NULL && !call.fs->crashed && (call.before == 0 || fails)) {
         io_inode_sync(call.fs, entry->inode, fails);
+        call.fs->vain_syncs += entry->inode->sync_failed && !fails;
+        entry->inode->sync_failed = entry->inode->sync_failed || fails || call.after != 0;
     } else if (entry != NULL && entry->dir != NULL && call.before == 0) {
         io_dir_sync(entry->dir);
     }
     return (int)io_end(&call, entry == NULL ? -EBADF : 0);
+}
+
+uint64_t
+io_memory_vain_syncs(const struct io_memory *fs)
+{
+    return fs->vain_syncs;
 }
 
 static int
@@ -232,12 +265,12 @@ static int
 memory_space(void *ctx, int dirfd, struct dcp_space *ret)
 {
     struct io_called call = io_begin(ctx, IO_SPACE, "");
+    int rc = io_fd_get(call.fs, dirfd) == NULL ? -EBADF : call.fs->faults.hides_space ? -ENOSYS : 0;
 
-    if (call.before == 0) {
-        ret->free_bytes = call.fs->faults.space_bytes -
-                          dcp_min_u64(call.fs->faults.space_bytes, used_bytes(call.fs));
+    if (rc == 0 && call.before == 0) {
+        ret->free_bytes = io_room(call.fs, call.process->id);
     }
-    return (int)io_end(&call, io_fd_get(call.fs, dirfd) == NULL ? -EBADF : 0);
+    return (int)io_end(&call, rc);
 }
 
 void

@@ -19,6 +19,7 @@ struct io_inode {
     uint8_t *dirty;               /* per block: differs from `durable` since the last fsync */
     unsigned names, opens;
     unsigned mode; /* by chmod */
+    bool sync_failed;
     uint64_t hash; /* of data; 0: not known */
 };
 
@@ -68,6 +69,7 @@ struct io_memory {
     struct io_dir dirs[IO_MEMORY_DIRS];
     struct io_fd *fds;
     size_t fds_count;
+    uint64_t vain_syncs;
     struct io_memory_process processes[IO_MEMORY_PROCESSES];
     uint64_t now_ns, longest_sleep_ns;
     unsigned open_queues;
@@ -91,7 +93,11 @@ struct io_called io_begin(void *ctx, enum io_call kind, const char *name);
 ssize_t io_end(struct io_called *call, ssize_t rc);
 /* Something that the call told its process. */
 void io_note(struct io_called *call, uint64_t value);
-struct io_fd *io_fd_get(struct io_memory *fs, int fd);       /* NULL: no such descriptor */
+/* Whether the disk has room for so many more bytes of a file that the process made; the error of
+ * one that has not. */
+uint64_t io_room(const struct io_memory *fs, unsigned process_id);
+int io_full(const struct io_memory *fs);
+struct io_fd *io_fd_get(struct io_memory *fs, int fd);     /* NULL: no such descriptor */
 struct io_inode *io_fd_file(struct io_memory *fs, int fd); /* NULL: not of a file */
 /* Puts the calls of io_memory_bytes.c into a table. */
 void io_bytes_calls(struct dcp_io *io);

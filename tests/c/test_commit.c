@@ -222,6 +222,60 @@ the_committer_sweeps_what_nothing_needs_and_no_other_name(void)
     io_memory_free(bench.fs);
 }
 
+/* A data file of some save of ours. */
+static void
+put_data_file(struct bench *bench, const char *name, char letter)
+{
+    struct dcp_file_header header = {.length_bytes = DCP_FILE_HEADER_BYTES};
+    struct dcp_buf bytes = {0};
+
+    memset(&header.save_id, letter, sizeof header.save_id);
+    dcp_file_put_header(&bytes, &header);
+    io_memory_put_file(bench->fs, dir_path, name, bytes.data, bytes.len);
+    dcp_buf_clean_up(&bytes);
+}
+
+static size_t
+length_of(const struct bench *bench, const char *name)
+{
+    size_t len = SIZE_MAX;
+
+    (void)io_memory_file(bench->fs, dir_path, name, &len);
+    return len;
+}
+
+static void
+a_claim_frees_what_killed_saves_took_and_nothing_else(void)
+{
+    struct bench bench;
+    struct dcp_claim claim, of_rank;
+    struct dcp_error err;
+
+    bench_make(&bench);
+    put_sample(&bench, ".metadata"); /* of files numbered up to 300 and more */
+    put_data_file(&bench, "__0_1.distcp", 'a');
+    put_data_file(&bench, "__0_400.distcp", 'b');
+    put_data_file(&bench, "__1_400.distcp", 'b');
+    put(&bench, "__2_1.distcp"); /* of somebody else's writer, below and above */
+    put(&bench, "__2_400.distcp");
+    CHECK_EQ(bench.io->link_at(bench.io->ctx, bench.dirfd, "__1_400.distcp", bench.dirfd,
+                               "kept.distcp"),
+             0);
+    CHECK_OK(take(&bench, 5, 'r', &of_rank, &err), &err);
+    put_data_file(&bench, "__5_401.distcp", 'r');
+    CHECK_OK(take(&bench, -1, 'c', &claim, &err), &err);
+    CHECK_EQ(claim.n0, 402);
+    CHECK(!is_there(&bench, "__0_1.distcp"));         /* of a checkpoint that was replaced */
+    CHECK_EQ(length_of(&bench, "__0_400.distcp"), 0); /* its name keeps its number taken */
+    CHECK(length_of(&bench, "__1_400.distcp") == DCP_FILE_HEADER_BYTES); /* has a second name */
+    CHECK(length_of(&bench, "__5_401.distcp") == DCP_FILE_HEADER_BYTES); /* claimed */
+    CHECK(is_there(&bench, "__2_1.distcp") && length_of(&bench, "__2_400.distcp") > 0);
+    CHECK_EQ(dcp_claim_settle(&claim, &err), DCP_OUTCOME_ABORTED);
+    CHECK_OK(take(&bench, -1, 'd', &claim, &err), &err);
+    CHECK_EQ(claim.n0, 402);
+    io_memory_free(bench.fs);
+}
+
 /* Metadata that only Python can read, or nobody: any file may be referenced. */
 static void
 nothing_is_swept_while_a_metadata_file_cannot_be_read(void)
@@ -483,6 +537,7 @@ CTEST_MAIN(RUN(discard_of_links_removes_them_and_nothing_else);
            RUN(numbers_begin_above_everything_on_disk_referenced_or_claimed);
            RUN(a_rank_of_its_own_numbers_and_fences_only_its_own);
            RUN(the_committer_sweeps_what_nothing_needs_and_no_other_name);
+           RUN(a_claim_frees_what_killed_saves_took_and_nothing_else);
            RUN(nothing_is_swept_while_a_metadata_file_cannot_be_read);
            RUN(a_superseded_save_says_by_whom_and_touches_nothing);
            RUN(a_removed_directory_is_told_as_such); RUN(without_sync_files_nothing_is_synced);

@@ -18,7 +18,7 @@
  * states grow tenfold with each further two).  Some run with listings that are stale or torn, and
  * with renames and unlinks whose reply is lost.
  *
- * The metadata format is a toy: this file defines the two functions of claim_references.c itself.
+ * The formats are toys: this file defines the three functions of claim_references.c itself.
  */
 #include "commit_world.h"
 #include "ctest.h"
@@ -27,6 +27,16 @@ bool
 dcp_claim_image_save_id(const uint8_t *image, size_t len, struct dcp_save_id *ret_id)
 {
     return fake_save_id(image, len, ret_id);
+}
+
+bool
+dcp_claim_file_save_id(const uint8_t *bytes, size_t len, struct dcp_save_id *ret_id)
+{
+    if (len != sizeof *ret_id) {
+        return false;
+    }
+    memcpy(ret_id, bytes, sizeof *ret_id);
+    return true;
 }
 
 int

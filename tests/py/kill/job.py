@@ -7,14 +7,18 @@ JSON object per line: what the test may believe, as soon as it is true.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import resource
 import select
+import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,7 +96,12 @@ def overwrite_for_ever(rank: int, size: int, args: dict[str, Any]) -> None:
     """Saves version after version until it is killed; says which saves have returned."""
     version, numel = args["version"], args["numel"]
     while True:
-        writer = dcp.FileSystemWriter(args["dir"], sync_files=version % 3 == 0)
+        writer = dcp.FileSystemWriter(
+            args["dir"],
+            sync_files=version % 3 == 0,
+            thread_count=2 if version % 8 >= 6 else 1,
+            single_file_per_rank=version % 10 < 8,
+        )
         state = mine(version, rank, size, numel)
         if version % 2 == 0:
             dcp.save(state, storage_writer=writer)
@@ -246,11 +255,78 @@ def fork_in_flight(rank: int, size: int, args: dict[str, Any]) -> None:
     say(child=status)
 
 
-def too_much(rank: int, size: int, args: dict[str, Any]) -> None:
-    """A save that does not fit, told to all."""
+def fill_disk(path: str) -> None:
+    """As another program would."""
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+
+
+def mount_alone(path: str, options: str) -> None:
+    """A small file system over ``path`` that only this process sees: the disk of its own node."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private, new_mounts = 0x44000, 0x20000
+    for failed in (
+        libc.unshare(new_mounts),
+        libc.mount(b"none", b"/", None, private, None),
+        libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, options.encode()),
+    ):
+        if failed:
+            raise OSError(ctypes.get_errno(), "no mount of its own")
+
+
+@contextlib.contextmanager
+def hurt(kind: str, path: str) -> Iterator[None]:
+    """Something that makes the next save of this process fail."""
+    write = native_save.NativeSave.write
+    limits = {k: resource.getrlimit(k) for k in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)}
+
+    def disturbed(disturb: Callable[[], None]) -> Callable[[Any], None]:
+        def disturbed_write(self: Any) -> None:
+            disturb()
+            write(self)
+
+        return disturbed_write
+
+    if kind == "user":
+        os.seteuid(65534)
+    elif kind == "small files":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[resource.RLIMIT_FSIZE][1]))
+    elif kind == "few files":
+        lowest_free = os.open("/dev/null", os.O_RDONLY)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[resource.RLIMIT_NOFILE][1]))
+    elif kind == "disk filled":
+        native_save.NativeSave.write = disturbed(lambda: fill_disk(f"{path}-balloon"))
+    elif kind == "directory removed":
+        native_save.NativeSave.write = disturbed(lambda: shutil.rmtree(path))
+    elif kind == "own disk":
+        mount_alone(path, "size=256k")
+    try:
+        yield
+    finally:
+        for limit, value in limits.items():
+            resource.setrlimit(limit, value)
+        native_save.NativeSave.write = write
+        os.seteuid(os.getuid())
+        if kind == "disk filled":
+            os.remove(f"{path}-balloon")
+
+
+def hurt_save(rank: int, size: int, args: dict[str, Any]) -> None:
+    """A save during which some ranks (all without `ranks`) are hurt, told to all.
+
+    With `good`, a good save of version 1 comes before.
+    """
+    if args.get("good"):
+        dcp.save(mine(1, rank, size, args["good"]), checkpoint_id=args["dir"])
+        dist.barrier()
     state = mine(args["version"], rank, size, args["numel"])
-    say(full=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
-    dist.barrier()
+    kind = args["kind"] if rank in args.get("ranks", range(size)) else ""
+    with hurt(kind, args["dir"]):
+        say(first=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
+        dist.barrier()
+    say(ignores_sigxfsz=signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN)
 
 
 def compete(rank: int, size: int, args: dict[str, Any]) -> None:

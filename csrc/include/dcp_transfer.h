@@ -44,6 +44,9 @@ struct dcp_save_params {
     const char *identity;         /* for people, stored in the claim; may be NULL */
     uint64_t call_hash;           /* checkpoint_id, kind of save: must agree between ranks */
     uint64_t plan_salt;           /* planner options: part of the fingerprint */
+    /* DCP_SPLIT_AUTO, DCP_SPLIT_OFF or bytes: which replicated tensors are divided; the
+     * coordinator's holds.  Of no effect with `independent` or `to_lowest_rank`. */
+    uint64_t split_bytes;
     bool independent;    /* use_collectives=False: plan and commit alone, one status at the end */
     bool to_lowest_rank; /* dedup */
     bool sync;           /* sync_files */
@@ -71,8 +74,12 @@ void dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan);
 int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
+/* After dcp_save_agree, once: moves the sources of items that were cut (see dcp_plan_cut) to the
+ * rows that this rank keeps.  They borrow from the group until the next save on it agrees. */
+void dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources);
+
 /* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
- * plan's items. */
+ * plan's items, fitted. */
 int dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
                    _Atomic uint64_t *progress_bytes, struct dcp_error *err) DCP_MUST_CHECK;
 
@@ -98,6 +105,7 @@ struct dcp_save_info {
     bool call_agrees; /* false: ranks named different checkpoints */
     bool is_coordinator;
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
+    uint64_t cut_items; /* kept items of which other ranks keep other rows */
     uint64_t vote_ns, plan_ns, metadata_ns, write_ns, commit_ns;
     struct dcp_write_stats write;
     /* Coordinator: after dcp_save_write.  Others: after a dcp_save_finish that shared it. */

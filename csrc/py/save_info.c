@@ -41,12 +41,13 @@ save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
         PyOS_snprintf(id + 2 * i, 3, "%02x", info->save_id.bytes[i]);
     }
     return Py_BuildValue(
-        "{sssKsssOsOsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id", id, "n0",
+        "{sssKsssOsOsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "save_id", id, "n0",
         (unsigned long long)info->n0, "outcome", save_outcome_name(info->outcome), "fast",
         info->fast ? Py_True : Py_False, "call_agrees", info->call_agrees ? Py_True : Py_False,
         "is_coordinator", info->is_coordinator ? Py_True : Py_False, "kept_items",
         (unsigned long long)info->kept_items, "kept_bytes", (unsigned long long)info->kept_bytes,
-        "dropped_items", (unsigned long long)info->dropped_items, "dropped_bytes",
+        "cut_items", (unsigned long long)info->cut_items, "dropped_items",
+        (unsigned long long)info->dropped_items, "dropped_bytes",
         (unsigned long long)info->dropped_bytes, "swept_files",
         (unsigned long long)info->swept_files, "vote_ns", (unsigned long long)info->vote_ns,
         "plan_ns", (unsigned long long)info->plan_ns, "metadata_ns",

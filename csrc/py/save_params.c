@@ -18,25 +18,27 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "plan_salt",
                             "use_collectives",
                             "dedup_save_to_lowest_rank",
+                            "split_bytes",
                             "sync_files",
                             "broadcast_metadata",
                             "direct",
                             NULL};
-    unsigned long long call_hash = 0, plan_salt = 0;
+    unsigned long long call_hash = 0, plan_salt = 0, split_bytes = DCP_SPLIT_AUTO;
     int is_path = 0, use_collectives = 1, lowest = 0, sync = 1, share = 0;
     int direct = DCP_DIRECT_AUTO;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKppppi:Save", names, ret_group,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$zpzzzKKppKppi:Save", names, ret_group,
                                      &params->dir_path, &params->meta.checkpoint_id, &is_path,
                                      &params->meta.storage_save_id, &params->meta.version,
                                      &params->identity, &call_hash, &plan_salt, &use_collectives,
-                                     &lowest, &sync, &share, &direct)) {
+                                     &lowest, &split_bytes, &sync, &share, &direct)) {
         return -1;
     }
     params->io = dcp_io_posix();
     params->meta.checkpoint_id_is_path = is_path != 0;
     params->call_hash = call_hash;
     params->plan_salt = plan_salt;
+    params->split_bytes = split_bytes;
     params->independent = use_collectives == 0;
     params->to_lowest_rank = lowest != 0;
     params->sync = sync != 0;

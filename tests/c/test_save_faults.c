@@ -4,7 +4,7 @@
  * Each case saves generation 1, saves generation 2 with the fault, and looks at what is there: the
  * new checkpoint whole if any rank was told so, else the old or the new one whole, nothing in
  * between.  After that a new group of healthy ranks must be able to save generation 3 and to leave
- * nothing else behind.
+ * nothing else behind.  Replicas are cut in generations 1 and 2.
  */
 #include <errno.h>
 
@@ -97,6 +97,7 @@ save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     struct save_request request = {
         .generation = 1,
         .direct = fault->direct,
+        .split_bytes = 1,
         .independent = fault->independent,
         .share_metadata = fault->shares,
     };

@@ -22,6 +22,11 @@ class Config:
             refuses are unpickled as torch does.  Off: refused by name.
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
+        split_replicated: tensors that several ranks hold whole and that are divided by rows over
+            them when saved.  ``"auto"``: those of 64 MiB and more that would leave one rank with
+            more than a tenth above its share; ``"off"``: none; a number: all of as many bytes and
+            more.  The coordinator's setting holds; not with ``dedup_save_to_lowest_rank`` or
+            ``use_collectives=False``.
         broadcast_metadata: ``save`` gives every rank the metadata itself; else all but the
             coordinator read it from the checkpoint when they first look at it.  Only where all
             ranks of a save have this set, and not for ``async_save``, whose background runs no
@@ -33,6 +38,7 @@ class Config:
     strict_coverage: bool = True
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
+    split_replicated: Literal["auto", "off"] | int = "auto"
     broadcast_metadata: bool = False
     native: bool = True
 
@@ -41,10 +47,22 @@ class Config:
             raise ValueError(
                 f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
             )
+        split, off = self.split_replicated, SPLIT_REPLICATED["off"]
+        if not (
+            split in SPLIT_REPLICATED
+            if isinstance(split, str)
+            else type(split) is int and 0 < split < off
+        ):
+            raise ValueError(
+                f"split_replicated must be 'auto', 'off' or a number of bytes, not {split!r}"
+            )
 
 
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+
+SPLIT_REPLICATED = {"auto": 0, "off": 2**64 - 1}
+"""DCP_SPLIT_AUTO and DCP_SPLIT_OFF (csrc/include/dcp_plan.h)."""
 
 
 def _as_bool(text: str) -> bool:
@@ -55,11 +73,16 @@ def _as_bool(text: str) -> bool:
     raise ValueError(f"expected 0 or 1, got {text!r}")
 
 
+def _as_split(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_VERIFY": ("verify", _as_bool),
     "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE_SPLIT_REPLICATED": ("split_replicated", _as_split),
     "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }

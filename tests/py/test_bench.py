@@ -107,3 +107,15 @@ def test_plan_scaling_passes_plans_unchanged_and_counts_right(build_scaling):
         "ddp",
         "hsdp",
     ]
+
+
+def test_split_benchmark_halves_what_one_rank_writes(tmp_path):
+    argv = [sys.executable, str(BENCH.with_name("split_replicated.py")), "--dir", str(tmp_path)]
+    argv += ["--large-mib", "64", "--small-count", "0", "--repeats", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert lines["off"][1:4] == ["64.0", "MiB", "32.0"]
+    assert lines["auto"][1:4] == ["32.0", "MiB", "32.0"]
+    assert "0 values differ" in done.stdout
+    assert os.listdir(tmp_path) == [], "the benchmark left files behind"

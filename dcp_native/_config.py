@@ -39,6 +39,11 @@ class Config:
             leaves it, ``"best-effort:0"`` to ``"best-effort:7"`` (the lowest), ``"idle"``.  Of use
             where the device has an I/O scheduler that looks at it (bfq, mq-deadline).
         write_limit_bytes_s: most bytes per second that each rank writes; 0 is no limit.
+        split_replicated: tensors that several ranks hold whole and that are divided by rows over
+            them when saved.  ``"auto"``: those of 64 MiB and more that would leave one rank with
+            more than a tenth above its share; ``"off"``: none; a number: all of as many bytes and
+            more.  The coordinator's setting holds; not with ``dedup_save_to_lowest_rank`` or
+            ``use_collectives=False``.
         broadcast_metadata: ``save`` gives every rank the metadata itself; else all but the
             coordinator read it from the checkpoint when they first look at it.  Only where all
             ranks of a save have this set, and not for ``async_save``, whose background runs no
@@ -56,6 +61,7 @@ class Config:
     writer_nice: int = 0
     writer_io_class: str = "none"
     write_limit_bytes_s: int = 0
+    split_replicated: Literal["auto", "off"] | int = "auto"
     broadcast_metadata: bool = False
     native: bool = True
 
@@ -78,6 +84,15 @@ class Config:
                 f"write_limit_bytes_s must be 0 to 2**60, not {self.write_limit_bytes_s!r}"
             )
         io_priority(self.writer_io_class)
+        split, off = self.split_replicated, SPLIT_REPLICATED["off"]
+        if not (
+            split in SPLIT_REPLICATED
+            if isinstance(split, str)
+            else type(split) is int and 0 < split < off
+        ):
+            raise ValueError(
+                f"split_replicated must be 'auto', 'off' or a number of bytes, not {split!r}"
+            )
 
 
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
@@ -107,8 +122,12 @@ def io_priority(io_class: str) -> int:
         f"not {io_class!r}"
     )
 
+
 LINK_MODE = {"reflink": 0, "hard": 1}
 """Values of enum dcp_link_mode (csrc/include/dcp_transfer.h)."""
+
+SPLIT_REPLICATED = {"auto": 0, "off": 2**64 - 1}
+"""DCP_SPLIT_AUTO and DCP_SPLIT_OFF (csrc/include/dcp_plan.h)."""
 
 
 def _as_bool(text: str) -> bool:
@@ -117,6 +136,10 @@ def _as_bool(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off"):
         return False
     raise ValueError(f"expected 0 or 1, got {text!r}")
+
+
+def _as_split(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
 
 
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -130,6 +153,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_WRITER_NICE": ("writer_nice", int),
     "DCP_NATIVE_WRITER_IO_CLASS": ("writer_io_class", str),
     "DCP_NATIVE_WRITE_LIMIT_BYTES_S": ("write_limit_bytes_s", int),
+    "DCP_NATIVE_SPLIT_REPLICATED": ("split_replicated", _as_split),
     "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }

@@ -47,6 +47,7 @@ class Save:
         plan_salt: int = 0,
         use_collectives: bool = True,
         dedup_save_to_lowest_rank: bool = False,
+        split_bytes: int = 0,
         sync_files: bool = True,
         broadcast_metadata: bool = False,
         direct: int = 0,

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSys
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 
 from . import _native
-from ._config import DIRECT_IO, IO_URING, LINK_MODE, config, io_priority
+from ._config import DIRECT_IO, IO_URING, LINK_MODE, SPLIT_REPLICATED, config, io_priority
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
@@ -65,6 +65,7 @@ class NativeSave:
         self._plan_number = plan_number(planner)
         lowest = getattr(planner, "dedup_save_to_lowest_rank", False)
         flatten = getattr(planner, "flatten_state_dict", True)
+        split = config().split_replicated
         self._native = _native.Save(
             group,
             os.fspath(writer.path),
@@ -76,9 +77,10 @@ class NativeSave:
             call_hash=hash64(
                 kind, os.fspath(writer.path), use_collectives, writer.overwrite, self.base
             ),
-            plan_salt=hash64(lowest, flatten, self._plan_number),
+            plan_salt=hash64(lowest, flatten, split, self._plan_number),
             use_collectives=use_collectives,
             dedup_save_to_lowest_rank=lowest,
+            split_bytes=SPLIT_REPLICATED[split] if isinstance(split, str) else split,
             sync_files=writer.sync_files,
             broadcast_metadata=config().broadcast_metadata and kind == "save",
             direct=DIRECT_IO[config().direct_io],

@@ -3,48 +3,25 @@
  *
  * Items are the same when name and offsets are (torch's MetadataIndex; an object, which has no
  * offsets, is another key than a 0-d tensor).  Keys are numbered in order of first appearance over
- * plans and items, which is torch's order of decision, and decided one by one: the holder with the
- * fewest bytes so far keeps the key, the lowest rank on a tie.  torch weighs an item by its global
- * size; we weigh by the bytes that its holder really writes, so shards balance too.
+ * plans and items, which is torch's order of decision.  What only one rank holds is its own to
+ * write and counts first.  The other keys follow, large ones before all others (by the power of two
+ * of their bytes), else in order of appearance: the holder with the fewest bytes so far keeps the
+ * key, the lowest rank on a tie.  torch goes by appearance and weighs an item by its global size;
+ * we weigh by the bytes that its holder really writes, and small ones even out what large ones
+ * leave.  A tensor that would unbalance the ranks even so may be divided (split.c).
  *
- * One hash table over keys, one counting sort of the items whose key has several holders: linear in
- * items.  Memory is known before the first allocation: 24 bytes an item and the table.
+ * One hash table over keys, two counting sorts: linear in items.  Memory is known before the first
+ * allocation: 36 bytes an item and the table.
  *
  * Threads: no state.
  */
-#include "plan_private.h"
+#include "dedup.h"
 
 #include <string.h>
 
-/* A key that one or more items share. */
-struct key {
-    uint32_t plan, item; /* where it first appeared */
-    uint32_t name_id;
-    uint32_t holders; /* items with this key */
-};
+#include "split.h"
 
-struct slot {
-    uint32_t hash;
-    uint32_t key; /* index + 1, 0 is empty */
-};
-
-struct holder {
-    uint32_t plan, item;
-};
-
-struct dedup {
-    const struct dcp_plan *plans;
-    uint32_t plans_count;
-    uint64_t items_count; /* of all plans, at most DCP_MAX_GLOBAL_ITEMS */
-    uint32_t *key_of;     /* owned: key of every item, plan after plan */
-    struct key *keys;     /* owned, by first appearance */
-    uint32_t keys_count;
-    struct slot *slots; /* owned, at most two thirds full */
-    uint64_t slots_count;
-    uint32_t *first_holder;  /* owned, by key; after filling: end of the key's holders */
-    struct holder *holders;  /* owned: holders of keys that have several, grouped by key */
-    uint64_t *weights_bytes; /* owned, by plan: what it keeps so far */
-};
+enum { CLASSES = 64 };
 
 static void
 dedup_clean_up(struct dedup *d)
@@ -54,7 +31,8 @@ dedup_clean_up(struct dedup *d)
     dcp_free(d->slots);
     dcp_free(d->first_holder);
     dcp_free(d->holders);
-    dcp_free(d->weights_bytes);
+    dcp_free(d->order);
+    dcp_free(d->loads_bytes);
     *d = (struct dedup){0};
 }
 
@@ -89,7 +67,7 @@ hash_key(const struct dcp_plan *plan, const struct dcp_item *item, uint32_t name
 }
 
 static inline bool
-same_key(const struct dedup *d, const struct key *key, const struct dcp_plan *plan,
+same_key(const struct dedup *d, const struct dedup_key *key, const struct dcp_plan *plan,
          const struct dcp_item *item, uint32_t name_id)
 {
     if (key->name_id != name_id) {
@@ -115,13 +93,13 @@ find_or_add_key(struct dedup *d, uint32_t p, uint32_t i, uint32_t name_id)
     for (; d->slots[at].key != 0; at = (at + 1) & mask) {
         uint32_t key = d->slots[at].key - 1;
         if (d->slots[at].hash == hash && same_key(d, &d->keys[key], plan, item, name_id)) {
-            d->keys[key].holders++;
+            d->keys[key].holders_count++;
             return key;
         }
     }
     uint32_t key = d->keys_count++;
-    d->keys[key] = (struct key){.plan = p, .item = i, .name_id = name_id, .holders = 1};
-    d->slots[at] = (struct slot){.hash = hash, .key = key + 1};
+    d->keys[key] = (struct dedup_key){.plan = p, .item = i, .name_id = name_id, .holders_count = 1};
+    d->slots[at] = (struct dedup_slot){.hash = hash, .key = key + 1};
     return key;
 }
 
@@ -151,6 +129,14 @@ number_keys(struct dedup *d, const struct dcp_name_ids *names, struct dcp_error 
 
 /* ---- holders ---- */
 
+/* Records weigh something even when they are empty, so that empties spread too (as torch's do). */
+static inline uint64_t
+weigh(const struct dedup *d, uint32_t plan, uint32_t item)
+{
+    const struct dcp_plan *of = &d->plans[plan];
+    return dcp_max_u64(dcp_item_weight_bytes(of, &of->items[item]), 1);
+}
+
 /* Lists the holders of every key that has several; plan order, then item order. */
 static int
 list_holders(struct dedup *d, struct dcp_error *err)
@@ -162,7 +148,8 @@ list_holders(struct dedup *d, struct dcp_error *err)
     uint32_t total = 0;
     for (uint32_t k = 0; k < d->keys_count; k++) {
         d->first_holder[k] = total;
-        total += d->keys[k].holders > 1 ? d->keys[k].holders : 0;
+        d->order_count += d->keys[k].holders_count > 1;
+        total += d->keys[k].holders_count > 1 ? d->keys[k].holders_count : 0;
     }
     d->holders = dcp_malloc_array(total, sizeof *d->holders);
     if (d->holders == NULL) {
@@ -172,54 +159,124 @@ list_holders(struct dedup *d, struct dcp_error *err)
     for (uint32_t p = 0; p < d->plans_count; p++) {
         for (uint32_t i = 0; i < d->plans[p].items_count; i++) {
             uint32_t key = *key_of++;
-            if (d->keys[key].holders > 1) {
-                d->holders[d->first_holder[key]++] = (struct holder){.plan = p, .item = i};
+            if (d->keys[key].holders_count > 1) {
+                d->holders[d->first_holder[key]++] = (struct dedup_holder){.plan = p, .item = i};
             }
         }
     }
     return 0;
 }
 
-/* Records weigh something even when they are empty, so that empties spread too (as torch's do). */
-static inline uint64_t
-weigh(const struct dedup *d, uint32_t plan, uint32_t item)
+/* Power of two of a large weight, largest first; small ones are one class. */
+static inline unsigned
+weight_class(uint64_t weight_bytes)
 {
-    const struct dcp_plan *of = &d->plans[plan];
-    return dcp_max_u64(dcp_item_weight_bytes(of, &of->items[item]), 1);
+    return weight_bytes < DCP_BALANCE_BYTES ? CLASSES - 1 : (unsigned)__builtin_clzll(weight_bytes);
 }
 
-static void
-keep_item(struct dedup *d, struct dcp_keep *keep, uint32_t plan, uint32_t item)
+/* Weighs the keys, and sorts those that have several holders. */
+static int
+order_keys(struct dedup *d, struct dcp_error *err)
 {
-    keep->bits[plan][item >> 3] |= (uint8_t)(1u << (item & 7));
-    d->weights_bytes[plan] += weigh(d, plan, item);
-}
-
-static void
-decide(struct dedup *d, struct dcp_keep *keep, bool to_lowest_rank)
-{
+    uint32_t first[CLASSES] = {0};
+    d->order = dcp_malloc_array(d->order_count, sizeof *d->order);
+    d->loads_bytes = dcp_calloc(d->plans_count, sizeof *d->loads_bytes);
+    if (d->order == NULL || d->loads_bytes == NULL) {
+        return out_of_memory(err, d->items_count);
+    }
     for (uint32_t k = 0; k < d->keys_count; k++) {
-        const struct key *key = &d->keys[k];
-        if (key->holders == 1) {
-            keep_item(d, keep, key->plan, key->item);
-            continue;
-        }
-        const struct holder *end = d->holders + d->first_holder[k];
-        const struct holder *first = end - key->holders;
-        uint32_t chosen = first->plan;
-        for (const struct holder *h = first; h < end && !to_lowest_rank; h++) {
-            chosen = d->weights_bytes[h->plan] < d->weights_bytes[chosen] ? h->plan : chosen;
-        }
-        for (const struct holder *h = first; h < end; h++) {
-            if (h->plan == chosen) {
-                keep_item(d, keep, h->plan, h->item);
-            } else {
-                const struct dcp_plan *plan = &d->plans[h->plan];
-                keep->dropped_items++;
-                keep->dropped_bytes += dcp_item_weight_bytes(plan, &plan->items[h->item]);
-            }
+        struct dedup_key *key = &d->keys[k];
+        key->weight_bytes = weigh(d, key->plan, key->item);
+        if (key->holders_count > 1) {
+            d->largest_bytes = dcp_max_u64(d->largest_bytes, key->weight_bytes);
+            first[weight_class(key->weight_bytes)]++;
         }
     }
+    uint32_t at = 0;
+    for (unsigned c = 0; c < CLASSES; c++) {
+        uint32_t count = first[c];
+        first[c] = at;
+        at += count;
+    }
+    for (uint32_t k = 0; k < d->keys_count; k++) {
+        if (d->keys[k].holders_count > 1) {
+            d->order[first[weight_class(d->keys[k].weight_bytes)]++] = k;
+        }
+    }
+    return 0;
+}
+
+/* ---- decisions ---- */
+
+static void
+keep_own_items(struct dedup *d, struct dcp_keep *keep)
+{
+    for (uint32_t k = 0; k < d->keys_count; k++) {
+        const struct dedup_key *key = &d->keys[k];
+        if (key->holders_count == 1) {
+            struct dedup_holder own = {.plan = key->plan, .item = key->item};
+            dedup_keep(d, keep, &own, key->weight_bytes);
+        }
+    }
+}
+
+static uint32_t
+lightest_holder(const struct dedup *d, uint32_t k)
+{
+    const struct dedup_holder *first = dedup_holders(d, k);
+    const struct dedup_holder *end = first + d->keys[k].holders_count;
+    uint32_t chosen = first->plan;
+    for (const struct dedup_holder *h = first; h < end; h++) {
+        chosen = d->loads_bytes[h->plan] < d->loads_bytes[chosen] ? h->plan : chosen;
+    }
+    return chosen;
+}
+
+/* Duplicates within the chosen plan are all kept. */
+static void
+keep_whole(struct dedup *d, struct dcp_keep *keep, uint32_t k, uint32_t chosen)
+{
+    const struct dedup_holder *first = dedup_holders(d, k);
+    const struct dedup_holder *end = first + d->keys[k].holders_count;
+    for (const struct dedup_holder *h = first; h < end; h++) {
+        if (h->plan == chosen) {
+            dedup_keep(d, keep, h, weigh(d, h->plan, h->item));
+        } else {
+            const struct dcp_plan *plan = &d->plans[h->plan];
+            keep->dropped_items++;
+            keep->dropped_bytes += dcp_item_weight_bytes(plan, &plan->items[h->item]);
+        }
+    }
+}
+
+static void
+keep_at_lowest_rank(struct dedup *d, struct dcp_keep *keep)
+{
+    keep_own_items(d, keep);
+    for (uint32_t i = 0; i < d->order_count; i++) {
+        keep_whole(d, keep, d->order[i], dedup_holders(d, d->order[i])->plan);
+    }
+}
+
+/* What is to be divided comes last and is poured over the loads that the rest has left. */
+static int
+keep_balanced(struct dedup *d, struct dcp_keep *keep, uint64_t split_bytes, struct dcp_error *err)
+{
+    struct split split = {0};
+    keep_own_items(d, keep);
+    int rc = split_prepare(&split, d, split_bytes, err);
+    for (uint32_t i = 0; rc == 0 && i < d->order_count; i++) {
+        uint32_t key = d->order[i];
+        uint32_t chosen = lightest_holder(d, key);
+        if (!split_defers(&split, d, key, d->loads_bytes[chosen])) {
+            keep_whole(d, keep, key, chosen);
+        }
+    }
+    if (rc == 0) {
+        rc = split_pour(&split, d, keep, err);
+    }
+    split_clean_up(&split);
+    return rc;
 }
 
 /* ---- bitmaps ---- */
@@ -256,15 +313,17 @@ dcp_keep_clean_up(struct dcp_keep *keep)
     }
     dcp_free(keep->bits);
     dcp_free(keep->block);
+    dcp_free(keep->cuts);
     *keep = (struct dcp_keep){0};
 }
 
 int
 dcp_plan_dedup_named(const struct dcp_plan *plans, uint32_t plans_count,
-                     const struct dcp_name_ids *names, bool to_lowest_rank,
+                     const struct dcp_name_ids *names, bool to_lowest_rank, uint64_t split_bytes,
                      struct dcp_keep *ret_keep, struct dcp_error *err)
 {
-    struct dedup d = {.plans = plans, .plans_count = plans_count};
+    struct dedup d = {
+        .plans = plans, .plans_count = plans_count, .names_count = names->distinct_count};
     struct dcp_keep keep = {0};
     for (uint32_t p = 0; p < plans_count; p++) {
         d.items_count += plans[p].items_count;
@@ -284,11 +343,14 @@ dcp_plan_dedup_named(const struct dcp_plan *plans, uint32_t plans_count,
         rc = list_holders(&d, err);
     }
     if (rc == 0) {
-        d.weights_bytes = dcp_calloc(plans_count, sizeof *d.weights_bytes);
-        rc = d.weights_bytes == NULL ? out_of_memory(err, d.items_count) : 0;
+        rc = order_keys(&d, err);
+    }
+    if (rc == 0 && to_lowest_rank) {
+        keep_at_lowest_rank(&d, &keep);
+    } else if (rc == 0) {
+        rc = keep_balanced(&d, &keep, split_bytes, err);
     }
     if (rc == 0) {
-        decide(&d, &keep, to_lowest_rank);
         *ret_keep = keep;
     } else {
         dcp_keep_clean_up(&keep);
@@ -306,7 +368,8 @@ dcp_plan_dedup(const struct dcp_plan *plans, uint32_t plans_count, bool to_lowes
     if (rc != 0) {
         return rc;
     }
-    rc = dcp_plan_dedup_named(plans, plans_count, &names, to_lowest_rank, ret_keep, err);
+    rc = dcp_plan_dedup_named(plans, plans_count, &names, to_lowest_rank, DCP_SPLIT_OFF, ret_keep,
+                              err);
     dcp_name_ids_clean_up(&names);
     return rc;
 }

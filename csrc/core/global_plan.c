@@ -158,15 +158,21 @@ dcp_global_plan_clean_up(struct dcp_global_plan *global)
     *global = (struct dcp_global_plan){0};
 }
 
-int
-dcp_global_plan_build(const struct dcp_plan *plans, uint32_t plans_count, bool to_lowest_rank,
-                      struct dcp_global_plan *ret_global, struct dcp_error *err)
+/* `cuttable`: the plans again, or NULL when nothing is cut. */
+static int
+build(const struct dcp_plan *plans, struct dcp_plan *cuttable, uint32_t plans_count,
+      bool to_lowest_rank, uint64_t split_bytes, struct dcp_global_plan *ret_global,
+      struct dcp_error *err)
 {
     struct dcp_global_plan global = {.plans = plans, .plans_count = plans_count};
     struct dcp_name_ids names = {0};
     int rc = dcp_name_ids_build(plans, plans_count, &names, err);
     if (rc == 0) {
-        rc = dcp_plan_dedup_named(plans, plans_count, &names, to_lowest_rank, &global.keep, err);
+        rc = dcp_plan_dedup_named(plans, plans_count, &names, to_lowest_rank, split_bytes,
+                                  &global.keep, err);
+    }
+    for (uint32_t p = 0; rc == 0 && global.keep.cuts != NULL && p < plans_count; p++) {
+        dcp_plan_cut(&cuttable[p], &global.keep.cuts[p]);
     }
     if (rc == 0) {
         rc = group_by_name(&global, &names, err);
@@ -184,4 +190,18 @@ dcp_global_plan_build(const struct dcp_plan *plans, uint32_t plans_count, bool t
     }
     *ret_global = global;
     return 0;
+}
+
+int
+dcp_global_plan_build(const struct dcp_plan *plans, uint32_t plans_count, bool to_lowest_rank,
+                      struct dcp_global_plan *ret_global, struct dcp_error *err)
+{
+    return build(plans, NULL, plans_count, to_lowest_rank, DCP_SPLIT_OFF, ret_global, err);
+}
+
+int
+dcp_global_plan_build_split(struct dcp_plan *plans, uint32_t plans_count, uint64_t split_bytes,
+                            struct dcp_global_plan *ret_global, struct dcp_error *err)
+{
+    return build(plans, plans, plans_count, false, split_bytes, ret_global, err);
 }

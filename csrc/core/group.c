@@ -25,6 +25,7 @@ void
 dcp_installed_plan_clean_up(struct dcp_installed_plan *installed)
 {
     dcp_free(installed->keep);
+    dcp_own_cuts_clean_up(&installed->cuts);
     dcp_layout_clean_up(&installed->layout);
     dcp_global_plan_clean_up(&installed->global);
     for (uint32_t i = 0; installed->plans != NULL && i < installed->plans_count; i++) {

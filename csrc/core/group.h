@@ -4,6 +4,7 @@
 #ifndef DCP_CORE_GROUP_H
 #define DCP_CORE_GROUP_H
 
+#include "cut.h"
 #include "dcp_transfer.h"
 
 /* Checksums of what the last save of a plan saved. */
@@ -23,8 +24,9 @@ struct dcp_installed_plan {
     struct dcp_hash128 fingerprint; /* of this rank's plan */
     struct dcp_hash128 names_hash;  /* of its names: the coordinator of `plan_id` has them */
     uint8_t *keep;                  /* owned bitmap over this rank's items */
-    struct dcp_layout layout;       /* owned: this rank's files */
-    struct dcp_plan *plans;         /* coordinator: owned, all ranks */
+    struct dcp_own_cuts cuts;       /* owned: of this rank's plan */
+    struct dcp_layout layout;       /* owned: this rank's files, of the cut plan */
+    struct dcp_plan *plans;         /* coordinator: owned, all ranks, cut */
     uint32_t plans_count;
     struct dcp_global_plan global; /* coordinator: borrows `plans` */
     struct dcp_last_crcs last;     /* owned */

@@ -84,9 +84,10 @@ int dcp_name_ids_build(const struct dcp_plan *plans, uint32_t plans_count,
                        struct dcp_name_ids *ret_ids, struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_name_ids_clean_up(struct dcp_name_ids *ids);
 
-/* dcp_plan_dedup for a caller that has numbered the names already. */
+/* dcp_plan_dedup for a caller that has numbered the names already; may also cut (split_bytes). */
 int dcp_plan_dedup_named(const struct dcp_plan *plans, uint32_t plans_count,
                          const struct dcp_name_ids *names, bool to_lowest_rank,
-                         struct dcp_keep *ret_keep, struct dcp_error *err) DCP_MUST_CHECK;
+                         uint64_t split_bytes, struct dcp_keep *ret_keep,
+                         struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

@@ -45,6 +45,7 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     /* Part of the call: where ranks differ in it the vote says so to all, and nobody shares. */
     save->call_hash = params->call_hash + (params->share_metadata ? 1 : 0);
     save->plan_salt = params->plan_salt;
+    save->split_bytes = params->split_bytes;
     save->independent = params->independent;
     save->to_lowest_rank = params->to_lowest_rank;
     save->sync = params->sync;
@@ -252,6 +253,7 @@ count_kept(struct dcp_save *save)
 
     save->info.kept_items = installed->layout.records_count;
     save->info.kept_bytes = installed->layout.total_bytes;
+    save->info.cut_items = installed->cuts.list.count;
     if (save->info.is_coordinator) {
         save->info.dropped_items = installed->global.keep.dropped_items;
         save->info.dropped_bytes = installed->global.keep.dropped_bytes;
@@ -282,6 +284,8 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
             }
         } else if (rc == 0 && verdict == DCP_VERDICT_SLOW) {
             rc = dcp_save_plan_slow(save, ret_failures, err);
+        } else if (rc == 0) {
+            dcp_plan_cut(&save->plan, &save->group->installed.cuts.list);
         }
         save->info.plan_ns = dcp_now_ns() - start_ns;
     }
@@ -297,6 +301,13 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
     save->agreed = true;
     count_kept(save);
     return 0;
+}
+
+void
+dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources)
+{
+    DCP_ASSERT(save->agreed);
+    dcp_cuts_fit_sources(&dcp_save_installed(save)->cuts, &save->plan, sources);
 }
 
 void

@@ -19,6 +19,7 @@ struct dcp_save {
     char *identity;
     struct dcp_storage_meta meta; /* points at the copies */
     uint64_t call_hash, plan_salt;
+    uint64_t split_bytes;
     bool independent, to_lowest_rank, sync, share_metadata;
     enum dcp_direct direct;
     char *base_path; /* owned; NULL: none */
@@ -34,8 +35,8 @@ struct dcp_save {
     uint64_t free_bytes; /* there, when it was asked; UINT64_MAX: not known */
     bool claimed;        /* this process holds `claim` */
     struct dcp_claim claim;
-    struct dcp_plan plan;
-    struct dcp_hash128 fingerprint, names_hash; /* of `plan` */
+    struct dcp_plan plan;                       /* cut, once agreed */
+    struct dcp_hash128 fingerprint, names_hash; /* of the whole plan */
     /* From the vote: which names the coordinator has (save_gather.c). */
     struct dcp_hash128 coordinator_names_hash;
     uint64_t coordinator_held_plan;

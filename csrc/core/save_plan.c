@@ -8,8 +8,8 @@
  *     install            one all-reduce; the failures' exchange behind it if a rank failed
  * A rank that fails on the way sends an empty message and goes on to the install vote with its
  * failure, so that every rank makes the same calls in the same order.  The answer to a rank is {ok,
- * plan_id, bitmap of kept items}; its layout is a pure function of plan and bitmap, so nothing else
- * travels.
+ * plan_id, bitmap of kept items, cuts}; its layout is a pure function of plan, bitmap and cuts, so
+ * nothing else travels.
  */
 #include "save.h"
 
@@ -27,9 +27,14 @@ keep_bytes(const struct dcp_plan *plan)
 static int
 decide(struct dcp_save *save, struct dcp_installed_plan *next, struct dcp_error *err)
 {
-    int rc = dcp_global_plan_build(next->plans, next->plans_count, save->to_lowest_rank,
-                                   &next->global, err);
+    uint32_t count = next->plans_count;
+    int rc;
 
+    if (save->to_lowest_rank) {
+        rc = dcp_global_plan_build(next->plans, count, true, &next->global, err);
+    } else {
+        rc = dcp_global_plan_build_split(next->plans, count, save->split_bytes, &next->global, err);
+    }
     if (rc == 0) {
         rc = dcp_save_check_sum(save, next, err);
     }
@@ -44,23 +49,27 @@ static int
 put_answers(const struct dcp_installed_plan *next, bool ok, uint32_t size, struct dcp_buf *block,
             struct dcp_span *ret_spans, struct dcp_error *err)
 {
+    const struct dcp_keep *keep = &next->global.keep;
+    static const struct dcp_cuts none;
     int rc;
 
     for (uint32_t i = 0; i < size; i++) {
+        size_t begin = block->len;
         dcp_buf_put_u8(block, ok ? 1 : 0);
         dcp_buf_put(block, &next->plan_id, sizeof next->plan_id);
         if (ok) {
-            dcp_buf_put(block, next->global.keep.bits[i], keep_bytes(&next->plans[i]));
+            dcp_buf_put(block, keep->bits[i], keep_bytes(&next->plans[i]));
+            dcp_cuts_put(block, keep->cuts == NULL ? &none : &keep->cuts[i]);
         }
+        ret_spans[i].len = block->len - begin;
     }
     rc = dcp_buf_check(block, err);
     if (rc != 0) {
         return rc;
     }
     for (size_t i = 0, pos = 0; i < size; i++) {
-        size_t len = ANSWER_HEADER_BYTES + (ok ? keep_bytes(&next->plans[i]) : 0);
-        ret_spans[i] = (struct dcp_span){block->data + pos, len};
-        pos += len;
+        ret_spans[i].data = block->data + pos;
+        pos += ret_spans[i].len;
     }
     return 0;
 }
@@ -88,7 +97,7 @@ scatter_answers(struct dcp_save *save, const struct dcp_installed_plan *next, bo
     return rc;
 }
 
-/* This rank's part of the decision: bitmap and layout. */
+/* This rank's part of the decision: bitmap, cuts (done to its plan) and layout. */
 static int
 take_answer(struct dcp_save *save, const struct dcp_buf *answer, struct dcp_installed_plan *next,
             struct dcp_error *err)
@@ -98,10 +107,10 @@ take_answer(struct dcp_save *save, const struct dcp_buf *answer, struct dcp_inst
     if (answer->len < ANSWER_HEADER_BYTES || answer->data[0] != 1) {
         return DCP_E_PEER; /* the coordinator has the reason and brings it to the install vote */
     }
-    if (answer->len != ANSWER_HEADER_BYTES + want) {
+    if (answer->len < ANSWER_HEADER_BYTES + want) {
         return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL,
-                             "the coordinator answered with %zu bytes, expected %zu", answer->len,
-                             ANSWER_HEADER_BYTES + want);
+                             "the coordinator answered with %zu bytes, expected %zu or more",
+                             answer->len, ANSWER_HEADER_BYTES + want);
     }
     memcpy(&next->plan_id, answer->data + 1, sizeof next->plan_id);
     next->keep = dcp_malloc(want);
@@ -110,6 +119,13 @@ take_answer(struct dcp_save *save, const struct dcp_buf *answer, struct dcp_inst
     }
     memcpy(next->keep, answer->data + ANSWER_HEADER_BYTES, want);
     next->fingerprint = save->fingerprint;
+    struct dcp_cursor cuts = {
+        .data = answer->data, .len = answer->len, .pos = ANSWER_HEADER_BYTES + want};
+    int rc = dcp_cuts_take(&cuts, &save->plan, next->keep, &next->cuts, err);
+    if (rc != 0) {
+        return rc;
+    }
+    dcp_plan_cut(&save->plan, &next->cuts.list);
     return dcp_layout_build(&save->plan, next->keep, &next->layout, err);
 }
 

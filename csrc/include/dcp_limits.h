@@ -57,6 +57,14 @@
 #define DCP_MAX_REQUEST_BYTES (1u << 30)
 /* Buffered fallback: dirty bytes before they are pushed out and dropped from the page cache. */
 #define DCP_MAX_DIRTY_BYTES (64u << 20)
+/* Replicas from here on are assigned before all others, largest first: smaller ones balance in
+ * torch's order too, and keep its order of keys. */
+#define DCP_BALANCE_BYTES (8u << 20)
+/* Replicated tensors from here on may be divided by rows over their holders: smaller ones balance
+ * well enough whole, and every part costs a chunk of metadata. */
+#define DCP_SPLIT_BYTES (64u << 20)
+/* Smallest part of a divided tensor: one buffer of the writer's ring. */
+#define DCP_SPLIT_PART_BYTES (8u << 20)
 /* Serialised exception of one rank in a failure exchange. */
 #define DCP_MAX_FAILURE_BYTES (64u << 10)
 /* Files of two requests or more are preallocated: a full disk is met before the data, and writes

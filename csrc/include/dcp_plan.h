@@ -147,12 +147,35 @@ int dcp_plan_decode(const uint8_t *data, size_t len, struct dcp_plan *ret_plan,
 
 /* ---- coordinator's steps; `plans` are in group rank order ---- */
 
+/* The rows of one item that a rank keeps; other holders of the tensor keep the others. */
+struct dcp_cut {
+    uint32_t item;                  /* index in dcp_plan.items */
+    uint32_t dim;                   /* whose indices are the rows */
+    uint64_t first_row, rows_count; /* of the item's box */
+};
+
+/* The cuts of one plan, ascending by item, each item at most once. */
+struct dcp_cuts {
+    struct dcp_cut *cuts;
+    uint32_t count;
+};
+
+/* Narrows the boxes of cut items, which become shards.  A plan is cut once: rows count from the
+ * box that an item was added with. */
+void dcp_plan_cut(struct dcp_plan *plan, const struct dcp_cuts *cuts);
+
+/* Which replicated tensors are divided by rows over their holders: those of at least this many
+ * bytes, or one of these. */
+#define DCP_SPLIT_AUTO 0         /* of DCP_SPLIT_BYTES and more, where whole ones unbalance ranks */
+#define DCP_SPLIT_OFF UINT64_MAX /* none */
+
 /* Bitmaps of kept items, one per plan: bit i of byte i / 8.  */
 struct dcp_keep {
     uint8_t **bits;                        /* plans_count pointers into `block` */
     uint8_t *block;                        /* owned */
     uint32_t count;                        /* plans */
     uint64_t dropped_items, dropped_bytes; /* replicas that are not written */
+    struct dcp_cuts *cuts; /* owned, one per plan, their arrays with it; NULL when none is cut */
 };
 
 static inline bool
@@ -161,9 +184,9 @@ dcp_keep_test(const uint8_t *bits, uint32_t item)
     return (bits[item >> 3] >> (item & 7)) & 1;
 }
 
-/* Each (fqn, offsets) is kept by one rank (sizes and dtypes are ignored, as torch does): the one
- * with the fewest bytes so far, the lowest on a tie, or always the lowest.  Duplicates within one
- * rank's plan are all kept, as torch does. Linear in items. */
+/* Each (fqn, offsets) is kept by one rank (sizes and dtypes are ignored, as torch does): large
+ * ones first, the one with the fewest bytes so far, the lowest on a tie; or always the lowest.
+ * Duplicates within one rank's plan are all kept, as torch does.  Linear in items. */
 int dcp_plan_dedup(const struct dcp_plan *plans, uint32_t plans_count, bool to_lowest_rank,
                    struct dcp_keep *ret_keep, struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_keep_clean_up(struct dcp_keep *keep);
@@ -197,6 +220,12 @@ struct dcp_global_plan {
  * outlive the result. */
 int dcp_global_plan_build(const struct dcp_plan *plans, uint32_t plans_count, bool to_lowest_rank,
                           struct dcp_global_plan *ret_global, struct dcp_error *err) DCP_MUST_CHECK;
+/* The same, and replicated tensors may be divided over their holders (`split_bytes` as above): the
+ * plans are cut in place, also when a later step fails; keep.cuts tells what each rank does to its
+ * own plan. */
+int dcp_global_plan_build_split(struct dcp_plan *plans, uint32_t plans_count, uint64_t split_bytes,
+                                struct dcp_global_plan *ret_global,
+                                struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_global_plan_clean_up(struct dcp_global_plan *global);
 /* Validation alone; called by dcp_global_plan_build. */
 int dcp_global_plan_validate(const struct dcp_global_plan *global,

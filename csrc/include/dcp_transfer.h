@@ -53,6 +53,9 @@ struct dcp_save_params {
     const char *identity;         /* for people, stored in the claim; may be NULL */
     uint64_t call_hash;           /* checkpoint_id, kind of save: must agree between ranks */
     uint64_t plan_salt;           /* planner options: part of the fingerprint */
+    /* DCP_SPLIT_AUTO, DCP_SPLIT_OFF or bytes: which replicated tensors are divided; the
+     * coordinator's holds.  Of no effect with `independent` or `to_lowest_rank`. */
+    uint64_t split_bytes;
     bool independent;    /* use_collectives=False: plan and commit alone, one status at the end */
     bool to_lowest_rank; /* dedup */
     bool sync;           /* sync_files */
@@ -84,9 +87,14 @@ void dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan);
 int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
+/* After dcp_save_agree, once: moves the sources of items that were cut (see dcp_plan_cut) to the
+ * rows that this rank keeps.  They borrow from the group until the next save on it agrees. */
+void dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources);
+
 /* Collective when every rank named a base (info.incremental, the same everywhere), else nothing.
  * Finds out what has not changed since the base and links the files that hold it; what is left is
- * written.  After dcp_save_agree, before staging.  `mine` and return values as dcp_save_agree's. */
+ * written.  After dcp_save_agree, before staging; `sources` are fitted.  `mine` and return values
+ * as dcp_save_agree's. */
 int dcp_save_compare(struct dcp_save *save, const struct dcp_failure *mine,
                      const struct dcp_source *sources, atomic_int *cancel,
                      struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
@@ -96,7 +104,7 @@ int dcp_save_compare(struct dcp_save *save, const struct dcp_failure *mine,
 void dcp_save_lend_thread(struct dcp_save *save);
 
 /* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
- * plan's items. */
+ * plan's items, fitted. */
 int dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
                    _Atomic uint64_t *progress_bytes, struct dcp_error *err) DCP_MUST_CHECK;
 
@@ -122,6 +130,7 @@ struct dcp_save_info {
     bool call_agrees; /* false: ranks named different checkpoints */
     bool is_coordinator;
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
+    uint64_t cut_items; /* kept items of which other ranks keep other rows */
     bool incremental; /* every rank named a base */
     uint64_t reused_items, reused_bytes, linked_files;
     char base_reason[DCP_BASE_REASON_BYTES]; /* why nothing, or not more, is reused; "" */

@@ -47,6 +47,7 @@ static const struct number numbers[] = {
     OF_SAVE(n0),
     OF_SAVE(kept_items),
     OF_SAVE(kept_bytes),
+    OF_SAVE(cut_items),
     OF_SAVE(dropped_items),
     OF_SAVE(dropped_bytes),
     OF_SAVE(swept_files),

@@ -270,8 +270,13 @@ static int
 step_agree(void *arg, struct dcp_error *err)
 {
     struct save_object *self = arg;
+    int rc =
+        dcp_save_agree(self->save, self->mine_given ? &self->mine : NULL, &self->failures, err);
 
-    return dcp_save_agree(self->save, self->mine_given ? &self->mine : NULL, &self->failures, err);
+    if (rc == 0) {
+        dcp_save_fit_sources(self->save, self->items.sources);
+    }
+    return rc;
 }
 
 static PyObject *
@@ -565,9 +570,9 @@ static PyMethodDef save_methods[] = {
 PyDoc_STRVAR(save_doc,
              "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
              "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
-             "dedup_save_to_lowest_rank=False, sync_files=True, broadcast_metadata=False, "
-             "direct=0, base=None, link_mode=0, content_hash=False, io_uring=0, writer_nice=0, "
-             "writer_io_priority=0, write_limit_bytes_s=0)\n--\n\n"
+             "dedup_save_to_lowest_rank=False, split_bytes=0, sync_files=True, "
+             "broadcast_metadata=False, direct=0, base=None, link_mode=0, content_hash=False, "
+             "io_uring=0, writer_nice=0, writer_io_priority=0, write_limit_bytes_s=0)\n--\n\n"
              "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {

@@ -4,7 +4,8 @@
  * Each case saves generation 1, saves the second generation with the fault, and looks at what is
  * there: the new checkpoint whole if any rank was told so, else the old or the new one whole,
  * nothing in between; and the base of an incremental save as it was.  After that a new group of
- * healthy ranks must be able to save generation 3 and to leave nothing else behind.
+ * healthy ranks must be able to save generation 3 and to leave nothing else behind.  Replicas are
+ * cut in generations 1 and 2.
  *
  * Functions, not an object of its own: CHECK counts per test program.
  */
@@ -118,6 +119,7 @@ save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     struct dcp_group *group;
     struct save_request request = {.generation = 1,
                                    .direct = fault->direct,
+                                   .split_bytes = 1,
                                    .independent = fault->independent,
                                    .share_metadata = fault->shares,
                                    .content_hash = fault->base != NULL,

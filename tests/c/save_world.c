@@ -95,6 +95,21 @@ add_object(struct save_state *state, const char *fqn, int generation, bool large
     state->sources[state->plan.items_count - 1].data = record;
 }
 
+/* The matrix that was added last, column after column. */
+static void
+turn_round(struct save_state *state)
+{
+    static const int64_t strides_bytes[] = {8, 24};
+    const uint64_t sizes[] = {3, 4};
+    uint32_t i = state->plan.items_count - 1;
+    uint8_t *turned = dcp_malloc(96);
+
+    dcp_box_scatter(turned, state->memory[i], 2, sizes, strides_bytes, 8, 0, 96);
+    dcp_free(state->memory[i]);
+    state->memory[i] = turned;
+    state->sources[i] = (struct dcp_source){.data = turned, .strides_bytes = strides_bytes};
+}
+
 static void
 add_replicas(struct save_state *state, int generation, enum save_change change)
 {
@@ -106,6 +121,9 @@ add_replicas(struct save_state *state, int generation, enum save_change change)
     }
     maker_tensor(&state->plan, "scale", DCP_DTYPE_INT64, 2, scale);
     add_memory(state, "scale", generation, 0);
+    if (state->plan.rank % 2 == 1) {
+        turn_round(state);
+    }
     if (change == CHANGE_ORDER) {
         maker_tensor(&state->plan, "bias", DCP_DTYPE_FLOAT32, 1, bias);
         add_memory(state, "bias", generation, 0);
@@ -190,6 +208,27 @@ run_out_of_memory(struct dcp_group *group, uint64_t nth)
     }
 }
 
+static int
+write_items(struct dcp_save *save, const struct save_request *request, struct save_state *state,
+            struct dcp_error *err)
+{
+    struct dcp_stage stage = {0};
+    int rc = 0;
+
+    if (request->stage) {
+        rc = dcp_stage_build(dcp_save_plan(save), dcp_save_keep(save), state->sources, &stage, err);
+        for (size_t i = 0; rc == 0 && i < SAVE_ITEMS; i++) {
+            dcp_free(state->memory[i]); /* the caller may go on, and do what it likes */
+            state->memory[i] = NULL;
+        }
+    }
+    if (rc == 0) {
+        rc = dcp_save_write(save, request->stage ? stage.sources : state->sources, NULL, NULL, err);
+    }
+    dcp_stage_release(&stage);
+    return rc;
+}
+
 static void
 run_save(struct dcp_group *group, struct dcp_save *save, const struct save_request *request,
          struct save_state *state, struct save_result *ret)
@@ -235,7 +274,8 @@ run_save(struct dcp_group *group, struct dcp_save *save, const struct save_reque
     dcp_error_clear(&ret->err);
     run_out_of_memory(group, request->fail_allocation_of_write);
     if (!local.failed) {
-        local.failed = dcp_save_write(save, state->sources, NULL, NULL, &local.err) != 0;
+        dcp_save_fit_sources(save, state->sources);
+        local.failed = write_items(save, request, state, &local.err) != 0;
     }
     if (!local.failed && request->fail_before_finish) {
         raise_here(&local, "finish");
@@ -255,6 +295,7 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
         .identity = "a test",
         .call_hash = 77,
         .plan_salt = request->change == CHANGE_SALT ? 1 : 0,
+        .split_bytes = request->split_bytes,
         .independent = request->independent,
         .sync = true,
         .share_metadata = request->share_metadata,

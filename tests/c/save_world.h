@@ -4,9 +4,9 @@
  * next step of an incremental chain.
  *
  * The state of a rank mixes what jobs have: rows of a sharded tensor, replicas as under DDP, its
- * own tensors and objects.  Byte i of a tensor differs between any two generations, so that a load
- * that mixes two saves, or gets nothing, cannot pass for either.  Failures of the helpers
- * themselves end the test program.
+ * own tensors and objects.  Odd ranks hold one replica turned round in memory.  Byte i of a tensor
+ * differs between any two generations, so that a load that mixes two saves, or gets nothing, cannot
+ * pass for either.  Failures of the helpers themselves end the test program.
  */
 #ifndef SAVE_WORLD_H
 #define SAVE_WORLD_H
@@ -43,6 +43,8 @@ struct save_request {
     bool content_hash;
     enum save_change change;
     enum dcp_direct direct;
+    uint64_t split_bytes; /* dcp_save_params.split_bytes; all replicas are small */
+    bool stage;           /* write from a copy, as async saves do */
     bool independent, share_metadata;
     /* As if the caller had raised there. */
     bool fail_before_agree, fail_before_compare, fail_before_finish;

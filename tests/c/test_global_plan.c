@@ -12,6 +12,7 @@ static uint32_t
 colliding_plans(struct maker_rng *rng, struct dcp_plan *plans)
 {
     uint32_t count = 1 + (uint32_t)maker_below(rng, PLANS_MAX);
+    uint64_t scale = maker_below(rng, 2) == 0 ? 1 : 300; /* large enough to be decided early */
     maker_start_plans(plans, count);
     for (uint32_t p = 0; p < count; p++) {
         for (uint64_t n = maker_below(rng, 40); n > 0; n--) {
@@ -21,10 +22,10 @@ colliding_plans(struct maker_rng *rng, struct dcp_plan *plans)
             snprintf(fqn, sizeof fqn, "n%u", (unsigned)maker_below(rng, 12));
             for (uint32_t d = 0; d < ndim; d++) {
                 offsets[d] = maker_below(rng, 3);
-                sizes[d] = maker_below(rng, 90);
+                sizes[d] = scale * maker_below(rng, 90);
             }
             if (maker_below(rng, 4) == 0) {
-                maker_object(&plans[p], fqn, 1 + maker_below(rng, 5000));
+                maker_object(&plans[p], fqn, 1 + maker_below(rng, 5000) * scale * scale);
             } else {
                 maker_shard(&plans[p], fqn, DCP_DTYPE_INT16, ndim, size, offsets, sizes);
             }
@@ -46,31 +47,66 @@ same_key(const struct dcp_plan *a, uint32_t i, const struct dcp_plan *b, uint32_
                                    x->ndim * sizeof(uint64_t)) == 0);
 }
 
-/* torch's loop, with our weights: for every key in order of appearance, the lightest holder. */
+static uint64_t
+weigh(const struct dcp_plan *plan, uint32_t i)
+{
+    uint64_t bytes = dcp_item_weight_bytes(plan, &plan->items[i]);
+    return bytes == 0 ? 1 : bytes;
+}
+
+/* Calls for the holders of item `i` of plan `p`: how many; or keeps the chosen plan's of them. */
+static uint32_t
+visit_holders(const struct dcp_plan *plans, uint32_t count, uint32_t p, uint32_t i,
+              const uint64_t *weights, bool to_lowest, bool done[][64], uint32_t *ret_chosen)
+{
+    uint32_t holders = 0;
+    *ret_chosen = p;
+    for (uint32_t q = p; q < count; q++) {
+        for (uint32_t j = 0; j < plans[q].items_count; j++) {
+            if (same_key(&plans[p], i, &plans[q], j)) {
+                holders++;
+                done[q][j] = true;
+                *ret_chosen = !to_lowest && weights[q] < weights[*ret_chosen] ? q : *ret_chosen;
+            }
+        }
+    }
+    return holders;
+}
+
+/* Whether keys of `bytes` are decided in the turn of `least`: large ones in that of their power of
+ * two, small ones in the last. */
+static bool
+has_its_turn(uint64_t bytes, uint64_t least)
+{
+    return bytes < DCP_BALANCE_BYTES ? least == 1 : bytes >= least && bytes / 2 < least;
+}
+
+/* torch's loop, with our weights: what has one holder, then large keys by power of two, then the
+ * others; in order of appearance, each to its lightest holder. */
 static void
 naive_dedup(const struct dcp_plan *plans, uint32_t count, bool to_lowest, bool kept[][64])
 {
     uint64_t weights[PLANS_MAX] = {0};
-    bool done[PLANS_MAX][64] = {0};
-    for (uint32_t p = 0; p < count; p++) {
-        for (uint32_t i = 0; i < plans[p].items_count; i++) {
-            if (done[p][i]) {
-                continue;
-            }
-            uint32_t chosen = p;
-            for (uint32_t q = p; q < count; q++) {
-                for (uint32_t j = 0; j < plans[q].items_count; j++) {
-                    if (same_key(&plans[p], i, &plans[q], j)) {
-                        done[q][j] = true;
-                        chosen = !to_lowest && weights[q] < weights[chosen] ? q : chosen;
-                    }
+    for (uint64_t least = UINT64_MAX; least > 0;
+         least = least == UINT64_MAX ? 1ull << 63 : least / 2) {
+        bool done[PLANS_MAX][64] = {0};
+        for (uint32_t p = 0; p < count; p++) {
+            for (uint32_t i = 0; i < plans[p].items_count; i++) {
+                uint64_t bytes = weigh(&plans[p], i);
+                uint32_t chosen;
+                if (done[p][i]) {
+                    continue;
                 }
-            }
-            for (uint32_t j = 0; j < plans[chosen].items_count; j++) {
-                if (same_key(&plans[p], i, &plans[chosen], j)) {
-                    kept[chosen][j] = true;
-                    uint64_t bytes = dcp_item_weight_bytes(&plans[chosen], &plans[chosen].items[j]);
-                    weights[chosen] += bytes == 0 ? 1 : bytes;
+                bool alone =
+                    visit_holders(plans, count, p, i, weights, to_lowest, done, &chosen) == 1;
+                if (alone != (least == UINT64_MAX) || (!alone && !has_its_turn(bytes, least))) {
+                    continue;
+                }
+                for (uint32_t j = 0; j < plans[chosen].items_count; j++) {
+                    if (same_key(&plans[p], i, &plans[chosen], j)) {
+                        kept[chosen][j] = true;
+                        weights[chosen] += weigh(&plans[chosen], j);
+                    }
                 }
             }
         }
@@ -117,26 +153,27 @@ replicas_spread_by_true_bytes(void)
     struct dcp_plan plans[2];
     struct dcp_error err = {0};
     struct dcp_keep keep;
-    uint64_t global_size[] = {1000}, begin[] = {0}, end[] = {100}, large[] = {900}, small[] = {100},
-             size[] = {400};
+    const uint64_t unit = 1 << 17;
+    uint64_t global_size[] = {1000 * unit}, begin[] = {0}, end[] = {100 * unit};
+    uint64_t large[] = {900 * unit}, small[] = {100 * unit}, size[] = {400 * unit};
     maker_start_plans(plans, 2);
-    /* By the global size of its shard rank 0 would look too busy to take `b`. */
+    /* By the global size of its shard rank 0 would look too busy to take `a`. */
     maker_shard(&plans[0], "w", DCP_DTYPE_INT8, 1, global_size, begin, small);
     maker_shard(&plans[1], "w", DCP_DTYPE_INT8, 1, global_size, end, large);
     for (uint32_t p = 0; p < 2; p++) {
         maker_tensor(&plans[p], "a", DCP_DTYPE_INT8, 1, size);
         maker_tensor(&plans[p], "b", DCP_DTYPE_INT8, 1, size);
-        maker_object(&plans[p], "o", 512);
+        maker_object(&plans[p], "o", 512 * unit);
     }
     CHECK_OK(dcp_plan_dedup(plans, 2, false, &keep, &err), &err);
-    CHECK_EQ(keep.bits[0][0], 0x5); /* w and b */
-    CHECK_EQ(keep.bits[1][0], 0xB); /* w, a and o */
+    CHECK_EQ(keep.bits[0][0], 0xB); /* w, a and o: 1012 units */
+    CHECK_EQ(keep.bits[1][0], 0x5); /* w and b: 1300 units */
     dcp_keep_clean_up(&keep);
     CHECK_OK(dcp_plan_dedup(plans, 2, true, &keep, &err), &err);
     CHECK_EQ(keep.bits[0][0], 0xF);
     CHECK_EQ(keep.bits[1][0], 0x1);
     CHECK_EQ(keep.dropped_items, 3);
-    CHECK_EQ(keep.dropped_bytes, 400 + 400 + 512);
+    CHECK_EQ(keep.dropped_bytes, (400 + 400 + 512) * unit);
     dcp_keep_clean_up(&keep);
     maker_clean_up_plans(plans, 2);
 }

@@ -20,7 +20,8 @@ struct run {
     const struct dcp_io *table;
     const struct step *steps;
     size_t steps_count;
-    bool independent;
+    uint64_t split_bytes;
+    bool stage, independent;
     uint32_t shares_count;       /* ranks below it share the metadata */
     struct save_result *results; /* step * size + rank */
 };
@@ -40,6 +41,8 @@ save_steps(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
             .generation = step->generation,
             .change = mine ? step->change : CHANGE_NONE,
             .direct = i % 2 == 0 ? DCP_DIRECT_OFF : DCP_DIRECT_ON,
+            .split_bytes = run->split_bytes,
+            .stage = run->stage,
             .independent = run->independent,
             .share_metadata = comm->rank < run->shares_count,
         };
@@ -158,6 +161,42 @@ replicas_are_written_once(void)
     dcp_engine_trim();
 }
 
+/* A plan and the same plan reused, written from the ranks' memory and from a copy of it. */
+static void
+cut_replicas_are_written_once_and_load_right(void)
+{
+    static const struct step steps[] = {
+        {1, CHANGE_NONE, 0}, {2, CHANGE_NONE, 0}, {3, CHANGE_NONE, 0}};
+    for (size_t s = 0; s < 2 * sizeof sizes / sizeof sizes[0]; s++) {
+        uint32_t size = sizes[s / 2];
+        struct run run = {.fs = io_memory_new(s),
+                          .steps = steps,
+                          .steps_count = 3,
+                          .split_bytes = 1,
+                          .stage = s % 2 == 1};
+        struct load_request request = {.saved_size = size, .without_state_of = UINT32_MAX};
+        uint64_t kept = 0, cut = 0;
+        run_steps(&run, size);
+        for (uint32_t r = 0; r < 3 * size; r++) {
+            kept += run.results[r].info.kept_items;
+            cut += run.results[r].info.cut_items;
+            CHECK_EQ(run.results[r].info.fast, r >= size);
+        }
+        /* Of two ranks, one takes the object and the other both tensors. */
+        CHECK_EQ(cut == 0, size < 3);
+        CHECK_EQ(cut % 3, 0);
+        CHECK_EQ(kept, 3 * ((SAVE_ITEMS - SAVE_REPLICAS) * size + (size < 3 ? 3 : 1)) + cut);
+        for (uint32_t loaders = 1; loaders <= 3; loaders++) {
+            check_load(run.fs, loaders, &request, 3);
+        }
+        CHECK_EQ(io_memory_names_count(run.fs, SAVE_DIR), size + 1);
+        dcp_free(run.results);
+        io_memory_free(run.fs);
+    }
+    dcp_stage_trim();
+    dcp_engine_trim();
+}
+
 /* FAST exactly when every rank's plan, salt and group are those of the save before. */
 static void
 a_plan_is_reused_only_when_nothing_about_it_changed_anywhere(void)
@@ -197,9 +236,12 @@ static void
 every_change_of_a_plan_still_loads_right(void)
 {
     const uint32_t size = 3;
-    for (int c = 1; c < CHANGES; c++) {
-        const struct step steps[] = {{1, CHANGE_NONE, 0}, {2, (enum save_change)c, 1}};
-        struct run run = {.fs = io_memory_new(4), .steps = steps, .steps_count = 2};
+    for (int c = 2; c < 2 * CHANGES; c++) {
+        const struct step steps[] = {{1, CHANGE_NONE, 0}, {2, (enum save_change)(c / 2), 1}};
+        struct run run = {.fs = io_memory_new(4),
+                          .steps = steps,
+                          .steps_count = 2,
+                          .split_bytes = c % 2 == 0 ? DCP_SPLIT_AUTO : 1};
         struct load_request request = {.saved_size = size, .without_state_of = 1};
         run_steps(&run, size);
         check_load(run.fs, 2, &request, 2);
@@ -260,6 +302,7 @@ independent_saves_commit_and_sweep_per_rank(void)
 }
 
 CTEST_MAIN(RUN(saves_of_any_number_of_ranks_load_on_any_other); RUN(replicas_are_written_once);
+           RUN(cut_replicas_are_written_once_and_load_right);
            RUN(a_plan_is_reused_only_when_nothing_about_it_changed_anywhere);
            RUN(every_change_of_a_plan_still_loads_right);
            RUN(the_metadata_reaches_every_rank_when_all_ask_for_it);

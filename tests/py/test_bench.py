@@ -171,3 +171,15 @@ def test_engine_limits_reads_what_it_wrote(tmp_path):
 def test_writer_limits_compares_what_it_wrote_and_leaves_nothing(tmp_path):
     assert "writer, io_uring" in run_c("writer_limits", tmp_path / "files", 16, 2, 1, 20)
     assert os.listdir(tmp_path / "files") == []
+
+
+def test_split_benchmark_halves_what_one_rank_writes(tmp_path):
+    argv = [sys.executable, str(BENCHMARKS / "split_replicated.py"), "--dir", str(tmp_path)]
+    argv += ["--large-mib", "64", "--small-count", "0", "--repeats", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert lines["off"][1:4] == ["64.0", "MiB", "32.0"]
+    assert lines["auto"][1:4] == ["32.0", "MiB", "32.0"]
+    assert "0 values differ" in done.stdout
+    assert os.listdir(tmp_path) == [], "the benchmark left files behind"

@@ -203,6 +203,7 @@ MET_BY = {
     "objects-early": "test_differential.py",
     "object-pickle": "test_differences.py",
     "dedup-bytes": "ranks/cases_values.py",
+    "split-replicated": "ranks/cases_split.py",
     "safe-objects": "test_differences.py",
     "async-order": "ranks/cases_async.py",
     "async-in-flight": "ranks/cases_async.py",

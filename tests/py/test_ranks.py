@@ -18,6 +18,7 @@ MODULES = {
     "cases_failures": (2, 3),
     "cases_async": (2,),
     "cases_incremental": (2, 3),
+    "cases_split": (2, 4),
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
 }

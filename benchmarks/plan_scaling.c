@@ -256,7 +256,7 @@ run(const char *name, enum shape shape, uint32_t ranks, uint32_t items)
     report("names alone", since, total);
     struct dcp_keep keep;
     since = now_ns();
-    must(dcp_plan_dedup_named(plans, ranks, &names, false, &keep, &err), &err);
+    must(dcp_plan_dedup_named(plans, ranks, &names, false, DCP_SPLIT_AUTO, &keep, &err), &err);
     report("dedup alone", since, total);
     dcp_keep_clean_up(&keep);
     dcp_name_ids_clean_up(&names);

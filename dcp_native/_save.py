@@ -21,6 +21,11 @@ from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
 from ._report import logger, set_report
 
+KEPT_IMAGE_BYTES = 1 << 20
+"""The Metadata that a coordinator returns holds an image of at most this size.  A larger one is
+read from the checkpoint when it is looked at, as on all other ranks: few look, and the memory is
+the trainer's."""
+
 
 def hash64(*parts: object) -> int:
     """A 64-bit number that equal parts share on every rank."""
@@ -229,7 +234,9 @@ class NativeSave:
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()
-        return lazy_metadata(self._native.metadata(), self._metadata_path, info["save_id"])
+        keep = config().broadcast_metadata or info["metadata_bytes"] <= KEPT_IMAGE_BYTES
+        image = self._native.metadata() if keep else None
+        return lazy_metadata(image, self._metadata_path, info["save_id"])
 
     def _warn_if_nothing_was_trained(self, info: dict[str, Any]) -> None:
         count = info["trainable_items"]

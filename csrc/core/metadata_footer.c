@@ -19,7 +19,7 @@
 
 #include "dcp_crc32.h"
 
-enum { FOOTER_VERSION = 1, CRC_AT = DCP_METADATA_FOOTER_BYTES - 4 };
+enum { FOOTER_VERSION = 2, CRC_AT = DCP_METADATA_FOOTER_BYTES - 4 };
 
 static const uint8_t magic[8] = {0x89, 'D', 'C', 'P', 'N', 'M', 'D', '\n'};
 

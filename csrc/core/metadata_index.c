@@ -4,13 +4,16 @@
  *     entries, chunks, dims, files, strings: counts (varint each)
  *     the strings: names of all entries, then of all files, without gaps
  *     per entry: name length | kind, dtype, props, ndim (a byte each) | chunks | size
- *     per chunk: (file + 1) * 2 + transforms | offset | length | box offsets | box sizes
+ *     per chunk: head byte | [file + 1] | where | [length] | [box offsets] | [box sizes]
  *     per file: name length
  *
- * Numbers are LEB128: 256,000 chunks take about 5 MB where the arrays take 16, and decoding costs
- * less than reading the difference.  Positions (first chunk, index in dims, offset in strings) are
- * not stored; they follow from the order, so no stored number can point out of bounds, and every
- * count is checked against the bytes that are left before anything is allocated for it.
+ * Numbers are LEB128, and a chunk says only what is new (enum chunk_head): shards follow each other
+ * along the first dimension and from file to file, records follow each other in a file.  So `where`
+ * is the distance from the end of the file's record before (zigzag), or the offset itself where
+ * there is no file.  256,000 chunks take 1 MB where the arrays take 16, and decoding costs less
+ * than reading the difference.  Positions (first chunk, index in dims, offset in strings) are not
+ * stored; they follow from the order, so no stored number can point out of bounds, and every count
+ * is checked against the bytes that are left before anything is allocated for it.
  *
  * Threads: no state.
  */
@@ -21,8 +24,23 @@
 enum {
     /* The least bytes that an entry, chunk and file take: what bounds hostile counts. */
     MIN_ENTRY_BYTES = 6,
-    MIN_CHUNK_BYTES = 3,
+    MIN_CHUNK_BYTES = 2,
     MIN_FILE_BYTES = 1,
+    /* Boxes of more dimensions are spelled out, so that dims, too, are bounded by bytes: a chunk of
+     * two bytes stands for 16 of them at most. */
+    SHORT_BOX_DIMS = 8,
+    MAX_DIMS_PER_BYTE = 8,
+};
+
+enum chunk_head {
+    HEAD_TRANSFORMS = 1 << 0,
+    HEAD_SPELLED_FILE = 1 << 1, /* else that of the chunk before */
+    HEAD_NEXT_FILE = 1 << 2,    /* that of the chunk before, and one */
+    HEAD_SAME_LENGTH = 1 << 3,  /* as the chunk before */
+    HEAD_WHOLE = 1 << 4,        /* the box is the whole tensor */
+    HEAD_NEXT_ROWS = 1 << 5,    /* it begins where the one before of this entry ends, along dim 0 */
+    HEAD_SAME_SIZES = 1 << 6,   /* its sizes are that one's */
+    HEAD_ALL = (1 << 7) - 1,
 };
 
 /* Varints of the hot loop: most numbers are one byte long. */
@@ -45,29 +63,114 @@ take(struct dcp_cursor *c)
     return dcp_cursor_varint(c);
 }
 
-static void
-encode_chunk(struct dcp_buf *buf, const struct dcp_metadata *md, const struct dcp_md_chunk *chunk,
-             uint32_t ndim)
+static inline uint64_t
+zigzag(uint64_t v)
 {
-    uint64_t file = chunk->file == DCP_NO_FILE ? 0 : (uint64_t)chunk->file + 1;
-    put(buf, file * 2 + chunk->transforms);
-    put(buf, chunk->offset_bytes);
-    put(buf, chunk->length_bytes);
-    const uint64_t *dims = md->dims + chunk->dims;
-    for (uint32_t i = 0; i < 2 * ndim; i++) {
-        put(buf, dims[i]);
+    return v << 1 ^ (0 - (v >> 63));
+}
+
+static inline uint64_t
+unzigzag(uint64_t v)
+{
+    return v >> 1 ^ (0 - (v & 1));
+}
+
+static inline bool
+same_numbers(const uint64_t *a, const uint64_t *b, uint32_t count)
+{
+    return count == 0 || memcmp(a, b, count * sizeof *a) == 0;
+}
+
+/* What both sides know when they come to a chunk. */
+struct known {
+    uint32_t file;         /* of the chunk before */
+    uint64_t length_bytes; /* of the chunk before */
+    uint64_t *ends;        /* owned, per file: where its last record so far ends */
+};
+
+static int
+known_init(struct known *known, uint64_t files_count, struct dcp_error *err)
+{
+    *known = (struct known){.file = DCP_NO_FILE};
+    known->ends = dcp_calloc((size_t)files_count, sizeof *known->ends);
+    return known->ends != NULL
+               ? 0
+               : dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the ends of %llu files",
+                               (unsigned long long)files_count);
+}
+
+static inline void
+known_add(struct known *known, const struct dcp_md_chunk *chunk)
+{
+    known->file = chunk->file;
+    known->length_bytes = chunk->length_bytes;
+    if (chunk->file != DCP_NO_FILE) {
+        known->ends[chunk->file] = chunk->offset_bytes + chunk->length_bytes;
     }
 }
 
-int
-dcp_metadata_index_encode(const struct dcp_metadata *md, struct dcp_buf *buf, struct dcp_error *err)
+/* `before`: box offsets and sizes of the chunk before in this entry; NULL for the first. */
+static unsigned
+box_head(const uint64_t *size, const uint64_t *box, const uint64_t *before, uint32_t ndim)
 {
-    put(buf, md->entries_count);
-    put(buf, md->chunks_count);
-    put(buf, md->dims_count);
-    put(buf, md->files_count);
-    put(buf, md->strings_len);
-    dcp_buf_put(buf, md->strings, (size_t)md->strings_len);
+    unsigned head = 0;
+    bool at_origin = true;
+    if (ndim > SHORT_BOX_DIMS) {
+        return 0;
+    }
+    for (uint32_t d = 0; d < ndim; d++) {
+        at_origin = at_origin && box[d] == 0;
+    }
+    if (at_origin && same_numbers(box + ndim, size, ndim)) {
+        return HEAD_WHOLE;
+    }
+    if (before == NULL) {
+        return 0;
+    }
+    if (ndim > 0 && box[0] == before[0] + before[ndim] &&
+        same_numbers(box + 1, before + 1, ndim - 1)) {
+        head |= HEAD_NEXT_ROWS;
+    }
+    return head | (same_numbers(box + ndim, before + ndim, ndim) ? HEAD_SAME_SIZES : 0u);
+}
+
+static void
+encode_chunk(struct dcp_buf *buf, const struct dcp_metadata *md, const struct dcp_md_entry *entry,
+             uint64_t index, struct known *known)
+{
+    const struct dcp_md_chunk *chunk = &md->chunks[entry->first_chunk + index];
+    const uint64_t *box = md->dims + chunk->dims;
+    uint32_t ndim = entry->ndim;
+    unsigned head =
+        box_head(md->dims + entry->size, box, index > 0 ? md->dims + chunk[-1].dims : NULL, ndim);
+    head |= chunk->transforms != 0 ? HEAD_TRANSFORMS : 0u;
+    head |= chunk->length_bytes == known->length_bytes ? HEAD_SAME_LENGTH : 0u;
+    if (chunk->file != known->file) {
+        bool next = known->file != DCP_NO_FILE && chunk->file == known->file + 1;
+        head |= next ? HEAD_NEXT_FILE : HEAD_SPELLED_FILE;
+    }
+    dcp_buf_put_u8(buf, (uint8_t)head);
+    if ((head & HEAD_SPELLED_FILE) != 0) {
+        put(buf, chunk->file == DCP_NO_FILE ? 0 : (uint64_t)chunk->file + 1);
+    }
+    put(buf, chunk->file == DCP_NO_FILE ? chunk->offset_bytes
+                                        : zigzag(chunk->offset_bytes - known->ends[chunk->file]));
+    if ((head & HEAD_SAME_LENGTH) == 0) {
+        put(buf, chunk->length_bytes);
+    }
+    for (uint32_t d = 0; d < ndim && (head & (HEAD_WHOLE | HEAD_NEXT_ROWS)) == 0; d++) {
+        put(buf, box[d]);
+    }
+    for (uint32_t d = 0; d < ndim && (head & (HEAD_WHOLE | HEAD_SAME_SIZES)) == 0; d++) {
+        put(buf, box[ndim + d]);
+    }
+    known_add(known, chunk);
+}
+
+static int
+encode_entries(const struct dcp_metadata *md, struct dcp_buf *buf, struct known *known,
+               struct dcp_error *err)
+{
     uint64_t next_name = 0;
     uint64_t next_chunk = 0;
     for (uint64_t e = 0; e < md->entries_count; e++) {
@@ -91,13 +194,32 @@ dcp_metadata_index_encode(const struct dcp_metadata *md, struct dcp_buf *buf, st
             put(buf, md->dims[entry->size + i]);
         }
         for (uint64_t c = 0; c < entry->chunks_count; c++) {
-            encode_chunk(buf, md, &md->chunks[entry->first_chunk + c], entry->ndim);
+            encode_chunk(buf, md, entry, c, known);
         }
     }
+    return 0;
+}
+
+int
+dcp_metadata_index_encode(const struct dcp_metadata *md, struct dcp_buf *buf, struct dcp_error *err)
+{
+    struct known known;
+    int rc = known_init(&known, md->files_count, err);
+    if (rc != 0) {
+        return rc;
+    }
+    put(buf, md->entries_count);
+    put(buf, md->chunks_count);
+    put(buf, md->dims_count);
+    put(buf, md->files_count);
+    put(buf, md->strings_len);
+    dcp_buf_put(buf, md->strings, (size_t)md->strings_len);
+    rc = encode_entries(md, buf, &known, err);
+    dcp_free(known.ends);
     for (uint32_t f = 0; f < md->files_count; f++) {
         put(buf, md->files[f].name_len);
     }
-    return dcp_buf_check(buf, err);
+    return rc == 0 ? dcp_buf_check(buf, err) : rc;
 }
 
 /* ---- decoding ---- */
@@ -119,10 +241,10 @@ struct counts {
 static bool
 counts_fit(const struct counts *n, uint64_t left)
 {
-    uint64_t needs[] = {n->strings, n->dims, 0, 0, 0};
-    if (dcp_mul_overflows_u64(n->entries, MIN_ENTRY_BYTES, &needs[2]) ||
-        dcp_mul_overflows_u64(n->chunks, MIN_CHUNK_BYTES, &needs[3]) ||
-        dcp_mul_overflows_u64(n->files, MIN_FILE_BYTES, &needs[4])) {
+    uint64_t needs[] = {n->strings, 0, 0, 0};
+    if (dcp_mul_overflows_u64(n->entries, MIN_ENTRY_BYTES, &needs[1]) ||
+        dcp_mul_overflows_u64(n->chunks, MIN_CHUNK_BYTES, &needs[2]) ||
+        dcp_mul_overflows_u64(n->files, MIN_FILE_BYTES, &needs[3])) {
         return false;
     }
     uint64_t total = 0;
@@ -131,28 +253,8 @@ counts_fit(const struct counts *n, uint64_t left)
             return false;
         }
     }
-    return total <= left && n->entries < UINT32_MAX && n->chunks < UINT32_MAX &&
-           n->files < UINT32_MAX;
-}
-
-static int
-decode_chunk(struct dcp_cursor *c, struct dcp_metadata *md, struct dcp_md_chunk *chunk,
-             uint32_t ndim, uint64_t *used_dims)
-{
-    uint64_t file = take(c);
-    chunk->transforms = (uint32_t)(file & 1);
-    file >>= 1;
-    if (file > md->files_count || 2ull * ndim > md->dims_count - *used_dims) {
-        return DCP_E_CORRUPT;
-    }
-    chunk->file = file == 0 ? (uint32_t)DCP_NO_FILE : (uint32_t)(file - 1);
-    chunk->offset_bytes = take(c);
-    chunk->length_bytes = take(c);
-    chunk->dims = *used_dims;
-    for (uint32_t i = 0; i < 2 * ndim; i++) {
-        md->dims[(*used_dims)++] = take(c);
-    }
-    return 0;
+    return total <= left && n->dims / MAX_DIMS_PER_BYTE <= left && n->entries < UINT32_MAX &&
+           n->chunks < UINT32_MAX && n->files < UINT32_MAX;
 }
 
 /* Progress through the arrays whose positions are not stored. */
@@ -160,9 +262,81 @@ struct used {
     uint64_t strings, chunks, dims;
 };
 
+static void
+decode_box(struct dcp_cursor *c, unsigned head, const uint64_t *size, const uint64_t *before,
+           uint64_t *box, uint32_t ndim)
+{
+    if ((head & HEAD_WHOLE) != 0) {
+        memset(box, 0, ndim * sizeof *box);
+        memcpy(box + ndim, size, ndim * sizeof *box);
+        return;
+    }
+    if ((head & HEAD_NEXT_ROWS) != 0) {
+        memcpy(box, before, ndim * sizeof *box);
+        box[0] += before[ndim];
+    } else {
+        for (uint32_t d = 0; d < ndim; d++) {
+            box[d] = take(c);
+        }
+    }
+    if ((head & HEAD_SAME_SIZES) != 0) {
+        memcpy(box + ndim, before + ndim, ndim * sizeof *box);
+    } else {
+        for (uint32_t d = 0; d < ndim; d++) {
+            box[ndim + d] = take(c);
+        }
+    }
+}
+
+/* False: damaged. */
+static bool
+decode_file(struct dcp_cursor *c, unsigned head, const struct dcp_metadata *md,
+            const struct known *known, uint32_t *ret_file)
+{
+    uint64_t file = known->file;
+    if ((head & HEAD_SPELLED_FILE) != 0) {
+        file = take(c);
+        *ret_file = file == 0 ? (uint32_t)DCP_NO_FILE : (uint32_t)(file - 1);
+        return file <= md->files_count;
+    }
+    if ((head & HEAD_NEXT_FILE) != 0 && ++file >= md->files_count) {
+        return false;
+    }
+    *ret_file = (uint32_t)file;
+    return true;
+}
+
+static int
+decode_chunk(struct dcp_cursor *c, struct dcp_metadata *md, const struct dcp_md_entry *entry,
+             bool is_first, struct used *used, struct known *known)
+{
+    struct dcp_md_chunk *chunk = &md->chunks[used->chunks++];
+    uint32_t ndim = entry->ndim;
+    unsigned head = dcp_cursor_u8(c);
+    bool is_short = (head & (HEAD_WHOLE | HEAD_NEXT_ROWS | HEAD_SAME_SIZES)) != 0;
+    bool needs_before = (head & (HEAD_NEXT_ROWS | HEAD_SAME_SIZES)) != 0;
+    if ((head & ~(unsigned)HEAD_ALL) != 0 || (is_short && ndim > SHORT_BOX_DIMS) ||
+        (needs_before && (is_first || ndim == 0)) || 2ull * ndim > md->dims_count - used->dims ||
+        !decode_file(c, head, md, known, &chunk->file)) {
+        return DCP_E_CORRUPT;
+    }
+    chunk->transforms = (head & HEAD_TRANSFORMS) != 0;
+    chunk->offset_bytes = take(c);
+    if (chunk->file != DCP_NO_FILE) {
+        chunk->offset_bytes = known->ends[chunk->file] + unzigzag(chunk->offset_bytes);
+    }
+    chunk->length_bytes = (head & HEAD_SAME_LENGTH) != 0 ? known->length_bytes : take(c);
+    chunk->dims = used->dims;
+    used->dims += 2ull * ndim;
+    decode_box(c, head, md->dims + entry->size, is_first ? NULL : md->dims + chunk[-1].dims,
+               md->dims + chunk->dims, ndim);
+    known_add(known, chunk);
+    return 0;
+}
+
 static int
 decode_entry(struct dcp_cursor *c, struct dcp_metadata *md, struct dcp_md_entry *entry,
-             struct used *used, struct dcp_error *err)
+             struct used *used, struct known *known, struct dcp_error *err)
 {
     uint64_t name_len = take(c);
     entry->name = used->strings;
@@ -184,8 +358,7 @@ decode_entry(struct dcp_cursor *c, struct dcp_metadata *md, struct dcp_md_entry 
         md->dims[used->dims++] = take(c);
     }
     for (uint64_t i = 0; i < entry->chunks_count; i++) {
-        struct dcp_md_chunk *chunk = &md->chunks[used->chunks++];
-        if (decode_chunk(c, md, chunk, entry->ndim, &used->dims) != 0 || c->failed) {
+        if (decode_chunk(c, md, entry, i == 0, used, known) != 0 || c->failed) {
             return damaged(c, err, "a chunk out of bounds");
         }
     }
@@ -241,17 +414,22 @@ decode(struct dcp_cursor *c, struct dcp_metadata *md, struct dcp_error *err)
     if (c->failed || !counts_fit(&n, c->len - c->pos)) {
         return damaged(c, err, "counts beyond the bytes that follow");
     }
+    struct known known = {0};
+    struct used used = {0};
     int rc = dcp_metadata_alloc(md, n.entries, n.chunks, n.dims, err);
+    if (rc == 0) {
+        rc = known_init(&known, n.files, err);
+    }
     if (rc == 0) {
         rc = decode_strings(c, md, &n, err);
     }
-    struct used used = {0};
     for (uint64_t e = 0; rc == 0 && e < n.entries; e++) {
-        rc = decode_entry(c, md, &md->entries[e], &used, err);
+        rc = decode_entry(c, md, &md->entries[e], &used, &known, err);
     }
     if (rc == 0) {
         rc = decode_files(c, md, &used, err);
     }
+    dcp_free(known.ends);
     if (rc != 0) {
         return rc;
     }

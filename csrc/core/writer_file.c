@@ -306,7 +306,7 @@ finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error 
     const struct dcp_io *io = writer->io;
     int rc = 0;
     if (file->flush_errno != 0) {
-        return fail(writer, file->name, file->flush_errno, "flushing", UINT64_MAX, err);
+        return tell(writer, file->name, file->flush_errno, true, "flushing", UINT64_MAX, err);
     }
     if (file->end_bytes > file->length_bytes) {
         rc = set_size(writer, file, file->length_bytes, "truncating", err);

@@ -45,6 +45,7 @@ struct number {
 
 static const struct number numbers[] = {
     OF_SAVE(n0),
+    {"metadata_bytes", offsetof(struct dcp_save_info, metadata.len)},
     OF_SAVE(kept_items),
     OF_SAVE(kept_bytes),
     OF_SAVE(cut_items),

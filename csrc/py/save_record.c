@@ -111,6 +111,7 @@ record_plain_value(const struct native_state *state, PyObject *object, uint8_t *
         } else if (zip.failed) {
             PyErr_NoMemory();
         } else {
+            Py_CLEAR(pickle); /* one copy less of a large object, before the next is made */
             rc = pad_record(state, zip.data, zip.len, ret_block, ret_slot_bytes);
         }
     }

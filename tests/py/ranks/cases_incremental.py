@@ -127,6 +127,7 @@ def case_a_rank_that_breaks_off_leaves_no_link_and_nobody_waiting(ctx):
     dcp.save(state(ctx), checkpoint_id=ctx.dir / "a")
     ctx.barrier()
     names = sorted(os.listdir(ctx.dir / "a"))
+    ctx.barrier()  # the next save puts its claim there
     for step in ("compare", "write"):
         original = getattr(NativeSave, step)
 
@@ -158,6 +159,7 @@ def case_writing_fails_on_one_rank_and_all_links_go(ctx):
     dcp.save(state(ctx), checkpoint_id=ctx.dir)
     ctx.barrier()
     names = sorted(os.listdir(ctx.dir))
+    ctx.barrier()  # the next save puts its claim there
     blame = raises_everywhere("write", 1, OSError, "__1_")
     with files_can_not_grow(ctx.rank == 1), blame:
         dcp.save(state(ctx, {1, 2}), checkpoint_id=ctx.dir, base=ctx.dir)

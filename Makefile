@@ -32,8 +32,13 @@ CTEST_WANTED := $(if $(filter *,$(T)),$(CTESTS),$(addprefix build/ctest/test_,$(
 
 ctest-build: $(CTEST_WANTED)
 
+# Two at a time, the longest first; what each prints comes when it is done.
+CTEST_LONGEST := $(addprefix build/ctest/test_,commit_model crash incremental_faults)
+CTEST_ORDER    = $(filter $(CTEST_LONGEST),$(CTEST_WANTED)) $(filter-out $(CTEST_LONGEST),$(CTEST_WANTED))
+
 ctest: $(CTEST_WANTED)
-	@for t in $(CTEST_WANTED); do echo "== $$t"; timeout 600 $$t || exit 1; done
+	@printf '%s\n' $(CTEST_ORDER) | xargs -P 2 -I{} sh -c \
+	    'timeout 600 {} > {}.log 2>&1; rc=$$?; echo "== {}"; cat {}.log; exit $$rc'
 
 # Objects are kept: a chain of implicit rules would delete them.
 .SECONDARY:

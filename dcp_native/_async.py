@@ -86,11 +86,14 @@ def start(
         save.compare()
     except BaseException as error:  # CheckpointException is no Exception
         interrupt = save.interrupt()
-        save.leave(error)
-        if error is interrupt or isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        future.set_exception(error)
-        return future
+        if agreement is None or not save.agreed():
+            save.leave(error)
+            if error is interrupt or isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            future.set_exception(error)
+            return future
+        # The others are past their last collective: they hear of it over the store.
+        save.fail(error)
     try:
         save.stage()
     except BaseException as error:  # an interrupt between the steps

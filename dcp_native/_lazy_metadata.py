@@ -86,8 +86,9 @@ def _touch(lazy: Metadata) -> None:
         if "_source" in values:  # an interrupt may have come just before the last line
             image, path, save_id = values["_source"]
             metadata = pickle.loads(_read(path, save_id) if image is None else image)
-            values.update(vars(metadata))
-            del values["_source"]
+            if "_source" in values:  # else a signal handler looked at it meanwhile
+                values.update(vars(metadata))
+                del values["_source"]
         object.__setattr__(lazy, "__class__", Metadata)
 
 

@@ -234,7 +234,8 @@ class NativeSave:
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()
-        keep = config().broadcast_metadata or info["metadata_bytes"] <= KEPT_IMAGE_BYTES
+        alone = self.group.size == 1
+        keep = alone or config().broadcast_metadata or info["metadata_bytes"] <= KEPT_IMAGE_BYTES
         image = self._native.metadata() if keep else None
         return lazy_metadata(image, self._metadata_path, info["save_id"])
 
@@ -255,6 +256,10 @@ class NativeSave:
     def info(self) -> dict[str, Any]:
         """Facts of the native save."""
         return self._native.info()
+
+    def agreed(self) -> bool:
+        """Whether every rank is past planning: a background save has no collective left."""
+        return self._native.agreed()
 
     def interrupt(self) -> BaseException | None:
         """What a signal handler raised during a step of this save, if any."""

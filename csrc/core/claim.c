@@ -55,6 +55,20 @@ concerns(const struct dcp_claim *claim, uint32_t rank)
     return claim->rank < 0 || (uint32_t)claim->rank == rank;
 }
 
+/* One above every number of `files`. */
+static uint64_t
+next_of_any(const struct dcp_buf *files)
+{
+    uint64_t next = 0;
+
+    for (size_t i = 0; i < files->len / sizeof(uint64_t); i++) {
+        uint64_t key;
+        memcpy(&key, files->data + i * sizeof key, sizeof key);
+        next = dcp_max_u64(next, (uint64_t)(uint32_t)key + 1);
+    }
+    return next;
+}
+
 /* One above every number of `files` that matters to the claim. */
 static uint64_t
 next_of(const struct dcp_claim *claim, const struct dcp_buf *files)
@@ -97,6 +111,10 @@ count_references(const struct dcp_claim *claim, struct survey *survey, struct dc
 
     dcp_metadata_name(name, -1);
     rc = dcp_reference_set_add(claim, name, &set, err);
+    if (rc == 0) {
+        /* Of any rank: the sweep of a global save takes all lower numbers for old. */
+        survey->next = dcp_max_u64(survey->next, next_of_any(&set.files));
+    }
     for (size_t i = 0; rc == 0 && i < survey->scan.metadata.len / sizeof(uint32_t); i++) {
         uint32_t rank;
         memcpy(&rank, survey->scan.metadata.data + i * sizeof rank, sizeof rank);

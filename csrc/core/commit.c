@@ -53,6 +53,19 @@ sync_parent(const struct dcp_claim *claim, struct dcp_error *err)
     return rc == 0 ? 0 : dcp_claim_sync_error(claim, -rc, "syncing the parent of", ".", err);
 }
 
+/* Nothing was committed here yet, so nobody has synced the parent; a save that was killed may have
+ * left files. */
+static bool
+is_first(const struct dcp_claim *claim)
+{
+    int fd = claim->io->open_at(claim->io->ctx, claim->dirfd, claim->target, O_RDONLY, 0);
+
+    if (fd >= 0) {
+        claim->io->close(claim->io->ctx, fd);
+    }
+    return fd < 0;
+}
+
 /* What the rename has done is committed; now it must also outlive a power cut.  Asked once: after a
  * failed fsync a second one may say yes to nothing. */
 static int
@@ -210,7 +223,7 @@ dcp_claim_settle(struct dcp_claim *claim, struct dcp_error *err)
 static int
 try_to_commit(struct dcp_claim *claim, const uint8_t *metadata, size_t len, struct dcp_error *err)
 {
-    int sys, rc = claim->sync && claim->n0 == 0 ? sync_parent(claim, err) : 0;
+    int sys, rc = claim->sync && is_first(claim) ? sync_parent(claim, err) : 0;
 
     if (rc == 0) {
         rc = write_image(claim, metadata, len, err);

@@ -172,8 +172,10 @@ dcp_base_find(const struct dcp_metadata *md, const struct dcp_plan *plan,
     if (entry == NULL || !is_same_tensor(md, entry, plan, item)) {
         return NULL;
     }
-    if (finder->entry != entry) {
-        *finder = (struct dcp_base_finder){.entry = entry};
+    if (finder->entry != entry && entry->chunks_count > 0) {
+        /* Chunks come in the order of ranks: where this one's may well be. */
+        *finder =
+            (struct dcp_base_finder){.entry = entry, .next = plan->rank % entry->chunks_count};
     }
     for (uint64_t i = 0; i < entry->chunks_count; i++) {
         uint64_t at = (finder->next + i) % entry->chunks_count;
@@ -250,6 +252,11 @@ read_table(const struct dcp_base *base, int fd, const struct dcp_base_file *file
 
     if (header->hash_bytes == 0) {
         return dcp_error_set(err, DCP_E_MISSING, 0, file->name, "%s has no hashes", file->name);
+    }
+    if (header->hash_bytes > dcp_hash_table_bytes(DCP_MAX_ITEMS_PER_RANK)) {
+        return dcp_error_set(err, DCP_E_CORRUPT, 0, file->name,
+                             "%s has %llu bytes of hashes, more than any plan has items",
+                             file->name, (unsigned long long)header->hash_bytes);
     }
     bytes = dcp_malloc(header->hash_bytes);
     if (bytes == NULL) {

@@ -15,7 +15,7 @@
 #include <fcntl.h>
 #include <string.h>
 
-enum { READ_ONLY_MODE = 0444 };
+enum { WRITE_BITS = 0222 };
 
 static int
 check_header(const struct dcp_io *io, int fd, const struct dcp_link *link, const char *name)
@@ -38,11 +38,12 @@ check_header(const struct dcp_io *io, int fd, const struct dcp_link *link, const
                : -ESTALE;
 }
 
-/* The bytes are durable already, unless they were saved without sync_files: then they are now. */
+/* The bytes are durable already, as all that have a hash; what a reflink shares of them is now. */
 static int
 settle(const struct dcp_link_target *target, const struct dcp_link *link, const char *name)
 {
     const struct dcp_io *io = target->io;
+    struct dcp_stat st;
     int rc, close_rc, fd = io->open_at(io->ctx, target->dirfd, name, O_RDONLY | O_NOFOLLOW, 0);
 
     if (fd < 0) {
@@ -50,7 +51,10 @@ settle(const struct dcp_link_target *target, const struct dcp_link *link, const 
     }
     rc = check_header(io, fd, link, name);
     if (rc == 0 && target->mode == DCP_LINK_HARD) {
-        rc = io->chmod(io->ctx, fd, READ_ONLY_MODE);
+        rc = io->fstat(io->ctx, fd, &st);
+        rc = rc == 0 ? io->chmod(io->ctx, fd, st.mode & ~(unsigned)WRITE_BITS) : rc;
+        /* What was done to the file before it became read-only shows now. */
+        rc = rc == 0 ? check_header(io, fd, link, name) : rc;
     }
     if (rc == 0 && target->sync) {
         rc = io->fdatasync(io->ctx, fd);

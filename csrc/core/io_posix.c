@@ -312,7 +312,10 @@ posix_flush_range(void *ctx, int fd, uint64_t offset, uint64_t len, bool wait_an
     if (sync_file_range(fd, (off_t)offset, (off_t)len, flags) != 0) {
         return -errno;
     }
-    return wait_and_drop ? -posix_fadvise(fd, (off_t)offset, (off_t)len, POSIX_FADV_DONTNEED) : 0;
+    if (wait_and_drop) {
+        (void)posix_fadvise(fd, (off_t)offset, (off_t)len, POSIX_FADV_DONTNEED); /* advice */
+    }
+    return 0;
 }
 
 /* ---- questions ---- */
@@ -334,6 +337,7 @@ posix_fstat(void *ctx, int fd, struct dcp_stat *ret)
     ret->size_bytes = (uint64_t)st.st_size;
     ret->is_dir = S_ISDIR(st.st_mode);
     ret->links = st.st_nlink > UINT32_MAX ? UINT32_MAX : (uint32_t)st.st_nlink;
+    ret->mode = st.st_mode & 07777;
     ret->mtime_ns = ns;
     return 0;
 }

@@ -53,7 +53,8 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->direct = params->direct;
     save->base_path = copy_text(params->base_path);
     save->link_mode = params->link_mode;
-    save->content_hash = params->content_hash || params->base_path != NULL;
+    /* A hash speaks for bytes that are on the device; without syncs nobody knows that they are. */
+    save->content_hash = params->sync && (params->content_hash || params->base_path != NULL);
     save->tuning = params->tuning;
     return save->dir_path != NULL && (params->base_path == NULL || save->base_path != NULL) &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&

@@ -51,7 +51,7 @@ struct dcp_save {
     uint8_t *write;                 /* owned bitmap */
     struct dcp_layout layout;       /* of `write` */
     struct dcp_last_crcs crcs;      /* of this save, until it is committed */
-    uint32_t created_files;         /* by this save: the first ones of the layout */
+    _Atomic uint32_t created_files; /* by this save: the first ones of the layout */
 };
 
 /* The plan this save goes by, once agreed. */

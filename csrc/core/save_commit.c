@@ -34,7 +34,7 @@ dcp_save_publish(struct dcp_save *save, struct dcp_error *err)
         struct dcp_error ignored;
         dcp_error_clear(&ignored);
         outcome = dcp_claim_settle(&save->claim, &ignored);
-        if (outcome == DCP_OUTCOME_COMMITTED) {
+        if (outcome == DCP_OUTCOME_COMMITTED && save->claim.durable) {
             dcp_error_clear(err);
             rc = 0;
         }
@@ -81,14 +81,16 @@ share_metadata(struct dcp_save *save)
 {
     struct dcp_group *group = save->group;
     struct dcp_error ignored;
+    int rc;
 
     if (!save->share_metadata || !save->info.call_agrees || save->independent) {
         return;
     }
     dcp_error_clear(&ignored);
-    if (dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &save->metadata, &ignored) !=
-        0) {
-        group->poisoned = true;
+    rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &save->metadata, &ignored);
+    if (rc != 0) {
+        /* The ranks agree on lengths and memory first: after these they are still in step. */
+        group->poisoned = rc != DCP_E_NOMEM && rc != DCP_E_LIMIT && rc != DCP_E_PEER;
         return;
     }
     save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
@@ -143,15 +145,14 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
 static void
 discard_files(struct dcp_save *save)
 {
-    const struct dcp_layout *layout = dcp_save_layout(save);
     struct dcp_claim files = {.io = save->io, .dirfd = save->dirfd, .save_id = save->info.save_id};
 
     for (uint32_t i = 0; i < save->created_files; i++) {
         char text[DCP_CLAIM_NAME_BYTES];
         const char *name = text;
 
-        dcp_data_file_name(text, sizeof text, save->plan.rank,
-                           save->info.n0 + layout->files[i].index);
+        /* Not by the layout: the plan that it was made from may be another save's by now. */
+        dcp_data_file_name(text, sizeof text, save->plan.rank, save->info.n0 + i);
         dcp_claim_discard(&files, &name, 1);
     }
     save->created_files = 0;

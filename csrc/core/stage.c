@@ -77,7 +77,7 @@ stage_item(const struct dcp_plan *plan, const struct dcp_item *item,
 
 int
 dcp_stage_build(const struct dcp_plan *plan, const uint8_t *keep, const struct dcp_source *sources,
-                struct dcp_stage *ret_stage, struct dcp_error *err)
+                atomic_int *cancel, struct dcp_stage *ret_stage, struct dcp_error *err)
 {
     struct dcp_stage stage = {0};
     uint64_t need = 0, pos = 0;
@@ -100,6 +100,10 @@ dcp_stage_build(const struct dcp_plan *plan, const uint8_t *keep, const struct d
         return rc;
     }
     for (uint32_t i = 0; i < plan->items_count; i++) {
+        if (cancel != NULL && atomic_load_explicit(cancel, memory_order_relaxed) != 0) {
+            dcp_stage_release(&stage);
+            return dcp_error_set(err, DCP_E_CANCELLED, 0, NULL, "the save was cancelled");
+        }
         if (dcp_keep_test(keep, i)) {
             stage.sources[i].data = stage.block + pos;
             stage_item(plan, &plan->items[i], &sources[i], stage.block + pos);

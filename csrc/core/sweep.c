@@ -277,7 +277,9 @@ static void
 clear_file(const struct dcp_claim *claim, const char *name, bool replaced)
 {
     const struct dcp_io *io = claim->io;
-    int fd = io->open_at(io->ctx, claim->dirfd, name, replaced ? O_RDONLY : O_RDWR, 0);
+    /* Never through a link to somebody else's file, and a pipe must not hold the claim up. */
+    int flags = (replaced ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_NONBLOCK;
+    int fd = io->open_at(io->ctx, claim->dirfd, name, flags, 0);
     struct dcp_stat st;
 
     if (fd < 0) {
@@ -345,7 +347,7 @@ discard(const struct dcp_claim *claim, const char *name, const struct dcp_save_i
     uint8_t bytes[DCP_FILE_HEADER_BYTES];
     struct dcp_save_id id;
     bool foreign = false;
-    int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDONLY, 0);
+    int fd = io->open_at(io->ctx, claim->dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK, 0);
 
     if (fd >= 0) {
         ssize_t n = read_head(io, fd, bytes);

@@ -126,6 +126,8 @@ int dcp_write_queue_push(struct dcp_writer *writer, const struct dcp_job *job,
 /* Waits until ring buffer `index` is not in flight. */
 int dcp_write_queue_wait(struct dcp_writer *writer, uint32_t index,
                          struct dcp_error *err) DCP_MUST_CHECK;
+/* Waits for all that is in flight and ends the files that waited for it. */
+int dcp_write_queue_drain(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
 /* Waits for all that is in flight, ends the files that waited for it, closes the queue.  `failed`:
  * nothing is mended any more. */
 int dcp_write_queue_finish(struct dcp_writer *writer, bool failed,

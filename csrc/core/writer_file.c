@@ -62,10 +62,16 @@ open_new(struct dcp_writer *writer, const char *name, int *ret_fd, struct dcp_er
     bool waited = false;
     int fd;
     for (;;) {
+        /* A save that was given up makes no more names. */
+        int stop = dcp_write_check_cancel(writer, err);
+        if (stop != 0) {
+            return stop;
+        }
         fd = io->open_at(io->ctx, writer->dirfd, name, O_WRONLY | O_CREAT | O_EXCL, 0666);
         if ((fd == -EMFILE || fd == -ENFILE) && !waited) {
             /* Files that wait for their sync hold descriptors. */
             int rc = dcp_pump_drain(&writer->pump);
+            rc = rc == 0 ? dcp_write_queue_drain(writer, err) : rc;
             rc = rc == 0 ? dcp_pump_drain(&writer->closer) : rc;
             if (rc != 0) {
                 return rc; /* the pump keeps the error */
@@ -77,7 +83,7 @@ open_new(struct dcp_writer *writer, const char *name, int *ret_fd, struct dcp_er
     }
     if (fd >= 0) {
         if (writer->options->created_files != NULL) {
-            ++*writer->options->created_files;
+            atomic_fetch_add(writer->options->created_files, 1);
         }
         *ret_fd = fd;
         return 0;
@@ -287,11 +293,14 @@ limit_dirty(const struct dcp_writer *writer, struct dcp_write_file *file, struct
     }
     int rc = io->flush_range(io->ctx, file->fd, file->pushed_bytes,
                              file->end_bytes - file->pushed_bytes, false);
+    bool lost = is_lost(rc);
     if (file->pushed_bytes > file->flushing_bytes && rc == 0) {
         rc = io->flush_range(io->ctx, file->fd, file->flushing_bytes,
                              file->pushed_bytes - file->flushing_bytes, true);
+        /* What the wait tells, fdatasync will not tell again. */
+        lost = rc != 0 && rc != -EINTR;
     }
-    if (is_lost(rc)) {
+    if (lost) {
         return tell(writer, file->name, -rc, true, "flushing", file->flushing_bytes, err);
     }
     file->flushing_bytes = file->pushed_bytes;

@@ -160,6 +160,12 @@ settle(struct dcp_writer *writer, struct dcp_error *err)
     return rc;
 }
 
+int
+dcp_write_queue_drain(struct dcp_writer *writer, struct dcp_error *err)
+{
+    return writer->queue.queue != NULL && !writer->queue.lost ? settle(writer, err) : 0;
+}
+
 static void
 close_queue(struct dcp_writer *writer)
 {

@@ -62,7 +62,7 @@ struct dcp_engine_options {
     const struct dcp_hash128 *hashes;
     /* Writing: counts files that were created, the first ones of the layout; also filled when the
      * writer fails.  May be NULL. */
-    uint32_t *created_files;
+    _Atomic uint32_t *created_files;
 };
 
 /* Frees the buffers that the process keeps between saves and loads (32 MiB each by default). */

@@ -22,6 +22,7 @@ struct dcp_stat {
     uint64_t size_bytes;
     bool is_dir;
     uint32_t links; /* 0: the file was removed */
+    uint32_t mode;  /* permission bits */
     int64_t mtime_ns;
 };
 

@@ -131,7 +131,7 @@ struct dcp_save_info {
     bool is_coordinator;
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
     uint64_t cut_items; /* kept items of which other ranks keep other rows */
-    bool incremental; /* every rank named a base */
+    bool incremental;   /* every rank named a base */
     uint64_t reused_items, reused_bytes, linked_files;
     char base_reason[DCP_BASE_REASON_BYTES]; /* why nothing, or not more, is reused; "" */
     /* Since the group's last save, by checksum, where that had the same plan (and was not
@@ -159,10 +159,10 @@ struct dcp_stage {
 };
 
 /* Copies the kept items row major into memory of our own; afterwards `sources` may change or go
- * away. */
+ * away.  `cancel`, which may be NULL, is looked at between items. */
 int dcp_stage_build(const struct dcp_plan *plan, const uint8_t *keep,
-                    const struct dcp_source *sources, struct dcp_stage *ret_stage,
-                    struct dcp_error *err) DCP_MUST_CHECK;
+                    const struct dcp_source *sources, atomic_int *cancel,
+                    struct dcp_stage *ret_stage, struct dcp_error *err) DCP_MUST_CHECK;
 /* Gives the mapping back for the next stage (one is kept). */
 void dcp_stage_release(struct dcp_stage *stage);
 /* Frees the kept mapping. */

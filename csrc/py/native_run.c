@@ -13,7 +13,7 @@
 #include <stdbool.h>
 #include <time.h>
 
-enum { WAKE_MS = 100, INTERRUPT_GRACE_MS = 10000 };
+enum { WAKE_MS = 100, INTERRUPT_GRACE_MS = 10000, EXIT_WAIT_S = 1 };
 
 struct native_job {
     pthread_mutex_t lock;
@@ -119,6 +119,20 @@ job_start(native_fn fn, void *self, pthread_t *ret_thread)
     return job;
 }
 
+/* The thread is done with the job.  It may yet be held up on its way out, by writes that it left to
+ * the kernel; the result is here, so it is not waited for long. */
+static void
+thread_end(pthread_t thread)
+{
+    struct timespec until;
+
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += EXIT_WAIT_S;
+    if (pthread_timedjoin_np(thread, NULL, &until) != 0) {
+        pthread_detach(thread);
+    }
+}
+
 /* Moves the handler's exception to *pending, or drops it when one is there already. */
 static void
 keep_interrupt(PyObject **pending)
@@ -169,8 +183,8 @@ native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObje
             return -1; /* `owner` keeps its reference: the thread still uses it */
         }
     }
-    pthread_join(thread, NULL);
-    *ret_rc = job->rc;
+    Py_BEGIN_ALLOW_THREADS thread_end(thread);
+    Py_END_ALLOW_THREADS *ret_rc = job->rc;
     *ret_err = job->err;
     job_free(job);
     Py_DECREF(owner);

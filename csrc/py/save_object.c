@@ -9,107 +9,11 @@
  * What the core touches while the GIL is dropped lives in this object, which native_run keeps
  * alive.
  */
-#include "module.h"
+#include "save_object.h"
 
-#include <pthread.h>
-#include <stdatomic.h>
 #include "errors.h"
-#include "native_run.h"
 #include "save_info.h"
-#include "save_items.h"
 #include "save_params.h"
-
-/* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
- * can make a rank enter the same one twice. */
-enum phase { PHASE_PLANNING, PHASE_COMPARING, PHASE_AGREED, PHASE_OVER };
-
-struct save_object {
-    PyObject_HEAD PyObject *group; /* struct group_object */
-    struct dcp_save *save;
-    enum phase phase;
-    bool independent; /* agree is not collective */
-    bool left;        /* a step was left running on the group's plan */
-    struct save_items items;
-    struct dcp_stage stage;
-    bool staged;
-    pthread_t caller;        /* of write */
-    struct dcp_failure mine; /* argument of the collective call in progress */
-    bool mine_given;
-    PyObject *mine_record; /* keeps mine.bytes alive */
-    struct dcp_failure_list failures;
-    atomic_int cancel;
-    _Atomic uint64_t progress_bytes;
-    PyObject *pending;   /* exception of a signal handler, raised at the next local step */
-    PyObject *interrupt; /* the first one of them, kept to tell it from other errors */
-};
-
-static struct save_object *
-as_save(PyObject *object)
-{
-    return (struct save_object *)object;
-}
-
-/* Runs a core step off the GIL; -1 with the exception of the core, of a signal handler, or of the
- * runner. */
-static int
-run_step(PyObject *object, native_fn fn, bool collective, int *ret_rc)
-{
-    struct save_object *self = as_save(object);
-    struct dcp_group *group = group_object_get(self->group);
-    struct dcp_error err;
-    int rc = 0;
-
-    if (group == NULL) {
-        return -1;
-    }
-    self->left =
-        native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0 || self->left;
-    if (self->interrupt == NULL) {
-        self->interrupt = Py_XNewRef(self->pending);
-    }
-    if (collective && self->left) {
-        /* Not before the others heard of it: a step that still runs goes by the group's plan. */
-        dcp_group_poison(group);
-    }
-    if (self->left && self->pending != NULL) {
-        return native_raise_pending(&self->pending);
-    }
-    *ret_rc = rc;
-    if (rc == DCP_E_CANCELLED && self->pending != NULL) {
-        return native_raise_pending(&self->pending);
-    }
-    if (rc != 0 && !(collective && rc == DCP_E_PEER)) {
-        native_set_error(module_error_class(object), &err);
-        return -1;
-    }
-    return 0;
-}
-
-static PyObject *
-run_collective(PyObject *object, native_fn fn, PyObject *record)
-{
-    struct save_object *self = as_save(object);
-    PyObject *result;
-    int rc = 0;
-
-    if (failure_from_python(record, &self->mine, &self->mine_given) != 0) {
-        return NULL;
-    }
-    Py_XSETREF(self->mine_record, Py_NewRef(record));
-    if (self->mine_given && group_object_get(self->group) != NULL) {
-        self->mine.rank = dcp_group_comm(group_object_get(self->group))->rank;
-    }
-    dcp_failure_list_clean_up(&self->failures);
-    if (run_step(object, fn, true, &rc) != 0) {
-        return NULL;
-    }
-    if (rc == 0) {
-        Py_RETURN_NONE;
-    }
-    result = native_failures(module_error_class(object), &self->failures);
-    dcp_failure_list_clean_up(&self->failures);
-    return result;
-}
 
 /* ---- construction ---- */
 
@@ -171,53 +75,35 @@ PyDoc_STRVAR(open_doc, "open()\n--\n\n"
 static int
 step_open(void *arg, struct dcp_error *err)
 {
-    struct save_object *self = arg;
     bool exists = false;
-    int rc = dcp_save_open(self->save, &exists, err);
+    int rc = dcp_save_open(as_save(arg)->save, &exists, err);
 
-    return rc != 0 ? rc : (exists ? 1 : 0);
+    return rc != 0 ? rc : exists;
 }
 
 static PyObject *
 save_open(PyObject *object, PyObject *unused)
 {
-    struct save_object *self = as_save(object);
-    struct dcp_error err;
-    int rc;
+    int rc = save_run_here(object, step_open);
 
     (void)unused;
-    if (group_object_get(self->group) == NULL) {
-        return NULL;
-    }
-    dcp_error_clear(&err);
-    Py_BEGIN_ALLOW_THREADS rc = step_open(self, &err);
-    Py_END_ALLOW_THREADS if (rc < 0)
-    {
-        return native_set_error(module_error_class(object), &err);
-    }
-    return PyBool_FromLong(rc);
+    return rc < 0 ? NULL : PyBool_FromLong(rc);
 }
 
 PyDoc_STRVAR(claim_doc, "claim()\n--\n\n"
                         "Coordinator: claim the directory and fence older saves.");
 
+static int
+step_claim(void *arg, struct dcp_error *err)
+{
+    return dcp_save_claim(as_save(arg)->save, err);
+}
+
 static PyObject *
 save_claim(PyObject *object, PyObject *unused)
 {
-    struct dcp_error err;
-    int rc;
-
     (void)unused;
-    if (group_object_get(as_save(object)->group) == NULL) {
-        return NULL;
-    }
-    dcp_error_clear(&err);
-    Py_BEGIN_ALLOW_THREADS rc = dcp_save_claim(as_save(object)->save, &err);
-    Py_END_ALLOW_THREADS if (rc != 0)
-    {
-        return native_set_error(module_error_class(object), &err);
-    }
-    Py_RETURN_NONE;
+    return save_run_here(object, step_claim) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 PyDoc_STRVAR(
@@ -287,7 +173,7 @@ save_agree(PyObject *object, PyObject *record)
     PyObject *result;
 
     self->phase = PHASE_OVER;
-    result = run_collective(object, step_agree, record);
+    result = save_run_collective(object, step_agree, record);
     if (result == Py_None) {
         dcp_save_get_info(self->save, &info);
         self->phase = info.incremental && !self->independent ? PHASE_COMPARING : PHASE_AGREED;
@@ -323,7 +209,7 @@ save_compare(PyObject *object, PyObject *record)
     if (self->phase == PHASE_COMPARING) {
         self->phase = PHASE_OVER;
     }
-    result = run_collective(object, step_compare, record);
+    result = save_run_collective(object, step_compare, record);
     if (result == Py_None) {
         self->phase = PHASE_AGREED;
     }
@@ -339,7 +225,7 @@ step_stage(void *arg, struct dcp_error *err)
     struct save_object *self = arg;
 
     return dcp_stage_build(dcp_save_plan(self->save), dcp_save_keep(self->save),
-                           self->items.sources, &self->stage, err);
+                           self->items.sources, &self->cancel, &self->stage, err);
 }
 
 static PyObject *
@@ -349,8 +235,14 @@ save_stage(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
-    if (native_raise_pending(&self->pending) != 0 ||
-        run_step(object, step_stage, false, &rc) != 0) {
+    if (native_raise_pending(&self->pending) != 0) {
+        return NULL;
+    }
+    if (save_run_step(object, step_stage, false, &rc) != 0) {
+        struct dcp_group *group = group_object_get(self->group);
+        if (self->left && group != NULL) {
+            dcp_group_poison(group); /* what still runs goes by the group's plan */
+        }
         return NULL;
     }
     self->staged = true;
@@ -383,7 +275,8 @@ save_write(PyObject *object, PyObject *unused)
 
     (void)unused;
     self->caller = pthread_self();
-    rc = native_raise_pending(&self->pending) != 0 ? -1 : run_step(object, step_write, false, &rc);
+    rc = native_raise_pending(&self->pending) != 0 ? -1
+                                                   : save_run_step(object, step_write, false, &rc);
     if (!self->left) {
         dcp_stage_release(&self->stage); /* written or never to be: nobody reads it any more */
     }
@@ -411,7 +304,7 @@ save_finish(PyObject *object, PyObject *record)
     PyObject *result;
 
     as_save(object)->phase = PHASE_OVER;
-    result = run_collective(object, step_finish, record);
+    result = save_run_collective(object, step_finish, record);
     if (result == Py_None && native_raise_pending(&as_save(object)->pending) != 0) {
         Py_CLEAR(result); /* committed; the interrupt still wants to be heard */
     }
@@ -435,6 +328,17 @@ save_leave(PyObject *object, PyObject *record)
     }
     return self->phase == PHASE_PLANNING && !self->independent ? save_agree(object, record)
                                                                : save_finish(object, record);
+}
+
+PyDoc_STRVAR(agreed_doc, "agreed()\n--\n\n"
+                         "Whether all ranks are past planning: a background save has no collective "
+                         "left, what fails is told over the store.");
+
+static PyObject *
+save_agreed(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(as_save(object)->phase == PHASE_AGREED);
 }
 
 PyDoc_STRVAR(interrupt_doc, "interrupt()\n--\n\n"
@@ -470,7 +374,7 @@ save_publish(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
-    if (run_step(object, step_publish, false, &rc) != 0) {
+    if (save_run_step(object, step_publish, false, &rc) != 0) {
         return NULL;
     }
     Py_RETURN_NONE;
@@ -557,6 +461,7 @@ static PyMethodDef save_methods[] = {
     {"write", save_write, METH_NOARGS, write_doc},
     {"finish", save_finish, METH_O, finish_doc},
     {"leave", save_leave, METH_O, leave_doc},
+    {"agreed", save_agreed, METH_NOARGS, agreed_doc},
     {"interrupt", save_interrupt, METH_NOARGS, interrupt_doc},
     {"publish", save_publish, METH_NOARGS, publish_doc},
     {"abandon", save_abandon, METH_NOARGS, abandon_doc},

@@ -217,6 +217,7 @@ memory_fstat(void *ctx, int fd, struct dcp_stat *ret)
         if (entry->inode != NULL) {
             ret->size_bytes = entry->inode->len;
             ret->links = entry->inode->names;
+            ret->mode = entry->inode->mode;
         } else if (entry->dir != NULL) {
             ret->links = entry->dir->removed ? 0 : 2;
         }

@@ -54,6 +54,7 @@ io_inode_new(struct io_memory *fs, uint64_t label)
 {
     struct io_inode *inode = must(calloc(1, sizeof *inode));
 
+    inode->mode = 0644;
     inode->label = label;
     inode->next = fs->inodes;
     fs->inodes = inode;

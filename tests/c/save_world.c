@@ -216,7 +216,8 @@ write_items(struct dcp_save *save, const struct save_request *request, struct sa
     int rc = 0;
 
     if (request->stage) {
-        rc = dcp_stage_build(dcp_save_plan(save), dcp_save_keep(save), state->sources, &stage, err);
+        rc = dcp_stage_build(dcp_save_plan(save), dcp_save_keep(save), state->sources, NULL, &stage,
+                             err);
         for (size_t i = 0; rc == 0 && i < SAVE_ITEMS; i++) {
             dcp_free(state->memory[i]); /* the caller may go on, and do what it likes */
             state->memory[i] = NULL;

@@ -203,8 +203,8 @@ the_committer_sweeps_what_nothing_needs_and_no_other_name(void)
     put(&bench, "__0_300.distcp");
     put(&bench, "__3_2.distcp");
     CHECK_OK(take(&bench, 5, 'r', &of_rank, &err), &err);
-    put(&bench, "__5_1.distcp"); /* covered by that claim, which stands */
-    CHECK_EQ(of_rank.n0, 0);
+    put(&bench, "__5_302.distcp"); /* covered by that claim, which stands */
+    CHECK_EQ(of_rank.n0, 302);     /* above what the global checkpoint has of any rank */
     CHECK_OK(take(&bench, -1, 'a', &claim, &err), &err);
     CHECK_OK(dcp_claim_sweep(&claim, &swept, &err), &err); /* not committed: nothing */
     CHECK_EQ(swept, 0);
@@ -213,7 +213,7 @@ the_committer_sweeps_what_nothing_needs_and_no_other_name(void)
     CHECK_EQ(outcome, DCP_OUTCOME_COMMITTED);
     CHECK_OK(dcp_claim_sweep(&claim, &swept, &err), &err);
     CHECK_EQ(swept, 2);
-    CHECK(is_there(&bench, "__5_1.distcp") && is_there(&bench, ".metadata"));
+    CHECK(is_there(&bench, "__5_302.distcp") && is_there(&bench, ".metadata"));
     for (size_t i = 0; i < sizeof kept / sizeof kept[0]; i++) {
         CHECK(is_there(&bench, kept[i]));
     }
@@ -385,7 +385,7 @@ a_commit_that_is_not_durable_is_reported_and_not_swept_after(void)
     CHECK_OK(take(&bench, -1, 'a', &claim, &err), &err);
     image_of(&claim, &image);
     io_memory_faults(bench.fs)->fail_call = IO_FSYNC;
-    io_memory_faults(bench.fs)->fail_nth = 2; /* the image, then the directory */
+    io_memory_faults(bench.fs)->fail_nth = 3; /* the parent, the image, then the directory */
     io_memory_faults(bench.fs)->fail_errno = EIO;
     CHECK_EQ(dcp_claim_publish(&claim, image.data, image.len, &outcome, &err), DCP_E_IO);
     CHECK_EQ(outcome, DCP_OUTCOME_COMMITTED);

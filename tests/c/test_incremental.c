@@ -58,7 +58,7 @@ what_has_not_changed_is_linked_and_the_base_may_go(void)
         CHECK_EQ(io_memory_names_count(fs, saving.dir), 3);
         const char *link = i % 2 == 0 ? "__0_1.distcp" : "__0_2.distcp";
         CHECK_EQ(io_memory_file_mode(fs, saving.dir, link),
-                 saving.mode == DCP_LINK_HARD ? 0444 : 0);
+                 saving.mode == DCP_LINK_HARD ? 0444 : 0644);
         CHECK_EQ(io_memory_open_files(fs), 0);
         io_memory_free(fs);
     }

@@ -262,6 +262,12 @@ def fill_disk(path: str) -> None:
             pass
 
 
+def remove_all(path: str) -> None:
+    """Until it is gone: the other rank may be making files."""
+    while os.path.exists(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def mount_alone(path: str, options: str) -> None:
     """A small file system over ``path`` that only this process sees: the disk of its own node."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -299,7 +305,7 @@ def hurt(kind: str, path: str) -> Iterator[None]:
     elif kind == "disk filled":
         native_save.NativeSave.write = disturbed(lambda: fill_disk(f"{path}-balloon"))
     elif kind == "directory removed":
-        native_save.NativeSave.write = disturbed(lambda: shutil.rmtree(path))
+        native_save.NativeSave.write = disturbed(lambda: remove_all(path))
     elif kind == "own disk":
         mount_alone(path, "size=256k")
     try:

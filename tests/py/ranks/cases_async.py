@@ -13,6 +13,8 @@ from common import assert_equal, files_can_not_grow, like, mesh_of, raises_every
 from torch.distributed.tensor import Shard
 
 import dcp_native as dcp
+from dcp_native import _async
+from dcp_native._save import NativeSave
 
 
 def state(ctx, name):
@@ -86,4 +88,38 @@ def case_write_errors_are_on_the_future_of_every_rank(ctx):
     target = like(before)
     dcp.load(target, checkpoint_id=ctx.dir)
     assert_equal(target, before)
+    dcp.async_save(before, checkpoint_id=ctx.dir).result(timeout=60)
+
+
+def case_an_interrupt_behind_the_last_collective_reaches_the_others_over_the_store(ctx):
+    before = state(ctx, "before")
+    dcp.save(before, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    for step in ("agree", "compare", "stage"):
+        original = getattr(NativeSave, step)
+
+        def interrupted(save, original=original):
+            original(save)
+            raise KeyboardInterrupt
+
+        setattr(NativeSave, step, interrupted if ctx.rank == 1 else original)
+        try:
+            future = dcp.async_save(state(ctx, "x"), checkpoint_id=ctx.dir)
+        except KeyboardInterrupt:
+            assert ctx.rank == 1
+            future = None
+        finally:
+            setattr(NativeSave, step, original)
+        assert (future is None) == (ctx.rank == 1), step
+        total = torch.ones(1)
+        dist.all_reduce(total)  # the trainer's next collective meets nothing of ours
+        assert total.item() == ctx.size
+        if future is not None:
+            with raises_everywhere("write", 1, KeyboardInterrupt):
+                future.result(timeout=20)
+        _async.wait_for_save_in_flight()
+        ctx.barrier()
+        target = like(before)
+        dcp.load(target, checkpoint_id=ctx.dir)
+        assert_equal(target, before, step)
     dcp.async_save(before, checkpoint_id=ctx.dir).result(timeout=60)

@@ -1,0 +1,57 @@
+/*
+ * save_object.h: _native.Save and how its steps run (private to save_object.c and save_run.c).
+ */
+#ifndef DCP_PY_SAVE_OBJECT_H
+#define DCP_PY_SAVE_OBJECT_H
+
+#include "module.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "native_run.h"
+#include "save_items.h"
+
+/* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
+ * can make a rank enter the same one twice. */
+enum phase { PHASE_PLANNING, PHASE_COMPARING, PHASE_AGREED, PHASE_OVER };
+
+struct save_object {
+    PyObject_HEAD PyObject *group; /* struct group_object */
+    struct dcp_save *save;
+    enum phase phase;
+    bool independent; /* agree is not collective */
+    bool left;        /* a step was left running on the group's plan */
+    struct save_items items;
+    struct dcp_stage stage;
+    bool staged;
+    pthread_t caller;        /* of write */
+    struct dcp_failure mine; /* argument of the collective call in progress */
+    bool mine_given;
+    PyObject *mine_record; /* keeps mine.bytes alive */
+    struct dcp_failure_list failures;
+    atomic_int cancel;
+    _Atomic uint64_t progress_bytes;
+    PyObject *pending;   /* exception of a signal handler, raised at the next local step */
+    PyObject *interrupt; /* the first one of them, kept to tell it from other errors */
+};
+
+static inline struct save_object *
+as_save(PyObject *object)
+{
+    return (struct save_object *)object;
+}
+
+/* Runs a core step off the GIL; -1 with the exception of the core, of a signal handler, or of the
+ * runner. */
+int save_run_step(PyObject *object, native_fn fn, bool collective, int *ret_rc);
+
+/* The same for an agreement, with `record`, this rank's failure or None.  Returns None, or the
+ * failures of all ranks. */
+PyObject *save_run_collective(PyObject *object, native_fn fn, PyObject *record);
+
+/* A short step on the calling thread: nothing to wait for, nothing to interrupt.  Negative with an
+ * exception. */
+int save_run_here(PyObject *object, native_fn fn);
+
+#endif

@@ -332,6 +332,7 @@ def hurt_save(rank: int, size: int, args: dict[str, Any]) -> None:
     with hurt(kind, args["dir"]):
         say(first=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
         dist.barrier()
+        time.sleep(0.5)  # who exits at once closes connections that others still use to get here
     say(ignores_sigxfsz=signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN)
 
 

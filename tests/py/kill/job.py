@@ -284,7 +284,7 @@ def mount_alone(path: str, options: str) -> None:
 @contextlib.contextmanager
 def hurt(kind: str, path: str) -> Iterator[None]:
     """Something that makes the next save of this process fail."""
-    write = native_save.NativeSave.write
+    plan, write = native_save.NativeSave.plan, native_save.NativeSave.write
     limits = {k: resource.getrlimit(k) for k in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)}
 
     def disturbed(disturb: Callable[[], None]) -> Callable[[Any], None]:
@@ -294,8 +294,21 @@ def hurt(kind: str, path: str) -> Iterator[None]:
 
         return disturbed_write
 
+    def as_other_user(step: Callable[..., None]) -> Callable[..., None]:
+        """The step alone: another user may not even read the interpreter's modules."""
+
+        def other_users_step(self: Any, *args: Any) -> None:
+            os.seteuid(65534)
+            try:
+                step(self, *args)
+            finally:
+                os.seteuid(os.getuid())
+
+        return other_users_step
+
     if kind == "user":
-        os.seteuid(65534)
+        native_save.NativeSave.plan = as_other_user(plan)
+        native_save.NativeSave.write = as_other_user(write)
     elif kind == "small files":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[resource.RLIMIT_FSIZE][1]))
     elif kind == "few files":
@@ -313,8 +326,7 @@ def hurt(kind: str, path: str) -> Iterator[None]:
     finally:
         for limit, value in limits.items():
             resource.setrlimit(limit, value)
-        native_save.NativeSave.write = write
-        os.seteuid(os.getuid())
+        native_save.NativeSave.plan, native_save.NativeSave.write = plan, write
         if kind == "disk filled":
             os.remove(f"{path}-balloon")
 
@@ -332,7 +344,6 @@ def hurt_save(rank: int, size: int, args: dict[str, Any]) -> None:
     with hurt(kind, args["dir"]):
         say(first=outcome(lambda: dcp.save(state, checkpoint_id=args["dir"])))
         dist.barrier()
-        time.sleep(0.5)  # who exits at once closes connections that others still use to get here
     say(ignores_sigxfsz=signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN)
 
 

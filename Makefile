@@ -17,7 +17,7 @@ endif
 CORE_SRC   := $(wildcard csrc/core/*.c)
 CTEST_SRC  := $(wildcard tests/c/test_*.c)
 CTEST_AID  := $(filter-out $(CTEST_SRC),$(wildcard tests/c/*.c))
-HEADERS    := $(wildcard csrc/include/*.h csrc/core/*.h tests/c/*.h)
+HEADERS    := $(wildcard csrc/include/*.h csrc/core/*.h tests/c/*.h benchmarks/*.h)
 CTESTS     := $(patsubst tests/c/%.c,build/ctest/%,$(CTEST_SRC))
 T          ?= *
 

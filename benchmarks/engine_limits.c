@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "dcp_engine.h"
+#include "median.h"
 
 enum { MAX_ROUNDS = 31, REQUEST_BYTES = 8 << 20, CACHED_BYTES = 1 << 20, MOST_TENSORS = 4096 };
 
@@ -293,22 +294,6 @@ our_read(struct bench *bench, enum row row, uint64_t shift, bool verify, bool ho
              "what was read differs", NULL);
     }
     dcp_read_plan_clean_up(&plan);
-}
-
-static int
-compare_doubles(const void *left, const void *right)
-{
-    const double *a = left, *b = right;
-    return *a < *b ? -1 : *a > *b;
-}
-
-static double
-median(const double *values, int count)
-{
-    double sorted[MAX_ROUNDS];
-    memcpy(sorted, values, (size_t)count * sizeof *values);
-    qsort(sorted, (size_t)count, sizeof *sorted, compare_doubles);
-    return sorted[count / 2];
 }
 
 static void

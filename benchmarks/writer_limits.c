@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "dcp_engine.h"
+#include "median.h"
 
 enum { REQUEST_BYTES = 8 << 20, SMALL_BYTES = 16 << 10, MOST_ROUNDS = 64, MOST_PROCESSES = 16 };
 
@@ -244,22 +245,6 @@ run_process(struct bench *bench)
             run_way(bench, (enum way)way);
         }
     }
-}
-
-static int
-compare_doubles(const void *left, const void *right)
-{
-    const double *a = left, *b = right;
-    return *a < *b ? -1 : *a > *b;
-}
-
-static double
-median(const double *values, int count)
-{
-    double sorted[MOST_ROUNDS];
-    memcpy(sorted, values, (size_t)count * sizeof *values);
-    qsort(sorted, (size_t)count, sizeof *sorted, compare_doubles);
-    return sorted[count / 2];
 }
 
 static void

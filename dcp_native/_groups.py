@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 
 import torch.distributed as dist
 
 from . import _native
+from ._fork import fork_safe
 
-_lock = threading.Lock()
+_lock = fork_safe()
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, _native.Group]] = (
     weakref.WeakKeyDictionary()
 )
 _alone: _native.Group | None = None
 _alone_pid = 0  # a forked child makes its own
-
-
-def _unlock_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # its holder may be a thread of the parent
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def group_for(
@@ -35,7 +27,7 @@ def group_for(
     lives, so that a plan installed by one save serves the next.
     """
     global _alone, _alone_pid
-    with _lock:
+    with _lock():
         if no_dist:
             if _alone is None or _alone_pid != os.getpid():
                 _alone, _alone_pid = _native.Group(), os.getpid()

@@ -7,7 +7,6 @@ every way to look at it passes through ``_touch`` first.
 
 from __future__ import annotations
 
-import os
 import pickle
 import threading
 from typing import Any
@@ -15,16 +14,9 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from . import _native
+from ._fork import fork_safe
 
-_lock = threading.RLock()  # a signal handler may look at one while another is read
-
-
-def _unlock_after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # its holder may be a thread of the parent
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)
+_lock = fork_safe(threading.RLock)  # a signal handler may look at one while another is read
 
 
 class LazyMetadata(Metadata):
@@ -79,7 +71,7 @@ def lazy_metadata(image: bytes | None, path: str, save_id: str) -> Metadata:
 
 def _touch(lazy: Metadata) -> None:
     """Turn `lazy` into torch's class, unless another thread was first."""
-    with _lock:
+    with _lock():
         if type(lazy) is not LazyMetadata:
             return
         values = object.__getattribute__(lazy, "__dict__")

@@ -13,26 +13,19 @@ together.
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from ._fork import fork_safe
+
 _OF_EVERY_RANK = ("_cached_save_plan", "_cached_final_save_plan")
 _OF_THE_COORDINATOR = ("_cached_all_plans", "_cached_global_plan", "_cached_metadata")
 
 _numbers = itertools.count(1)
-_lock = threading.Lock()
+_lock = fork_safe()
 
-
-def _unlock_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # its holder may be a thread of the parent
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)
 
 _known: dict[str, tuple[int, list[Any]]] = {}
 """Key -> the number of its plan, and what lay in the caches when that plan was installed."""
@@ -72,7 +65,7 @@ def plan_number(planner: SavePlanner | None) -> int:
     if not getattr(planner, "_enable_plan_caching", False):
         return 0
     key = planner._cached_plans_key
-    with _lock:
+    with _lock():
         number, seen = _known.get(key, (0, []))
         if seen and all(a is b for a, b in zip(seen, _entries(key), strict=True)):
             return number
@@ -84,7 +77,7 @@ def plan_installed(planner: SavePlanner | None, number: int, ranks: int, decides
     if number == 0:
         return
     key = planner._cached_plans_key
-    with _lock:
+    with _lock():
         for name in _OF_EVERY_RANK:
             getattr(SavePlanner, name).setdefault(key, PlanInTheCore())
         if decides:

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from typing import Any
+
+from ._fork import fork_safe
 
 __all__ = ["last_report", "note_path", "set_report"]
 
 logger = logging.getLogger("dcp_native")
 
-_lock = threading.Lock()
+_lock = fork_safe()
 _last: dict[str, Any] | None = None
-
-
-def _unlock_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # its holder may be a thread of the parent
-
-
-os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def set_report(report: dict[str, Any]) -> None:
     """Keep ``report`` as the last one."""
     global _last
-    with _lock:
+    with _lock():
         _last = report
 
 
@@ -36,7 +28,7 @@ def last_report() -> dict[str, Any] | None:
     ``kind`` is ``"save"``, ``"async_save"`` or ``"load"``; ``path`` is ``"native"`` or ``"torch"``
     with the ``reason``; ``*_ns`` are nanoseconds, ``*_bytes`` bytes of this rank.
     """
-    with _lock:
+    with _lock():
         return None if _last is None else dict(_last)
 
 

@@ -45,40 +45,17 @@ struct survey {
     uint64_t next;  /* one above every number in use by others; 0 when there is none */
     bool leftovers; /* there are data files that nothing references */
     bool tied;      /* another claim has our number, and its name sorts before ours */
-    bool vanished;  /* a claim was gone when we came to fence it: it may just have committed */
 };
 
-/* A global claim is about all files; one of a rank about that rank's. */
-static bool
-concerns(const struct dcp_claim *claim, uint32_t rank)
-{
-    return claim->rank < 0 || (uint32_t)claim->rank == rank;
-}
-
-/* One above every number of `files`. */
-static uint64_t
-next_of_any(const struct dcp_buf *files)
-{
-    uint64_t next = 0;
-
-    for (size_t i = 0; i < files->len / sizeof(uint64_t); i++) {
-        uint64_t key;
-        memcpy(&key, files->data + i * sizeof key, sizeof key);
-        next = dcp_max_u64(next, (uint64_t)(uint32_t)key + 1);
-    }
-    return next;
-}
-
-/* One above every number of `files` that matters to the claim. */
+/* One above every listed number that matters to the claim. */
 static uint64_t
 next_of(const struct dcp_claim *claim, const struct dcp_buf *files)
 {
     uint64_t next = 0;
 
-    for (size_t i = 0; i < files->len / sizeof(uint64_t); i++) {
-        uint64_t key;
-        memcpy(&key, files->data + i * sizeof key, sizeof key);
-        if (concerns(claim, (uint32_t)(key >> 32))) {
+    for (size_t i = 0; i < dcp_file_keys_count(files); i++) {
+        uint64_t key = dcp_file_keys_at(files, i);
+        if (dcp_claim_concerns(claim, (uint32_t)(key >> 32))) {
             next = dcp_max_u64(next, (uint64_t)(uint32_t)key + 1);
         }
     }
@@ -92,11 +69,10 @@ note_leftovers(const struct dcp_claim *claim, struct dcp_buf *references, struct
 
     survey->leftovers = false;
     dcp_file_keys_sort(references);
-    for (size_t i = 0; i < files->len / sizeof(uint64_t) && !survey->leftovers; i++) {
-        uint64_t key;
-        memcpy(&key, files->data + i * sizeof key, sizeof key);
-        survey->leftovers =
-            concerns(claim, (uint32_t)(key >> 32)) && !dcp_file_keys_have(references, key);
+    for (size_t i = 0; i < dcp_file_keys_count(files) && !survey->leftovers; i++) {
+        uint64_t key = dcp_file_keys_at(files, i);
+        survey->leftovers = dcp_claim_concerns(claim, (uint32_t)(key >> 32)) &&
+                            !dcp_file_keys_have(references, key);
     }
 }
 
@@ -111,20 +87,17 @@ count_references(const struct dcp_claim *claim, struct survey *survey, struct dc
 
     dcp_metadata_name(name, -1);
     rc = dcp_reference_set_add(claim, name, &set, err);
-    if (rc == 0) {
-        /* Of any rank: the sweep of a global save takes all lower numbers for old. */
-        survey->next = dcp_max_u64(survey->next, next_of_any(&set.files));
-    }
     for (size_t i = 0; rc == 0 && i < survey->scan.metadata.len / sizeof(uint32_t); i++) {
         uint32_t rank;
         memcpy(&rank, survey->scan.metadata.data + i * sizeof rank, sizeof rank);
-        if (concerns(claim, rank)) {
+        if (dcp_claim_concerns(claim, rank)) {
             dcp_metadata_name(name, (int32_t)rank);
             rc = dcp_reference_set_add(claim, name, &set, err);
         }
     }
     if (rc == 0) {
-        survey->next = dcp_max_u64(survey->next, next_of(claim, &set.files));
+        /* Of any rank: the sweep of a global save takes all lower numbers for old. */
+        survey->next = dcp_max_u64(survey->next, dcp_file_keys_next(&set.files));
         note_leftovers(claim, &set.files, survey);
     }
     dcp_reference_set_clean_up(&set);
@@ -145,7 +118,7 @@ look(const struct dcp_claim *claim, bool with_references, struct survey *survey,
     for (size_t i = 0; i < dcp_dir_scan_claims_count(&survey->scan); i++) {
         const struct dcp_claim_name *other = dcp_dir_scan_claim(&survey->scan, i);
         bool is_ours = strcmp(other->text, claim->name) == 0;
-        if (!is_ours && (other->rank < 0 || concerns(claim, (uint32_t)other->rank))) {
+        if (!is_ours && (other->rank < 0 || dcp_claim_concerns(claim, (uint32_t)other->rank))) {
             survey->next = dcp_max_u64(survey->next, (uint64_t)other->n0 + 1);
             survey->tied = survey->tied || (claim->name[0] != '\0' && other->n0 == claim->n0 &&
                                             strcmp(other->text, claim->name) < 0);

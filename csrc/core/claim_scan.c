@@ -158,6 +158,17 @@ compare_keys(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+uint64_t
+dcp_file_keys_next(const struct dcp_buf *keys)
+{
+    uint64_t next = 0;
+
+    for (size_t i = 0; i < dcp_file_keys_count(keys); i++) {
+        next = dcp_max_u64(next, (uint64_t)(uint32_t)dcp_file_keys_at(keys, i) + 1);
+    }
+    return next;
+}
+
 void
 dcp_file_keys_sort(struct dcp_buf *keys)
 {

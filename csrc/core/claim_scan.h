@@ -5,6 +5,8 @@
 #ifndef DCP_CORE_CLAIM_SCAN_H
 #define DCP_CORE_CLAIM_SCAN_H
 
+#include <string.h>
+
 #include "dcp_commit.h"
 
 /* A claim file, from its name alone: its text may be cut short by a crash. */
@@ -21,7 +23,25 @@ dcp_file_key(uint32_t rank, uint64_t n)
     return (uint64_t)rank << 32 | (uint32_t)n;
 }
 
-/* Arrays of keys: sorted once, then asked. */
+/* ---- arrays of keys ---- */
+
+static inline size_t
+dcp_file_keys_count(const struct dcp_buf *keys)
+{
+    return keys->len / sizeof(uint64_t);
+}
+
+static inline uint64_t
+dcp_file_keys_at(const struct dcp_buf *keys, size_t i)
+{
+    uint64_t key;
+    memcpy(&key, keys->data + i * sizeof key, sizeof key);
+    return key;
+}
+
+/* One above every file number; 0 without any. */
+uint64_t dcp_file_keys_next(const struct dcp_buf *keys);
+/* Sorted once, then asked. */
 void dcp_file_keys_sort(struct dcp_buf *keys);
 bool dcp_file_keys_have(const struct dcp_buf *sorted_keys, uint64_t key);
 
@@ -47,6 +67,13 @@ static inline const struct dcp_claim_name *
 dcp_dir_scan_claim(const struct dcp_dir_scan *scan, size_t i)
 {
     return (const struct dcp_claim_name *)(const void *)scan->claims.data + i;
+}
+
+/* A global claim is about all files; one of a rank about that rank's. */
+static inline bool
+dcp_claim_concerns(const struct dcp_claim *claim, uint32_t rank)
+{
+    return claim->rank < 0 || (uint32_t)claim->rank == rank;
 }
 
 /* Data files that metadata files name. */

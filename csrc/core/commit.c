@@ -27,18 +27,8 @@ enum {
     IDENTITY_MOST_BYTES = 512,
 };
 
-static int
-sync_file(const struct dcp_io *io, int fd)
-{
-    int rc;
-
-    do {
-        rc = io->fsync(io->ctx, fd);
-    } while (rc == -EINTR);
-    return rc;
-}
-
-/* The first save of a directory finds it new, and its own name is then in no durable place yet. */
+/* Where nothing was committed yet nobody has synced the parent: the directory's own name is then in
+ * no durable place.  Files do not tell, a save that was killed may have left some. */
 static int
 sync_parent(const struct dcp_claim *claim, struct dcp_error *err)
 {
@@ -48,22 +38,9 @@ sync_parent(const struct dcp_claim *claim, struct dcp_error *err)
     if (fd < 0) {
         return 0; /* a parent that we may not read is not ours to sync */
     }
-    rc = sync_file(io, fd);
+    rc = dcp_io_sync(io, fd);
     io->close(io->ctx, fd);
     return rc == 0 ? 0 : dcp_claim_sync_error(claim, -rc, "syncing the parent of", ".", err);
-}
-
-/* Nothing was committed here yet, so nobody has synced the parent; a save that was killed may have
- * left files. */
-static bool
-is_first(const struct dcp_claim *claim)
-{
-    int fd = claim->io->open_at(claim->io->ctx, claim->dirfd, claim->target, O_RDONLY, 0);
-
-    if (fd >= 0) {
-        claim->io->close(claim->io->ctx, fd);
-    }
-    return fd < 0;
 }
 
 /* What the rename has done is committed; now it must also outlive a power cut.  Asked once: after a
@@ -71,7 +48,7 @@ is_first(const struct dcp_claim *claim)
 static int
 make_durable(struct dcp_claim *claim, struct dcp_error *err)
 {
-    int rc = claim->sync ? sync_file(claim->io, claim->dirfd) : 0;
+    int rc = claim->sync ? dcp_io_sync(claim->io, claim->dirfd) : 0;
 
     claim->durable = rc == 0;
     return rc == 0
@@ -104,7 +81,7 @@ write_image(const struct dcp_claim *claim, const uint8_t *metadata, size_t len,
         }
     }
     if (rc == 0 && claim->sync) {
-        int sys = sync_file(io, fd);
+        int sys = dcp_io_sync(io, fd);
         if (sys != 0) {
             rc = dcp_claim_sync_error(claim, -sys, "syncing the metadata in", claim->name, err);
         }
@@ -223,7 +200,8 @@ dcp_claim_settle(struct dcp_claim *claim, struct dcp_error *err)
 static int
 try_to_commit(struct dcp_claim *claim, const uint8_t *metadata, size_t len, struct dcp_error *err)
 {
-    int sys, rc = claim->sync && is_first(claim) ? sync_parent(claim, err) : 0;
+    bool is_first = claim->sync && !dcp_io_exists(claim->io, claim->dirfd, claim->target);
+    int sys, rc = is_first ? sync_parent(claim, err) : 0;
 
     if (rc == 0) {
         rc = write_image(claim, metadata, len, err);

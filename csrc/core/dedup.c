@@ -288,7 +288,7 @@ keep_allocate(const struct dcp_plan *plans, uint32_t plans_count, struct dcp_kee
     struct dcp_keep keep = {.count = plans_count};
     size_t bytes = 0;
     for (uint32_t p = 0; p < plans_count; p++) {
-        bytes += (plans[p].items_count + 7) / 8;
+        bytes += dcp_keep_bytes(plans[p].items_count);
     }
     keep.bits = dcp_malloc_array(plans_count, sizeof *keep.bits);
     keep.block = dcp_calloc(bytes, 1);
@@ -299,7 +299,7 @@ keep_allocate(const struct dcp_plan *plans, uint32_t plans_count, struct dcp_kee
     uint8_t *at = keep.block;
     for (uint32_t p = 0; p < plans_count; p++) {
         keep.bits[p] = at;
-        at += (plans[p].items_count + 7) / 8;
+        at += dcp_keep_bytes(plans[p].items_count);
     }
     *ret_keep = keep;
     return 0;

@@ -54,7 +54,7 @@ static inline void
 dedup_keep(struct dedup *d, struct dcp_keep *keep, const struct dedup_holder *holder,
            uint64_t bytes)
 {
-    keep->bits[holder->plan][holder->item >> 3] |= (uint8_t)(1u << (holder->item & 7));
+    dcp_keep_set(keep->bits[holder->plan], holder->item);
     d->loads_bytes[holder->plan] += bytes;
     d->most_bytes = dcp_max_u64(d->most_bytes, d->loads_bytes[holder->plan]);
 }

@@ -16,6 +16,8 @@
  */
 #include "file_frame.h"
 
+#include <stdlib.h>
+
 #include "dcp_crc32.h"
 #include "le_bytes.h"
 
@@ -44,6 +46,24 @@ dcp_frame_crc(const uint8_t *bytes, size_t len)
 {
     uint32_t crc = dcp_crc32(0, bytes, DCP_FRAME_CRC_OFFSET);
     return dcp_crc32(crc, bytes + DCP_FRAME_CRC_OFFSET + 4, len - DCP_FRAME_CRC_OFFSET - 4);
+}
+
+static int
+compare_offsets(const void *offset_bytes, const void *entry)
+{
+    uint64_t wanted, found;
+    memcpy(&wanted, offset_bytes, sizeof wanted);
+    memcpy(&found, entry, sizeof found);
+    return wanted < found ? -1 : wanted > found;
+}
+
+const void *
+dcp_frame_find(const void *entries, uint32_t entries_count, size_t entry_bytes,
+               uint64_t offset_bytes)
+{
+    return entries_count == 0
+               ? NULL
+               : bsearch(&offset_bytes, entries, entries_count, entry_bytes, compare_offsets);
 }
 
 void
@@ -254,18 +274,8 @@ fail:
 const struct dcp_block_entry *
 dcp_block_table_find(const struct dcp_block_table *table, uint64_t payload_offset_bytes)
 {
-    uint32_t low = 0, high = table->entries_count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (table->entries[middle].payload_offset_bytes < payload_offset_bytes) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    bool found = low < table->entries_count &&
-                 table->entries[low].payload_offset_bytes == payload_offset_bytes;
-    return found ? &table->entries[low] : NULL;
+    return dcp_frame_find(table->entries, table->entries_count, sizeof *table->entries,
+                          payload_offset_bytes);
 }
 
 void

@@ -110,18 +110,8 @@ dcp_hash_table_parse(const uint8_t *bytes, size_t len, const struct dcp_save_id 
 const struct dcp_hash_entry *
 dcp_hash_table_find(const struct dcp_hash_table *table, uint64_t record_offset_bytes)
 {
-    uint32_t low = 0, high = table->entries_count;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (table->entries[middle].record_offset_bytes < record_offset_bytes) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    bool found = low < table->entries_count &&
-                 table->entries[low].record_offset_bytes == record_offset_bytes;
-    return found ? &table->entries[low] : NULL;
+    return dcp_frame_find(table->entries, table->entries_count, sizeof *table->entries,
+                          record_offset_bytes);
 }
 
 void

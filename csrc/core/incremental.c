@@ -309,7 +309,7 @@ link_files(struct decision *d)
         for (uint32_t i = worthy->first; i < worthy->first + worthy->count; i++) {
             uint32_t item = d->candidates[i].item;
             if (d->fates[item] == FATE_SAME) {
-                reuse->reused[item >> 3] |= (uint8_t)(1u << (item & 7));
+                dcp_keep_set(reuse->reused, item);
                 reuse->items++;
                 reuse->bytes += d->candidates[i].record_bytes;
             }
@@ -375,7 +375,7 @@ dcp_reuse_decide(const struct dcp_reuse_request *request, struct dcp_reuse *reus
     struct decision d = {.request = request, .reuse = reuse};
     int rc;
 
-    reuse->reused = dcp_calloc(request->plan->items_count / 8 + 1, 1);
+    reuse->reused = dcp_calloc(dcp_keep_bytes(request->plan->items_count), 1);
     rc = reuse->reused == NULL
              ? dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a plan's bitmap")
              : 0;

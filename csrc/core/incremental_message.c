@@ -18,12 +18,6 @@
 
 enum { LINK_BYTES = 4 + 8 + 16 };
 
-static size_t
-bitmap_bytes(const struct dcp_plan *plan)
-{
-    return ((size_t)plan->items_count + 7) / 8;
-}
-
 int
 dcp_reuse_encode(const struct dcp_plan *plan, const struct dcp_reuse *reuse, struct dcp_buf *buf,
                  struct dcp_error *err)
@@ -37,7 +31,7 @@ dcp_reuse_encode(const struct dcp_plan *plan, const struct dcp_reuse *reuse, str
         dcp_buf_put_u64(buf, link->n);
         dcp_buf_put(buf, link->from.written_by.bytes, sizeof link->from.written_by.bytes);
     }
-    dcp_buf_put(buf, reuse->reused, bitmap_bytes(plan));
+    dcp_buf_put(buf, reuse->reused, dcp_keep_bytes(plan->items_count));
     return dcp_buf_check(buf, err);
 }
 
@@ -89,7 +83,7 @@ read_message(const struct dcp_span *message, const struct dcp_metadata *md,
     told.links_count = dcp_cursor_u32(&c);
     told.items_count = dcp_cursor_u32(&c);
     if (c.failed || items_count != plan->items_count || told.links_count > DCP_MOST_LINKS ||
-        c.len - c.pos != told.links_count * LINK_BYTES + bitmap_bytes(plan)) {
+        c.len - c.pos != told.links_count * LINK_BYTES + dcp_keep_bytes(plan->items_count)) {
         return refuse(plan->rank, "its length or its counts are wrong", err);
     }
     for (uint32_t i = 0; i < told.links_count; i++) {
@@ -137,7 +131,7 @@ join_items(const struct told *told, const struct dcp_metadata *md, const struct 
         if (link == told->links_count) {
             return refuse(plan->rank, "an item lies in a file that it did not link", err);
         }
-        write[i >> 3] &= (uint8_t) ~(1u << (i & 7));
+        dcp_keep_clear(write, i);
         links->records[links->records_count++] =
             (struct dcp_linked_record){.plan = p,
                                        .item = i,
@@ -161,13 +155,13 @@ join_plan(const struct told *told, const struct dcp_metadata *md,
           struct dcp_error *err)
 {
     const struct dcp_plan *plan = &global->plans[p];
-    uint8_t *write = dcp_malloc(bitmap_bytes(plan));
+    uint8_t *write = dcp_malloc(dcp_keep_bytes(plan->items_count));
     int rc;
 
     if (write == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a plan's bitmap");
     }
-    memcpy(write, global->keep.bits[p], bitmap_bytes(plan));
+    memcpy(write, global->keep.bits[p], dcp_keep_bytes(plan->items_count));
     rc = join_items(told, md, plan, p, &joined->links, write, err);
     if (rc == 0) {
         rc = dcp_layout_build(plan, write, &joined->layouts[p], err);

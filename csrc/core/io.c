@@ -92,15 +92,45 @@ dcp_io_write_all(const struct dcp_io *io, int fd, const void *buf, size_t len, u
     return 0;
 }
 
-/* Opens and measures: a descriptor, or -errno. */
 static int
-open_for_reading(const struct dcp_io *io, int dirfd, const char *name, struct dcp_stat *ret_stat)
+open_again(const struct dcp_io *io, int dirfd, const char *name)
 {
-    int fd, rc;
+    int fd;
 
     do {
         fd = io->open_at(io->ctx, dirfd, name, O_RDONLY, 0);
     } while (fd == -EINTR);
+    return fd;
+}
+
+bool
+dcp_io_exists(const struct dcp_io *io, int dirfd, const char *name)
+{
+    int fd = open_again(io, dirfd, name);
+
+    if (fd >= 0) {
+        io->close(io->ctx, fd);
+    }
+    return fd >= 0;
+}
+
+int
+dcp_io_sync(const struct dcp_io *io, int fd)
+{
+    int rc;
+
+    do {
+        rc = io->fsync(io->ctx, fd);
+    } while (rc == -EINTR);
+    return rc;
+}
+
+/* Opens and measures: a descriptor, or -errno. */
+static int
+open_for_reading(const struct dcp_io *io, int dirfd, const char *name, struct dcp_stat *ret_stat)
+{
+    int rc, fd = open_again(io, dirfd, name);
+
     if (fd < 0) {
         return fd;
     }

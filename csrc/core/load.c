@@ -9,8 +9,9 @@
 #include "group.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <string.h>
+
+#include "claim_scan.h"
 
 enum image_state { IMAGE_ABSENT = 0, IMAGE_PRESENT = 1 };
 
@@ -136,7 +137,7 @@ parse_image(struct dcp_load *load, struct dcp_error *err)
     int rc;
 
     if (load->image.len >= 1 && load->image.data[0] == IMAGE_ABSENT) {
-        snprintf(own_name, sizeof own_name, "__%u.metadata", load->rank);
+        dcp_metadata_name(own_name, (int32_t)load->rank);
         dcp_buf_clear(&load->image);
         rc = read_image(load, own_name, &load->image, err);
         if (rc != 0) {

@@ -75,7 +75,7 @@ int dcp_metadata_merge_paths(const struct dcp_global_plan *global, const struct 
                              struct dcp_md_path **ret_paths, uint64_t *ret_count,
                              struct dcp_error *err) DCP_MUST_CHECK;
 
-/* ---- metadata_index.c: flat form <-> bytes ---- */
+/* ---- metadata_index_*.c: flat form <-> bytes ---- */
 
 int dcp_metadata_index_encode(const struct dcp_metadata *md, struct dcp_buf *buf,
                               struct dcp_error *err) DCP_MUST_CHECK;

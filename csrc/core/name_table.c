@@ -97,7 +97,7 @@ find_by_hash(const struct dcp_name_tables *tables, const struct dcp_hash128 *has
     uint32_t found;
     while ((found = dcp_index_map_next(&tables->by_hash, hash->lo, &probe)) != DCP_INDEX_NONE) {
         const struct dcp_name_table *table = tables->known[found].table;
-        if (table->hash.lo == hash->lo && table->hash.hi == hash->hi) {
+        if (dcp_hash128_equal(table->hash, *hash)) {
             break;
         }
     }

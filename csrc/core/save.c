@@ -14,6 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "claim_scan.h"
 #include "io_explain.h"
 #include "plan_private.h"
 
@@ -116,17 +117,6 @@ dcp_save_destroy(struct dcp_save *save)
 
 /* ---- open, claim ---- */
 
-static void
-target_name(const struct dcp_save *save, char *ret_name, size_t size)
-{
-    if (save->independent) {
-        /* torch looks at rank 0's file alone to tell whether a checkpoint is there */
-        snprintf(ret_name, size, "__0.metadata");
-    } else {
-        snprintf(ret_name, size, ".metadata");
-    }
-}
-
 static int
 open_failed(const struct dcp_save *save, int sys_errno, const char *what, struct dcp_error *err)
 {
@@ -153,7 +143,8 @@ dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err)
         return open_failed(save, -rc, "opening the checkpoint's directory", err);
     }
     save->dirfd = rc;
-    target_name(save, name, sizeof name);
+    /* torch looks at rank 0's file alone to tell whether a checkpoint is there */
+    dcp_metadata_name(name, save->independent ? 0 : -1);
     do {
         rc = io->open_at(io->ctx, save->dirfd, name, O_RDONLY, 0);
     } while (rc == -EINTR);
@@ -210,8 +201,8 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     struct dcp_group *group = save->group;
     const struct dcp_installed_plan *installed = &group->installed;
     struct dcp_vote ballot = {
-        .reuse = ok && installed->valid && installed->fingerprint.lo == save->fingerprint.lo &&
-                 installed->fingerprint.hi == save->fingerprint.hi &&
+        .reuse = ok && installed->valid &&
+                 dcp_hash128_equal(installed->fingerprint, save->fingerprint) &&
                  (!save->info.is_coordinator || dcp_save_fits_again(save)),
         .ok = ok,
         .call = save->call_hash,

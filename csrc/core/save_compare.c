@@ -66,7 +66,7 @@ static int
 lay_out_rest(struct dcp_save *save, struct dcp_error *err)
 {
     const uint8_t *keep = dcp_save_installed(save)->keep;
-    size_t bytes = ((size_t)save->plan.items_count + 7) / 8;
+    size_t bytes = dcp_keep_bytes(save->plan.items_count);
 
     save->write = dcp_malloc(bytes);
     if (save->write == NULL) {

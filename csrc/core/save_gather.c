@@ -21,21 +21,15 @@
 #include "name_table.h"
 
 static bool
-same_hash(const struct dcp_hash128 *a, const struct dcp_hash128 *b)
-{
-    return a->lo == b->lo && a->hi == b->hi;
-}
-
-static bool
 coordinator_has_names(const struct dcp_save *save)
 {
     const struct dcp_installed_plan *installed = &save->group->installed;
-    if (same_hash(&save->names_hash, &save->coordinator_names_hash)) {
+    if (dcp_hash128_equal(save->names_hash, save->coordinator_names_hash)) {
         return true;
     }
     return installed->valid && save->coordinator_held_plan != 0 &&
            installed->plan_id.lo == save->coordinator_held_plan &&
-           same_hash(&save->names_hash, &installed->names_hash);
+           dcp_hash128_equal(save->names_hash, installed->names_hash);
 }
 
 /* The plan, then whether this rank sees the coordinator's claim. */

@@ -17,12 +17,6 @@
 
 enum { ANSWER_HEADER_BYTES = 1 + 16 };
 
-static size_t
-keep_bytes(const struct dcp_plan *plan)
-{
-    return ((size_t)plan->items_count + 7) / 8;
-}
-
 /* Coordinator: from all plans to the global one, plan id included. */
 static int
 decide(struct dcp_save *save, struct dcp_installed_plan *next, struct dcp_error *err)
@@ -58,7 +52,7 @@ put_answers(const struct dcp_installed_plan *next, bool ok, uint32_t size, struc
         dcp_buf_put_u8(block, ok ? 1 : 0);
         dcp_buf_put(block, &next->plan_id, sizeof next->plan_id);
         if (ok) {
-            dcp_buf_put(block, keep->bits[i], keep_bytes(&next->plans[i]));
+            dcp_buf_put(block, keep->bits[i], dcp_keep_bytes(next->plans[i].items_count));
             dcp_cuts_put(block, keep->cuts == NULL ? &none : &keep->cuts[i]);
         }
         ret_spans[i].len = block->len - begin;
@@ -102,7 +96,7 @@ static int
 take_answer(struct dcp_save *save, const struct dcp_buf *answer, struct dcp_installed_plan *next,
             struct dcp_error *err)
 {
-    size_t want = keep_bytes(&save->plan);
+    size_t want = dcp_keep_bytes(save->plan.items_count);
 
     if (answer->len < ANSWER_HEADER_BYTES || answer->data[0] != 1) {
         return DCP_E_PEER; /* the coordinator has the reason and brings it to the install vote */
@@ -205,12 +199,12 @@ dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err)
         rc = dcp_global_plan_build(own->plans, 1, save->to_lowest_rank, &own->global, err);
     }
     if (rc == 0) {
-        own->keep = dcp_malloc(keep_bytes(&save->plan));
+        own->keep = dcp_malloc(dcp_keep_bytes(save->plan.items_count));
         rc = own->keep == NULL ? dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a bitmap")
                                : 0;
     }
     if (rc == 0) {
-        memcpy(own->keep, own->global.keep.bits[0], keep_bytes(&save->plan));
+        memcpy(own->keep, own->global.keep.bits[0], dcp_keep_bytes(save->plan.items_count));
         rc = dcp_layout_build(&save->plan, own->keep, &own->layout, err);
     }
     own->valid = rc == 0;

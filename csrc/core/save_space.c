@@ -63,7 +63,6 @@ bool
 dcp_save_sees_claim(const struct dcp_save *save)
 {
     char name[DCP_CLAIM_NAME_BYTES];
-    int fd;
 
     if (save->info.is_coordinator) {
         return true;
@@ -72,13 +71,7 @@ dcp_save_sees_claim(const struct dcp_save *save)
         return false;
     }
     dcp_claim_name_put(name, -1, save->info.n0, &save->info.save_id);
-    do {
-        fd = save->io->open_at(save->io->ctx, save->dirfd, name, O_RDONLY, 0);
-    } while (fd == -EINTR);
-    if (fd >= 0) {
-        save->io->close(save->io->ctx, fd);
-    }
-    return fd >= 0;
+    return dcp_io_exists(save->io, save->dirfd, name);
 }
 
 bool

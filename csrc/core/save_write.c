@@ -91,11 +91,8 @@ sync_names(const struct dcp_save *save, struct dcp_error *err)
 {
     char why[DCP_IO_EXPLAIN_BYTES];
     struct dcp_io_trouble trouble = {.io = save->io, .fd = save->dirfd, .syncing = true};
-    int rc;
+    int rc = dcp_io_sync(save->io, save->dirfd);
 
-    do {
-        rc = save->io->fsync(save->io->ctx, save->dirfd);
-    } while (rc == -EINTR);
     if (rc == 0) {
         return 0;
     }

@@ -36,30 +36,15 @@
 
 #include "dcp_record.h"
 
-static size_t
-keys_count(const struct dcp_buf *keys)
-{
-    return keys->len / sizeof(uint64_t);
-}
-
-static uint64_t
-key_at(const struct dcp_buf *keys, size_t i)
-{
-    uint64_t key;
-    memcpy(&key, keys->data + i * sizeof key, sizeof key);
-    return key;
-}
-
 /* Keeps of the listed files those that this claim may ever sweep, sorted by rank and number. */
 static void
 keep_candidates(const struct dcp_claim *claim, struct dcp_buf *files)
 {
     size_t kept = 0;
 
-    for (size_t i = 0; i < keys_count(files); i++) {
-        uint64_t key = key_at(files, i);
-        if ((uint32_t)key < claim->n0 &&
-            (claim->rank < 0 || (uint32_t)claim->rank == (uint32_t)(key >> 32))) {
+    for (size_t i = 0; i < dcp_file_keys_count(files); i++) {
+        uint64_t key = dcp_file_keys_at(files, i);
+        if ((uint32_t)key < claim->n0 && dcp_claim_concerns(claim, (uint32_t)(key >> 32))) {
             memcpy(files->data + kept++ * sizeof key, &key, sizeof key);
         }
     }
@@ -109,8 +94,8 @@ gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan
         dcp_metadata_name(name, -1);
         return dcp_reference_set_add(claim, name, set, err);
     }
-    for (size_t i = 0; i < keys_count(&scan->files); i++) {
-        uint64_t rank = key_at(&scan->files, i) >> 32;
+    for (size_t i = 0; i < dcp_file_keys_count(&scan->files); i++) {
+        uint64_t rank = dcp_file_keys_at(&scan->files, i) >> 32;
         if (rank <= INT32_MAX) {
             dcp_buf_put(&ranks, &rank, sizeof rank);
         }
@@ -125,9 +110,9 @@ gather_references(const struct dcp_claim *claim, const struct dcp_dir_scan *scan
     if (rc == 0) {
         dcp_file_keys_sort(&ranks);
     }
-    for (size_t i = 0; rc == 0 && i < keys_count(&ranks) && !set->incomplete; i++) {
-        if (key_at(&ranks, i) != last) {
-            last = key_at(&ranks, i);
+    for (size_t i = 0; rc == 0 && i < dcp_file_keys_count(&ranks) && !set->incomplete; i++) {
+        if (dcp_file_keys_at(&ranks, i) != last) {
+            last = dcp_file_keys_at(&ranks, i);
             dcp_metadata_name(name, (int32_t)last);
             rc = dcp_reference_set_add(claim, name, set, err);
         }
@@ -144,8 +129,8 @@ remove_files(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
     int first = 0;
 
     dcp_file_keys_sort(&set->files);
-    for (size_t i = 0; i < keys_count(&scan->files); i++) {
-        uint64_t key = key_at(&scan->files, i);
+    for (size_t i = 0; i < dcp_file_keys_count(&scan->files); i++) {
+        uint64_t key = dcp_file_keys_at(&scan->files, i);
         int rc;
 
         if (is_claimed(scan, claim, key) || dcp_file_keys_have(&set->files, key)) {
@@ -196,17 +181,6 @@ dcp_claim_sweep(struct dcp_claim *claim, uint64_t *ret_swept, struct dcp_error *
 
 /* ---- what failed saves left ---- */
 
-static uint64_t
-highest_number(const struct dcp_buf *keys)
-{
-    uint64_t highest = 0;
-
-    for (size_t i = 0; i < keys_count(keys); i++) {
-        highest = dcp_max_u64(highest, (uint32_t)key_at(keys, i));
-    }
-    return highest;
-}
-
 /* Keeps of the candidates those that nothing references and no claim covers. */
 static void
 keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
@@ -215,8 +189,8 @@ keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
     size_t kept = 0;
 
     dcp_file_keys_sort(references);
-    for (size_t i = 0; i < keys_count(files); i++) {
-        uint64_t key = key_at(files, i);
+    for (size_t i = 0; i < dcp_file_keys_count(files); i++) {
+        uint64_t key = dcp_file_keys_at(files, i);
         if (!dcp_file_keys_have(references, key) && !is_claimed(scan, claim, key)) {
             memcpy(files->data + kept++ * sizeof key, &key, sizeof key);
         }
@@ -224,27 +198,11 @@ keep_leftovers(const struct dcp_claim *claim, const struct dcp_dir_scan *scan,
     files->len = kept * sizeof(uint64_t);
 }
 
-static bool
-still_stands(const struct dcp_claim *claim)
-{
-    int fd = claim->io->open_at(claim->io->ctx, claim->dirfd, claim->name, O_RDONLY, 0);
-
-    if (fd >= 0) {
-        claim->io->close(claim->io->ctx, fd);
-    }
-    return fd >= 0;
-}
-
 /* The metadata as we see it must be what a power cut leaves, before anything goes because of it. */
 static bool
 names_are_durable(const struct dcp_claim *claim)
 {
-    int rc;
-
-    do {
-        rc = claim->sync ? claim->io->fsync(claim->io->ctx, claim->dirfd) : 0;
-    } while (rc == -EINTR);
-    return rc == 0;
+    return !claim->sync || dcp_io_sync(claim->io, claim->dirfd) == 0;
 }
 
 /* How many bytes of a header there are; negative when they cannot be read. */
@@ -285,7 +243,7 @@ clear_file(const struct dcp_claim *claim, const char *name, bool replaced)
     if (fd < 0) {
         return;
     }
-    if (is_ours(io, fd) && still_stands(claim)) {
+    if (is_ours(io, fd) && dcp_io_exists(io, claim->dirfd, claim->name)) {
         if (replaced) {
             (void)io->unlink_at(io->ctx, claim->dirfd, name);
         } else if (io->fstat(io->ctx, fd, &st) == 0 && st.links == 1) {
@@ -299,14 +257,14 @@ static void
 clear_files(const struct dcp_claim *claim, const struct dcp_buf *references,
             const struct dcp_buf *files)
 {
-    uint64_t highest = highest_number(references);
+    uint64_t next = dcp_file_keys_next(references);
 
-    for (size_t i = 0; i < keys_count(files); i++) {
-        uint64_t key = key_at(files, i);
+    for (size_t i = 0; i < dcp_file_keys_count(files); i++) {
+        uint64_t key = dcp_file_keys_at(files, i);
         char name[DCP_CLAIM_NAME_BYTES];
 
         dcp_data_file_name(name, sizeof name, (uint32_t)(key >> 32), (uint32_t)key);
-        clear_file(claim, name, references->len > 0 && (uint32_t)key < highest);
+        clear_file(claim, name, (uint64_t)(uint32_t)key + 1 < next);
     }
 }
 

@@ -90,7 +90,7 @@ static void
 remember(struct dcp_last_crcs *crcs, uint32_t item, uint32_t crc)
 {
     crcs->crcs[item] = crc;
-    crcs->known[item >> 3] |= (uint8_t)(1u << (item & 7));
+    dcp_keep_set(crcs->known, item);
 }
 
 static int
@@ -104,7 +104,7 @@ gather_crcs(struct dcp_save *save, const uint32_t *crcs, const struct dcp_last_c
     save->crcs.plan_id = dcp_save_installed(save)->plan_id;
     save->crcs.save_id = save->info.save_id;
     save->crcs.crcs = dcp_malloc_array(items_count, sizeof *save->crcs.crcs);
-    save->crcs.known = dcp_calloc(items_count / 8 + 1, 1);
+    save->crcs.known = dcp_calloc(dcp_keep_bytes(items_count), 1);
     if (save->crcs.crcs == NULL || save->crcs.known == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the checksums of %u items",
                              items_count);

@@ -115,6 +115,10 @@ int dcp_io_read_all(const struct dcp_io *io, int fd, void *buf, size_t len, uint
     DCP_MUST_CHECK; /* a file that ends early is DCP_E_CORRUPT */
 int dcp_io_write_all(const struct dcp_io *io, int fd, const void *buf, size_t len, uint64_t offset,
                      const char *path, struct dcp_error *err) DCP_MUST_CHECK;
+/* Whether `name` can be opened for reading. */
+bool dcp_io_exists(const struct dcp_io *io, int dirfd, const char *name);
+/* fsync of a file or a directory: 0 or -errno. */
+int dcp_io_sync(const struct dcp_io *io, int fd) DCP_MUST_CHECK;
 /* Reads a file of at most `max_bytes` whole into *buf (appends). DCP_E_NOENT when it is not there.
  */
 int dcp_io_read_file(const struct dcp_io *io, int dirfd, const char *name, uint64_t max_bytes,

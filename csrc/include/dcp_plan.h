@@ -184,6 +184,25 @@ dcp_keep_test(const uint8_t *bits, uint32_t item)
     return (bits[item >> 3] >> (item & 7)) & 1;
 }
 
+static inline void
+dcp_keep_set(uint8_t *bits, uint32_t item)
+{
+    bits[item >> 3] |= (uint8_t)(1u << (item & 7));
+}
+
+static inline void
+dcp_keep_clear(uint8_t *bits, uint32_t item)
+{
+    bits[item >> 3] &= (uint8_t) ~(1u << (item & 7));
+}
+
+/* Of a bitmap over so many items. */
+static inline size_t
+dcp_keep_bytes(uint32_t items_count)
+{
+    return ((size_t)items_count + 7) / 8;
+}
+
 /* Each (fqn, offsets) is kept by one rank (sizes and dtypes are ignored, as torch does): large
  * ones first, the one with the fewest bytes so far, the lowest on a tie; or always the lowest.
  * Duplicates within one rank's plan are all kept, as torch does.  Linear in items. */

@@ -229,20 +229,30 @@ note_for_client(void *ctx, const char *name)
     return 0;
 }
 
-static void
-act_client(struct commit_world *world, unsigned actor)
+/* False when it can not be listed. */
+static bool
+empty_directory(struct commit_world *world, unsigned actor)
 {
     const struct dcp_io *io = &world->processes[actor]->io;
     struct dcp_buf names = {0};
+    bool listed = io->list(io->ctx, world->dirfds[actor], note_for_client, &names) == 0;
 
-    if (io->list(io->ctx, world->dirfds[actor], note_for_client, &names) == 0) {
+    if (listed) {
         world->client_began = !world->abandoned;
         for (size_t at = 0; at < names.len; at += strlen((char *)names.data + at) + 1) {
             (void)io->unlink_at(io->ctx, world->dirfds[actor], (char *)names.data + at);
         }
-        (void)io_memory_rmdir(world->processes[actor], COMMIT_DIR);
     }
     dcp_buf_clean_up(&names);
+    return listed;
+}
+
+static void
+act_client(struct commit_world *world, unsigned actor)
+{
+    if (empty_directory(world, actor)) {
+        (void)io_memory_rmdir(world->processes[actor], COMMIT_DIR);
+    }
 }
 
 /* Empties the directory and, unless the sweeper (actor 0) has begun by then, saves to it: numbers
@@ -251,16 +261,7 @@ act_client(struct commit_world *world, unsigned actor)
 static void
 act_restarter(struct commit_world *world, unsigned actor)
 {
-    const struct dcp_io *io = &world->processes[actor]->io;
-    struct dcp_buf names = {0};
-
-    if (io->list(io->ctx, world->dirfds[actor], note_for_client, &names) == 0) {
-        world->client_began = !world->abandoned;
-        for (size_t at = 0; at < names.len; at += strlen((char *)names.data + at) + 1) {
-            (void)io->unlink_at(io->ctx, world->dirfds[actor], (char *)names.data + at);
-        }
-    }
-    dcp_buf_clean_up(&names);
+    (void)empty_directory(world, actor);
     if (world->processes[0]->history != 0) {
         return;
     }

@@ -83,20 +83,6 @@ has_base_elsewhere(const struct fault_case *fault)
     return fault->base != NULL && strcmp(fault->base, SAVE_DIR) != 0;
 }
 
-static struct dcp_group *
-new_group(const struct dcp_comm *comm)
-{
-    struct dcp_group *group = NULL;
-    struct dcp_error err = {0};
-    struct dcp_comm copy = *comm;
-
-    if (dcp_group_new(&copy, COORDINATOR, &group, &err) != 0) {
-        fprintf(stderr, "no group: %s\n", err.message);
-        exit(1);
-    }
-    return group;
-}
-
 static void
 arm(const struct fault_case *fault, uint32_t rank, struct comm_faults *comm, struct io_faults *io)
 {
@@ -127,7 +113,7 @@ save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 
     comm_faults_init(&comm_faults, sim, comm, &table);
     io_faults_init(&io_faults, fault->table);
-    group = new_group(&table);
+    group = save_world_group(&table, COORDINATOR);
     if (has_base_elsewhere(fault)) {
         struct save_result based;
         request.dir = fault->base;
@@ -171,7 +157,7 @@ static void
 save_healthy(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct healthy *healthy = arg;
-    struct dcp_group *group = new_group(comm);
+    struct dcp_group *group = save_world_group(comm, COORDINATOR);
     struct save_request request = {
         .generation = 3, .direct = DCP_DIRECT_OFF, .independent = healthy->independent};
     (void)sim;
@@ -296,7 +282,7 @@ static void
 load_own_part(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct own_parts *parts = arg;
-    struct dcp_group *group = new_group(comm);
+    struct dcp_group *group = save_world_group(comm, COORDINATOR);
     struct load_request request = {
         .saved_size = RANKS, .without_state_of = UINT32_MAX, .own_part = true};
     (void)sim;
@@ -415,6 +401,28 @@ fail_each_system_call(const struct fault_case *like)
     }
     dcp_engine_trim();
     return cases;
+}
+
+/* *nth_of(case) counts allocations: the first fails, the second, ... until all ranks end well.
+ * Returns how many times they did not. */
+static unsigned
+fail_each_allocation(const struct fault_case *like, uint64_t *(*nth_of)(struct fault_case *))
+{
+    unsigned failed = 0;
+    bool all_ok = false;
+
+    for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
+        struct fault_case fault = *like;
+        *nth_of(&fault) = nth;
+        run_case(&fault);
+        all_ok = true;
+        for (uint32_t r = 0; r < RANKS; r++) {
+            all_ok = all_ok && fault.second[r].rc == 0;
+        }
+        failed += !all_ok;
+    }
+    dcp_engine_trim();
+    return failed;
 }
 
 #endif

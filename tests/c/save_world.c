@@ -26,6 +26,17 @@ must(bool ok, const char *what)
     }
 }
 
+struct dcp_group *
+save_world_group(const struct dcp_comm *comm, uint32_t coordinator)
+{
+    struct dcp_group *group = NULL;
+    struct dcp_error err = {0};
+    struct dcp_comm copy = *comm;
+
+    must(dcp_group_new(&copy, coordinator, &group, &err) == 0, err.message);
+    return group;
+}
+
 /* Which generation an item of SAVE_PARTLY is of: large parts of each rank stay as they were. */
 static int
 generation_of(const char *fqn, int generation)
@@ -248,10 +259,11 @@ run_save(struct dcp_group *group, struct dcp_save *save, const struct save_reque
     run_out_of_memory(group, request->fail_allocation_of_agree);
     if (!request->independent || !local.failed) {
         ret->rc = dcp_save_agree(save, as_failure(&local, rank), &ret->failures, &ret->err);
-        if (ret->rc != 0 && !request->independent) {
+        if (ret->rc == 0) {
+            dcp_save_fit_sources(save, state->sources);
+        } else if (!request->independent) {
             return;
-        }
-        if (ret->rc != 0) {
+        } else {
             local.failed = true;
             local.err = ret->err;
         }
@@ -275,7 +287,6 @@ run_save(struct dcp_group *group, struct dcp_save *save, const struct save_reque
     dcp_error_clear(&ret->err);
     run_out_of_memory(group, request->fail_allocation_of_write);
     if (!local.failed) {
-        dcp_save_fit_sources(save, state->sources);
         local.failed = write_items(save, request, state, &local.err) != 0;
     }
     if (!local.failed && request->fail_before_finish) {

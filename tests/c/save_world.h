@@ -35,6 +35,9 @@ enum save_change {
     CHANGES,
 };
 
+/* A group of the simulated ranks' `comm`, which is copied; ends the program when there is none. */
+struct dcp_group *save_world_group(const struct dcp_comm *comm, uint32_t coordinator);
+
 struct save_request {
     int generation;   /* 1 .. SAVE_GENERATIONS - 1 */
     const char *dir;  /* NULL: SAVE_DIR */

@@ -219,6 +219,51 @@ an_empty_table_is_a_table(void)
     dcp_buf_clean_up(&buf);
 }
 
+/* Of either table; a table that was parsed is given up. */
+typedef int (*parse_fn)(const uint8_t *bytes, size_t len, const struct dcp_save_id *id,
+                        struct dcp_error *err);
+
+static int
+parse_blocks(const uint8_t *bytes, size_t len, const struct dcp_save_id *id, struct dcp_error *err)
+{
+    struct dcp_block_table table = {0};
+    int rc = dcp_block_table_parse(bytes, len, id, &table, err);
+    dcp_block_table_clean_up(&table);
+    return rc;
+}
+
+static int
+parse_hashes(const uint8_t *bytes, size_t len, const struct dcp_save_id *id, struct dcp_error *err)
+{
+    struct dcp_hash_table table = {0};
+    int rc = dcp_hash_table_parse(bytes, len, id, &table, err);
+    dcp_hash_table_clean_up(&table);
+    return rc;
+}
+
+static void
+check_damage_is_refused(struct dcp_buf *buf, parse_fn parse)
+{
+    for (size_t len = 0; len < buf->len; len++) {
+        struct dcp_error err = {0};
+        uint8_t *exact = malloc(len + (len == 0));
+        memcpy(exact, buf->data, len);
+        CHECK_EQ(parse(exact, len, &save_id, &err), DCP_E_CORRUPT);
+        free(exact);
+    }
+    for (size_t bit = 0; bit < buf->len * 8; bit++) {
+        struct dcp_error err = {0};
+        buf->data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        CHECK_EQ(parse(buf->data, buf->len, &save_id, &err), DCP_E_CORRUPT);
+        buf->data[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    struct dcp_error err = {0};
+    struct dcp_save_id other = save_id;
+    other.bytes[15] ^= 1;
+    CHECK_EQ(parse(buf->data, buf->len, &other, &err), DCP_E_CORRUPT);
+    CHECK(strstr(err.message, "another save") != NULL);
+}
+
 static void
 damaged_or_foreign_tables_are_refused(void)
 {
@@ -226,25 +271,7 @@ damaged_or_foreign_tables_are_refused(void)
     uint32_t crcs[100];
     struct dcp_buf buf = {0};
     put_sample_table(&buf, entries, crcs);
-    struct dcp_block_table table;
-    for (size_t len = 0; len < buf.len; len++) {
-        struct dcp_error err = {0};
-        uint8_t *exact = malloc(len + (len == 0));
-        memcpy(exact, buf.data, len);
-        CHECK_EQ(dcp_block_table_parse(exact, len, &save_id, &table, &err), DCP_E_CORRUPT);
-        free(exact);
-    }
-    for (size_t bit = 0; bit < buf.len * 8; bit++) {
-        struct dcp_error err = {0};
-        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
-        CHECK_EQ(dcp_block_table_parse(buf.data, buf.len, &save_id, &table, &err), DCP_E_CORRUPT);
-        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
-    }
-    struct dcp_error err = {0};
-    struct dcp_save_id other = save_id;
-    other.bytes[15] ^= 1;
-    CHECK_EQ(dcp_block_table_parse(buf.data, buf.len, &other, &table, &err), DCP_E_CORRUPT);
-    CHECK(strstr(err.message, "another save") != NULL);
+    check_damage_is_refused(&buf, parse_blocks);
     dcp_buf_clean_up(&buf);
 }
 
@@ -333,25 +360,8 @@ damaged_or_foreign_hashes_are_refused(void)
     struct dcp_buf buf = {0};
     struct dcp_hash_table table;
     put_sample_hashes(&buf, entries);
-    for (size_t len = 0; len < buf.len; len++) {
-        struct dcp_error err = {0};
-        uint8_t *exact = malloc(len + (len == 0));
-        memcpy(exact, buf.data, len);
-        CHECK_EQ(dcp_hash_table_parse(exact, len, &save_id, &table, &err), DCP_E_CORRUPT);
-        free(exact);
-    }
-    for (size_t bit = 0; bit < buf.len * 8; bit++) {
-        struct dcp_error err = {0};
-        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
-        CHECK_EQ(dcp_hash_table_parse(buf.data, buf.len, &save_id, &table, &err), DCP_E_CORRUPT);
-        buf.data[bit / 8] ^= (uint8_t)(1 << bit % 8);
-    }
+    check_damage_is_refused(&buf, parse_hashes);
     struct dcp_error err = {0};
-    struct dcp_save_id other = save_id;
-    other.bytes[15] ^= 1;
-    CHECK_EQ(dcp_hash_table_parse(buf.data, buf.len, &other, &table, &err), DCP_E_CORRUPT);
-    CHECK(strstr(err.message, "another save") != NULL);
-    dcp_error_clear(&err);
     dcp_alloc_fail_after(1);
     CHECK_EQ(dcp_hash_table_parse(buf.data, buf.len, &save_id, &table, &err), DCP_E_NOMEM);
     dcp_alloc_fail_after(0);

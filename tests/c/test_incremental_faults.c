@@ -92,25 +92,24 @@ a_lost_reply_while_failures_are_told_leaves_one_whole_checkpoint(void)
     }
 }
 
+static uint64_t *
+of_compare(struct fault_case *fault)
+{
+    return &fault->fail_allocation_of_compare;
+}
+
+static uint64_t *
+of_write(struct fault_case *fault)
+{
+    return &fault->fail_allocation_of_write;
+}
+
 static void
 running_out_of_memory_leaves_one_whole_checkpoint(void)
 {
     for (int i = 0; i < 4; i++) {
-        unsigned failed = 0;
-        bool all_ok = false;
-        for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
-            struct fault_case fault = like_of(i);
-            *(i % 2 == 0 ? &fault.fail_allocation_of_compare : &fault.fail_allocation_of_write) =
-                nth;
-            run_case(&fault);
-            all_ok = true;
-            for (uint32_t r = 0; r < RANKS; r++) {
-                all_ok = all_ok && fault.second[r].rc == 0;
-            }
-            failed += !all_ok;
-        }
-        CHECK(failed > 10);
-        dcp_engine_trim();
+        struct fault_case like = like_of(i);
+        CHECK(fail_each_allocation(&like, i % 2 == 0 ? of_compare : of_write) > 10);
     }
 }
 

@@ -30,25 +30,11 @@ struct save_case {
     int generation;
 };
 
-static struct dcp_group *
-new_group(const struct dcp_comm *comm)
-{
-    struct dcp_group *group = NULL;
-    struct dcp_error err = {0};
-    struct dcp_comm copy = *comm;
-
-    if (dcp_group_new(&copy, COORDINATOR, &group, &err) != 0) {
-        fprintf(stderr, "no group: %s\n", err.message);
-        exit(1);
-    }
-    return group;
-}
-
 static void
 save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct save_case *save = arg;
-    struct dcp_group *group = new_group(comm);
+    struct dcp_group *group = save_world_group(comm, COORDINATOR);
     struct save_request request = {.generation = save->generation, .direct = DCP_DIRECT_OFF};
     struct save_result result;
     (void)sim;
@@ -88,7 +74,7 @@ load_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
         memset(request.fail_before, 0, sizeof request.fail_before);
         request.between = load->victim_acts_between ? NULL : request.between;
     }
-    group = new_group(&table);
+    group = save_world_group(&table, COORDINATOR);
     load_once(group, &io_faults.io, &request, &load->results[comm->rank]);
     if (is_victim) {
         load->comm_hit = comm_faults.failed;

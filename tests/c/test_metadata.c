@@ -4,7 +4,7 @@
  */
 #include "ctest.h"
 
-#include "metadata_maker.h"
+#include "metadata_subject.h"
 #include "metadata_private.h"
 #include "plan_maker.h"
 
@@ -171,38 +171,11 @@ case_an_element_type_without_a_name_is_refused(void)
     maker_clean_up_plans(&plan, 1);
 }
 
-/* An image, what it says, and where its parts are. */
-struct subject {
-    struct metadata_sample sample;
-    struct dcp_buf image;
-    struct dcp_metadata md;
-    struct dcp_metadata_footer footer;
-};
-
-static void
-make_subject(struct subject *s, uint64_t seed)
-{
-    *s = (struct subject){.image = {0}};
-    metadata_sample_make(&s->sample, seed);
-    metadata_sample_image(&s->sample, &s->image);
-    dcp_error_clear(&err);
-    CHECK_OK(dcp_metadata_read(s->image.data, s->image.len, &s->md, &err), &err);
-    CHECK(dcp_metadata_footer_parse(s->image.data, s->image.len, &s->footer));
-}
-
-static void
-clean_up_subject(struct subject *s)
-{
-    dcp_metadata_clean_up(&s->md);
-    dcp_buf_clean_up(&s->image);
-    metadata_sample_clean_up(&s->sample);
-}
-
 static void
 case_every_truncation_is_an_error_or_loses_only_the_trailer(void)
 {
     struct subject s;
-    make_subject(&s, 5);
+    make_subject(&s, 5, false);
     for (size_t len = 0; len < s.image.len; len++) {
         bool same = false;
         int rc = metadata_read_copy(s.image.data, len, false, &s.md, &same, &err);
@@ -216,7 +189,7 @@ static void
 case_every_flipped_bit_is_found_or_harmless(void)
 {
     struct subject s;
-    make_subject(&s, 7);
+    make_subject(&s, 7, false);
     uint64_t errors = 0;
     for (size_t bit = 0; bit < 8 * s.image.len; bit += 3) {
         bool same = false;
@@ -236,7 +209,7 @@ static void
 case_every_flipped_bit_of_a_bare_pickle_is_survived(void)
 {
     struct subject s;
-    make_subject(&s, 11);
+    make_subject(&s, 11, false);
     uint64_t errors = 0;
     for (size_t bit = 0; bit < 8 * s.footer.pickle_bytes; bit++) {
         bool same = false;
@@ -255,7 +228,7 @@ static void
 case_every_flipped_bit_of_a_bare_index_is_survived(void)
 {
     struct subject s;
-    make_subject(&s, 13);
+    make_subject(&s, 13, false);
     const uint8_t *index = s.image.data + s.footer.pickle_bytes;
     size_t len = (size_t)s.footer.index_bytes;
     uint8_t *copy = malloc(len);
@@ -287,7 +260,7 @@ static void
 case_a_damaged_index_leaves_the_pickle(void)
 {
     struct subject s;
-    make_subject(&s, 17);
+    make_subject(&s, 17, false);
     struct dcp_metadata md = {0};
     s.image.data[s.footer.pickle_bytes + 2] ^= 0x40;
     CHECK_OK(dcp_metadata_read(s.image.data, s.image.len, &md, &err), &err);
@@ -301,7 +274,7 @@ static void
 case_running_out_of_memory_is_an_error_and_leaks_nothing(void)
 {
     struct subject s;
-    make_subject(&s, 19);
+    make_subject(&s, 19, false);
     struct dcp_storage_meta meta = {.version = "1.0.0"};
     struct dcp_save_id id = {.bytes = {1}};
     for (unsigned way = 0; way < 3; way++) {

@@ -5,39 +5,11 @@
 #include "ctest.h"
 
 #include "dcp_crc32.h"
-#include "metadata_maker.h"
+#include "metadata_subject.h"
 #include "metadata_private.h"
 #include "plan_maker.h"
 
 static struct dcp_error err;
-
-/* A linked sample, its image, what it says, and where its parts are. */
-struct subject {
-    struct metadata_sample sample;
-    struct dcp_buf image;
-    struct dcp_metadata md;
-    struct dcp_metadata_footer footer;
-};
-
-static void
-make_subject(struct subject *s, uint64_t seed)
-{
-    *s = (struct subject){.image = {0}};
-    metadata_sample_make(&s->sample, seed);
-    metadata_sample_link(&s->sample, seed);
-    metadata_sample_image(&s->sample, &s->image);
-    dcp_error_clear(&err);
-    CHECK_OK(dcp_metadata_read(s->image.data, s->image.len, &s->md, &err), &err);
-    CHECK(dcp_metadata_footer_parse(s->image.data, s->image.len, &s->footer));
-}
-
-static void
-clean_up_subject(struct subject *s)
-{
-    dcp_metadata_clean_up(&s->md);
-    dcp_buf_clean_up(&s->image);
-    metadata_sample_clean_up(&s->sample);
-}
 
 static int
 write_links(const struct metadata_sample *sample, const struct dcp_links *links,
@@ -55,7 +27,7 @@ index_and_pickle_say_the_same(void)
     for (uint64_t seed = 1; seed <= 20; seed++) {
         struct subject s;
         bool same = false;
-        make_subject(&s, seed);
+        make_subject(&s, seed, true);
         CHECK(s.md.is_native && s.md.accepted_count > 0);
         CHECK_OK(metadata_read_copy(s.image.data, s.image.len, true, &s.md, &same, &err), &err);
         CHECK(same);
@@ -97,7 +69,7 @@ written_and_linked_records_are_where_they_are_said_to_be(void)
     for (uint64_t seed = 1; seed <= 20; seed++) {
         struct subject s;
         uint64_t checked = 0;
-        make_subject(&s, seed);
+        make_subject(&s, seed, true);
         for (uint32_t p = 0; p < SAMPLE_RANKS; p++) {
             const struct dcp_layout *layout = &s.sample.global.layouts[p];
             for (uint32_t r = 0; r < layout->records_count; r++, checked++) {
@@ -122,7 +94,7 @@ static void
 links_follow_what_their_plan_writes(void)
 {
     struct subject s;
-    make_subject(&s, 4);
+    make_subject(&s, 4, true);
     struct dcp_metadata md = {0};
     struct dcp_md_record *records = NULL;
     uint64_t count = 0, at = 0, link = 0;
@@ -154,7 +126,7 @@ static void
 the_saves_of_linked_files_are_accepted_and_no_others(void)
 {
     struct subject s;
-    make_subject(&s, 6);
+    make_subject(&s, 6, true);
     const struct dcp_links *links = &s.sample.links;
     CHECK(dcp_metadata_accepts(&s.md, &s.sample.save_id));
     for (uint32_t f = 0; f < links->files_count; f++) {
@@ -349,7 +321,7 @@ static void
 every_flipped_bit_of_the_list_is_found(void)
 {
     struct subject s;
-    make_subject(&s, 12);
+    make_subject(&s, 12, true);
     size_t start = (size_t)(s.footer.pickle_bytes + s.footer.index_bytes);
     size_t end = s.image.len - DCP_METADATA_FOOTER_BYTES;
     CHECK_EQ(end - start, 16 * s.md.accepted_count);
@@ -370,7 +342,7 @@ a_lying_list_is_refused(void)
 {
     for (int lie = 0; lie < 5; lie++) {
         struct subject s;
-        make_subject(&s, 14);
+        make_subject(&s, 14, true);
         CHECK(s.footer.accepted_count >= 2);
         size_t start = (size_t)(s.footer.pickle_bytes + s.footer.index_bytes);
         uint8_t *ids = s.image.data + start;
@@ -399,7 +371,7 @@ static void
 running_out_of_memory_is_an_error_and_leaks_nothing(void)
 {
     struct subject s;
-    make_subject(&s, 16);
+    make_subject(&s, 16, true);
     for (unsigned way = 0; way < 2; way++) {
         bool succeeded = false;
         for (uint64_t n = 1; n < 500 && !succeeded; n++) {

@@ -30,7 +30,6 @@ static void
 save_steps(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct run *run = arg;
-    struct dcp_error err = {0};
     struct dcp_group *group = NULL;
     (void)sim;
 
@@ -47,12 +46,8 @@ save_steps(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
             .share_metadata = comm->rank < run->shares_count,
         };
         if (group == NULL || request.change == CHANGE_GROUP) {
-            struct dcp_comm copy = *comm;
             dcp_group_destroy(group);
-            if (dcp_group_new(&copy, comm->size / 2, &group, &err) != 0) {
-                fprintf(stderr, "no group: %s\n", err.message);
-                exit(1);
-            }
+            group = save_world_group(comm, comm->size / 2);
         }
         save_once(group, run->table, &request, &run->results[i * comm->size + comm->rank]);
     }
@@ -92,15 +87,9 @@ static void
 load_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct load_run *run = arg;
-    struct dcp_comm copy = *comm;
-    struct dcp_error err = {0};
-    struct dcp_group *group = NULL;
+    struct dcp_group *group = save_world_group(comm, comm->size - 1);
     (void)sim;
 
-    if (dcp_group_new(&copy, comm->size - 1, &group, &err) != 0) {
-        fprintf(stderr, "no group: %s\n", err.message);
-        exit(1);
-    }
     load_once(group, run->table, &run->request, &run->results[comm->rank]);
     dcp_group_destroy(group);
 }

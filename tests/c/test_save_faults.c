@@ -107,25 +107,24 @@ a_caller_that_raises_in_an_independent_save_aborts_its_own_part_only(void)
 }
 
 /* Every rank for itself: some fail before the others, in exchanges too. */
+static uint64_t *
+of_agree(struct fault_case *fault)
+{
+    return &fault->fail_allocation_of_agree;
+}
+
+static uint64_t *
+of_write(struct fault_case *fault)
+{
+    return &fault->fail_allocation_of_write;
+}
+
 static void
 running_out_of_memory_leaves_one_whole_checkpoint(void)
 {
     for (int i = 0; i < 2 * PLANNINGS; i++) {
-        unsigned failed = 0;
-        bool all_ok = false;
-        for (uint64_t nth = 1; !all_ok && ctest_failures < MOST_FAILURES; nth++) {
-            struct fault_case fault = {.planning = i % PLANNINGS, .direct = DCP_DIRECT_OFF};
-            *(i / PLANNINGS == 0 ? &fault.fail_allocation_of_agree
-                                 : &fault.fail_allocation_of_write) = nth;
-            run_case(&fault);
-            all_ok = true;
-            for (uint32_t r = 0; r < RANKS; r++) {
-                all_ok = all_ok && fault.second[r].rc == 0;
-            }
-            failed += !all_ok;
-        }
-        CHECK(failed > 10);
-        dcp_engine_trim();
+        struct fault_case like = {.planning = i % PLANNINGS, .direct = DCP_DIRECT_OFF};
+        CHECK(fail_each_allocation(&like, i / PLANNINGS == 0 ? of_agree : of_write) > 10);
     }
 }
 

@@ -7,6 +7,7 @@
 
 #include "ctest.h"
 #include "plan_maker.h"
+#include "save_world.h"
 #include "sim_ranks.h"
 
 enum { RANKS = 5, COORDINATOR = 1, TIMEOUT_MS = 20000, MOST_ROUNDS = 8 };
@@ -105,19 +106,13 @@ static struct dcp_group *
 new_group(struct spy *spy)
 {
     struct dcp_comm comm = spy->inner;
-    struct dcp_group *group = NULL;
-    struct dcp_error err = {0};
     comm.ctx = spy;
     comm.all_reduce_min = spy_all_reduce_min;
     comm.gather = spy_gather;
     comm.all_gather = spy_all_gather;
     comm.scatter = spy_scatter;
     comm.destroy = spy_destroy;
-    if (dcp_group_new(&comm, COORDINATOR, &group, &err) != 0) {
-        fprintf(stderr, "no group: %s\n", err.message);
-        exit(1);
-    }
-    return group;
+    return save_world_group(&comm, COORDINATOR);
 }
 
 /* ---- plans ---- */

@@ -59,20 +59,6 @@ limit(struct io_memory *fs, const struct fullness *full, uint64_t space_bytes)
     faults->limited = full->of_a_rank ? 1 + full->rank : 0;
 }
 
-static struct dcp_group *
-new_group(const struct dcp_comm *comm)
-{
-    struct dcp_group *group = NULL;
-    struct dcp_error err = {0};
-    struct dcp_comm copy = *comm;
-
-    if (dcp_group_new(&copy, 0, &group, &err) != 0) {
-        fprintf(stderr, "no group: %s\n", err.message);
-        exit(1);
-    }
-    return group;
-}
-
 /* All ranks come here; afterwards rank 0 is alone until it comes again. */
 static bool
 meet(const struct dcp_group *group)
@@ -193,7 +179,7 @@ static void
 fill_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct filling *filling = arg;
-    struct dcp_group *group = new_group(comm);
+    struct dcp_group *group = save_world_group(comm, 0);
     struct save_request request = {.direct = DCP_DIRECT_OFF};
     uint32_t rank = comm->rank;
     (void)sim;
@@ -298,7 +284,7 @@ sequence_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     static const char *const own_dirs[MOST_RANKS] = {"/node0", "/node1", "/node2"};
     struct sequence *sequence = arg;
-    struct dcp_group *group = new_group(comm);
+    struct dcp_group *group = save_world_group(comm, 0);
     struct save_request request = {.direct = DCP_DIRECT_OFF};
     uint32_t rank = comm->rank;
     (void)sim;

@@ -25,15 +25,9 @@ static void
 save_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
     struct job *job = arg;
-    struct dcp_comm copy = *comm;
-    struct dcp_group *group = NULL;
-    struct dcp_error err = {0};
+    struct dcp_group *group = save_world_group(comm, 0);
     (void)sim;
 
-    if (dcp_group_new(&copy, 0, &group, &err) != 0) {
-        fprintf(stderr, "no group: %s\n", err.message);
-        exit(1);
-    }
     save_once(group, job->tables[comm->rank], &job->request, &job->results[comm->rank]);
     dcp_group_destroy(group);
 }

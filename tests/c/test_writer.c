@@ -280,6 +280,37 @@ a_full_disk_is_named(void)
     dcp_engine_trim();
 }
 
+/* The kernel tells a lost write-back once: who waits for it early has heard it, and fdatasync says
+ * yes afterwards.  That it can't start one early is no loss. */
+static void
+a_write_back_that_was_lost_while_waiting_fails_the_save(void)
+{
+    struct world_options options = small_mix;
+    options.large_bytes = 2 * DCP_MAX_DIRTY_BYTES;
+    struct world world;
+    world_make(&world, &options);
+    for (uint64_t nth = 1; nth <= 3; nth++) { /* start, start, wait for the first */
+        struct io_memory *fs = io_memory_new(nth);
+        struct dcp_io *io = &io_memory_process(fs, 0)->io;
+        io->mkdirs(io->ctx, "/d");
+        int dirfd = io->open_dir(io->ctx, "/d");
+        struct dcp_error err = {0};
+        struct dcp_engine_options engine = {.sync = true, .direct = DCP_DIRECT_OFF};
+        io_memory_faults(fs)->fail_call = IO_FLUSH_RANGE;
+        io_memory_faults(fs)->fail_nth = nth;
+        io_memory_faults(fs)->fail_errno = ETIMEDOUT;
+        int rc = world_write(io, dirfd, &world, &engine, NULL, NULL, &err);
+        CHECK_EQ(io_memory_faults(fs)->fail_nth, 0);
+        CHECK_EQ(rc, nth == 3 ? DCP_E_IO : 0);
+        CHECK_EQ(err.sys_errno, nth == 3 ? ETIMEDOUT : 0);
+        io->close(io->ctx, dirfd);
+        CHECK_EQ(io_memory_open_files(fs), 0);
+        io_memory_free(fs);
+    }
+    world_clean_up(&world);
+    dcp_engine_trim();
+}
+
 static void
 an_existing_name_is_never_touched(void)
 {
@@ -362,5 +393,6 @@ CTEST_MAIN(RUN(files_equal_a_naive_image_for_random_plans);
            RUN(hashes_that_are_given_are_written_as_they_are);
            RUN(short_writes_and_interrupts_change_nothing); RUN(bytes_are_durable_when_it_returns);
            RUN(any_failing_call_fails_the_save_cleanly); RUN(a_full_disk_is_named);
+           RUN(a_write_back_that_was_lost_while_waiting_fails_the_save);
            RUN(an_existing_name_is_never_touched); RUN(a_removed_directory_is_named);
            RUN(cancel_stops_it_and_progress_counts_payload);)

@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,39 @@ def can_reflink(directory: Path) -> bool:
     return True
 
 
+@pytest.fixture(scope="session")
+def reflink_root(tmp_path_factory):
+    """A directory in which files can be reflinked: what DCP_NATIVE_TEST_REFLINK_DIR names, else
+    pytest's own, else an XFS of our own in a file, where that may be mounted."""
+    named = os.environ.get("DCP_NATIVE_TEST_REFLINK_DIR")
+    root = Path(named) if named else tmp_path_factory.mktemp("reflink")
+    if can_reflink(root):
+        yield root
+        return
+    image, place = tmp_path_factory.mktemp("xfs") / "image", root / "xfs"
+    try:
+        place.mkdir()
+        with open(image, "wb") as file:
+            file.truncate(512 << 20)  # sparse; XFS takes no less than 300 MiB
+        for command in (
+            ["mkfs.xfs", "-q", "-m", "reflink=1", str(image)],
+            ["mount", "-o", "loop", str(image), str(place)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no reflinks in {root}, and no XFS of our own: {error}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=30)
+
+
 @pytest.fixture(params=["hard", "reflink"])
 def home(request, tmp_path):
-    """A directory to save in, and incremental_links set to what it is tried with.
-
-    Reflinks are tried where DCP_NATIVE_TEST_REFLINK_DIR points (an XFS or btrfs), else in tmp_path.
-    """
+    """A directory to save in, and incremental_links set to what it is tried with."""
     dcp.configure(incremental_links=request.param, content_hash=True)
     if request.param == "hard":
         yield tmp_path
         return
-    root = Path(os.environ.get("DCP_NATIVE_TEST_REFLINK_DIR", tmp_path))
-    if not can_reflink(root):
-        pytest.skip(f"no reflinks in {root}")
-    place = root / tmp_path.name
+    place = request.getfixturevalue("reflink_root") / tmp_path.name
     place.mkdir(parents=True, exist_ok=True)
     yield place
     shutil.rmtree(place)
@@ -95,6 +115,16 @@ def test_only_what_has_changed_is_written(home):
     )
     check_loads(home / "b", state)
     check_loads(home / "a", many())
+
+
+def test_a_hard_link_gives_nobody_more_rights(home):
+    dcp.save(many(), checkpoint_id=home / "a")
+    (data,) = data_files(home / "a")
+    data.chmod(0o600)
+    dcp.save(many(), checkpoint_id=home / "b", base=home / "a")
+    assert dcp.last_report()["linked_files"] == 1
+    hard = dcp.config().incremental_links == "hard"
+    assert stat.S_IMODE(data.stat().st_mode) == (0o400 if hard else 0o600)
 
 
 def test_the_base_may_be_deleted(home):

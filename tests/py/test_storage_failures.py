@@ -14,7 +14,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from test_kill import SMALL, Rank, check_no_junk, jobs, loaded_version
+
+import dcp_native as dcp
 
 __all__ = ["jobs"]
 
@@ -188,6 +191,23 @@ def test_a_directory_removed_while_it_is_written_says_so(jobs, tmp_path):
         assert {code for _, _, code in fact["failures"].values()} == {"REMOVED"}, fact
     assert not path.exists()
     next_save_works(jobs, path)
+
+
+def test_leftovers_are_never_cleared_through_a_link_or_waited_for(tmp_path):
+    state = {"w": torch.arange(1000)}
+    dcp.save(state, checkpoint_id=tmp_path / "whole")
+    (data,) = (tmp_path / "whole").glob("*.distcp")
+    before = data.read_bytes()
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "__0_7.distcp").symlink_to(data)
+    os.mkfifo(there / "__0_8.distcp")
+    dcp.save(state, checkpoint_id=there)
+    assert data.read_bytes() == before
+    for path in (tmp_path / "whole", there):
+        target = {"w": torch.zeros(1000, dtype=torch.int64)}
+        dcp.load(target, checkpoint_id=path)
+        assert torch.equal(target["w"], state["w"])
 
 
 @pytest.mark.parametrize(

@@ -182,3 +182,25 @@ def case_independent_saves_are_incremental_each_for_itself(ctx):
     dcp.load(target, checkpoint_id=ctx.dir / "b")
     assert_equal(target, mine)
     assert torch.equal(target["w3"], mine["w3"])
+
+
+def case_rows_of_divided_replicas_are_compared_as_they_are_written(ctx):
+    setting()
+    dcp.configure(split_replicated=4096)
+    try:
+        sd = {
+            "dense": value("dense", (4096, 16)),
+            "strided": value("strided", (64, 512)).t(),
+            "changed": value("changed", (30, 50)),
+        }
+        dcp.save(sd, checkpoint_id=ctx.dir / "a")
+        assert dcp.last_report()["cut_items"] == 3, dcp.last_report()
+        sd["changed"] = sd["changed"] + 1
+        for path, base in (("b", "a"), ("c", "b")):
+            dcp.save(sd, checkpoint_id=ctx.dir / path, base=ctx.dir / base)
+            report = dcp.last_report()
+            assert report["cut_items"] == 3, report
+            assert report["reused_items"] == (2 if path == "b" else 3), report
+            check_loads(ctx, ctx.dir / path, sd)
+    finally:
+        dcp.configure(split_replicated="auto")

@@ -15,13 +15,20 @@ class Config:
     """Settings of this process.  Ranks of one job should agree on them.
 
     Attributes:
-        verify: check the CRC32 of what is loaded (payloads and blocks, ours and stock torch's).
+        verify: check the CRC32 of what is loaded (payloads and blocks, ours and stock torch's).  Of
+            a block (1 MiB) of which less than half is wanted only the wanted rows are read, and
+            counted in the report's ``unverified_bytes``; ``"strict"`` reads such blocks whole and
+            checks them too.
         strict_coverage: a target that the saved chunks do not cover is an error; torch leaves that
             memory untouched.
         allow_unsafe_objects: objects (and ``.metadata`` with unknown classes) that the safe loader
             refuses are unpickled as torch does.  Off: refused by name.
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
+        read_once: data that several ranks of a load want is read by one of them.  ``"host"``: for
+            the ranks of one host, which hand it over through shared memory; ``"group"``: for all
+            ranks, across hosts through the process group; ``"off"``: every rank reads what it
+            wants.
         incremental_links: how a save with ``base=`` takes over unchanged data files.
             ``"reflink"`` shares their blocks (btrfs, XFS, bcachefs and the like; where the file
             system cannot, everything is written and the report says so).  ``"hard"`` makes hard
@@ -51,10 +58,11 @@ class Config:
         native: False sends every call through torch's own implementation.
     """
 
-    verify: bool = True
+    verify: bool | Literal["strict"] = True
     strict_coverage: bool = True
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
+    read_once: Literal["host", "group", "off"] = "host"
     incremental_links: Literal["reflink", "hard"] = "reflink"
     content_hash: bool = False
     io_uring: Literal["auto", "off", "on"] = "auto"
@@ -66,6 +74,12 @@ class Config:
     native: bool = True
 
     def __post_init__(self) -> None:
+        if self.verify not in VERIFY:
+            raise ValueError(f"verify must be one of {list(VERIFY)}, not {self.verify!r}")
+        if self.read_once not in READ_ONCE:
+            raise ValueError(
+                f"read_once must be one of {sorted(READ_ONCE)}, not {self.read_once!r}"
+            )
         if self.direct_io not in DIRECT_IO:
             raise ValueError(
                 f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
@@ -95,6 +109,10 @@ class Config:
             )
 
 
+VERIFY = {False: 0, True: 1, "strict": 2}
+"""``verify`` of _native.Load."""
+READ_ONCE = {"host": 0, "group": 1, "off": 2}
+"""Values of enum dcp_read_once (csrc/include/dcp_transfer.h)."""
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
 IO_URING = {"auto": 0, "off": 1, "on": 2}
@@ -138,15 +156,20 @@ def _as_bool(text: str) -> bool:
     raise ValueError(f"expected 0 or 1, got {text!r}")
 
 
+def _as_verify(text: str) -> bool | str:
+    return text if text == "strict" else _as_bool(text)
+
+
 def _as_split(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "DCP_NATIVE_VERIFY": ("verify", _as_bool),
+    "DCP_NATIVE_VERIFY": ("verify", _as_verify),
     "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE_READ_ONCE": ("read_once", str),
     "DCP_NATIVE_INCREMENTAL_LINKS": ("incremental_links", str),
     "DCP_NATIVE_CONTENT_HASH": ("content_hash", _as_bool),
     "DCP_NATIVE_IO_URING": ("io_uring", str),

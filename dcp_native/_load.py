@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict, _iterate_state_dict
 
 from . import _native
-from ._config import DIRECT_IO, config
+from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import as_record, codes_of, raise_alone, raise_failures
 from ._report import logger, set_report
 from ._save import hash64
@@ -79,9 +79,10 @@ class NativeLoad:
             os.fspath(self.reader.path),
             rank=self.group.rank,
             call_hash=hash64("load", os.fspath(self.reader.path)),
-            verify=settings.verify,
+            verify=VERIFY[settings.verify],
             strict_coverage=settings.strict_coverage,
             direct=DIRECT_IO[settings.direct_io],
+            read_once=READ_ONCE[settings.read_once],
         )
 
     def _leave(self, native: _native.Load, error: BaseException) -> None:

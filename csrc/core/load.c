@@ -21,8 +21,9 @@ struct dcp_load {
     char *dir_path; /* owned */
     uint64_t call_hash;
     uint32_t rank;
-    bool verify;
+    bool verify, verify_all;
     enum dcp_direct direct;
+    enum dcp_read_once read_once;
     int dirfd; /* -1 when the directory could not be opened */
     int open_errno;
     bool rank_local;
@@ -50,7 +51,9 @@ dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
     load->call_hash = params->call_hash;
     load->rank = params->rank;
     load->verify = params->verify;
+    load->verify_all = params->verify_all;
     load->direct = params->direct;
+    load->read_once = params->read_once;
     load->dirfd = load->io->open_dir(load->io->ctx, load->dir_path);
     if (load->dirfd < 0) {
         load->open_errno = -load->dirfd;
@@ -248,6 +251,7 @@ dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_in
     struct dcp_engine_options options = {
         .direct = load->direct,
         .verify = load->verify,
+        .verify_all = load->verify_all,
         .cancel = cancel,
         .progress_bytes = progress_bytes,
     };

@@ -131,8 +131,12 @@ int dcp_read_plan_build(struct dcp_read_plan *plan, bool strict, uint64_t *ret_h
                         struct dcp_error *err) DCP_MUST_CHECK;
 
 struct dcp_read_stats {
-    uint64_t read_bytes, wanted_bytes, verified_bytes, unverified_bytes, straight_bytes,
-        requests_count, files_count;
+    uint64_t read_bytes; /* by this rank, from storage or the page cache */
+    uint64_t hot_bytes;  /* of them: of files that lay in the page cache */
+    uint64_t wanted_bytes, verified_bytes, unverified_bytes; /* delivered to targets */
+    uint64_t straight_bytes; /* read into their target without a buffer between */
+    uint64_t shared_bytes;   /* delivered from what other ranks read */
+    uint64_t requests_count, files_count;
     uint64_t wall_ns;
 };
 

@@ -171,13 +171,21 @@ void dcp_stage_trim(void);
 /* ---- load ---- */
 struct dcp_load;
 
+/* Which ranks share what they read of data that several of them want. */
+enum dcp_read_once {
+    DCP_READ_ONCE_HOST = 0,  /* those of one host, through shared memory */
+    DCP_READ_ONCE_GROUP = 1, /* also all of the group, through its collectives */
+    DCP_READ_ONCE_OFF = 2,
+};
+
 struct dcp_load_params {
     const struct dcp_io *io;
     const char *dir_path;
     uint64_t call_hash;
-    uint32_t rank; /* whose `__{rank}.metadata` is read when there is no `.metadata` */
-    bool verify;
+    uint32_t rank;           /* whose `__{rank}.metadata` is read when there is no `.metadata` */
+    bool verify, verify_all; /* as of struct dcp_engine_options */
     enum dcp_direct direct;
+    enum dcp_read_once read_once;
 };
 
 int dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,

@@ -95,21 +95,21 @@ run_collective(PyObject *object, native_fn fn, PyObject *record)
 static PyObject *
 load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"group",           "path",   "rank", "call_hash", "verify",
-                            "strict_coverage", "direct", NULL};
+    static char *names[] = {"group",           "path",   "rank",      "call_hash", "verify",
+                            "strict_coverage", "direct", "read_once", NULL};
     struct module_state *state = module_state_of(type);
     struct dcp_load_params params = {.io = dcp_io_posix()};
     unsigned long long call_hash = 0;
     unsigned int rank = 0;
-    int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO;
+    int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO, once = DCP_READ_ONCE_HOST;
     struct dcp_group *group;
     struct load_object *self;
     PyObject *group_arg;
     struct dcp_error err;
 
-    if (state == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$IKppi:Load", names,
-                                                      &group_arg, &params.dir_path, &rank,
-                                                      &call_hash, &verify, &strict, &direct)) {
+    if (state == NULL || !PyArg_ParseTupleAndKeywords(
+                             args, kwargs, "Os|$IKipii:Load", names, &group_arg, &params.dir_path,
+                             &rank, &call_hash, &verify, &strict, &direct, &once)) {
         return NULL;
     }
     if (!Py_IS_TYPE(group_arg, state->group_type)) {
@@ -127,7 +127,9 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     params.rank = rank;
     params.call_hash = call_hash;
     params.verify = verify != 0;
+    params.verify_all = verify == 2;
     params.direct = (enum dcp_direct)direct;
+    params.read_once = (enum dcp_read_once)once;
     dcp_error_clear(&err);
     if (self->records == NULL || dcp_load_new(group, &params, &self->load, &err) != 0) {
         Py_DECREF(self);
@@ -396,22 +398,23 @@ load_info(PyObject *object, PyObject *unused)
     bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
 
     (void)unused;
-    return Py_BuildValue("{szsOsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
-                         unsupported ? self->local_err.message : NULL, "rank_local",
-                         dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
-                         (unsigned long long)stats->read_bytes, "wanted_bytes",
-                         (unsigned long long)stats->wanted_bytes, "verified_bytes",
-                         (unsigned long long)stats->verified_bytes, "unverified_bytes",
-                         (unsigned long long)stats->unverified_bytes, "straight_bytes",
-                         (unsigned long long)stats->straight_bytes, "requests_count",
-                         (unsigned long long)stats->requests_count, "files_count",
-                         (unsigned long long)stats->files_count, "wall_ns",
-                         (unsigned long long)stats->wall_ns, "hole_bytes",
-                         (unsigned long long)self->hole_bytes, "cast_count",
-                         (unsigned long long)self->targets.cast_count, "copies_count",
-                         (unsigned long long)self->targets.copies_count, "missing_count",
-                         (unsigned long long)self->targets.missing_count, "replaced_count",
-                         (unsigned long long)self->targets.replaced_count);
+    return Py_BuildValue(
+        "{szsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
+        unsupported ? self->local_err.message : NULL, "rank_local",
+        dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
+        (unsigned long long)stats->read_bytes, "hot_bytes", (unsigned long long)stats->hot_bytes,
+        "shared_bytes", (unsigned long long)stats->shared_bytes, "wanted_bytes",
+        (unsigned long long)stats->wanted_bytes, "verified_bytes",
+        (unsigned long long)stats->verified_bytes, "unverified_bytes",
+        (unsigned long long)stats->unverified_bytes, "straight_bytes",
+        (unsigned long long)stats->straight_bytes, "requests_count",
+        (unsigned long long)stats->requests_count, "files_count",
+        (unsigned long long)stats->files_count, "wall_ns", (unsigned long long)stats->wall_ns,
+        "hole_bytes", (unsigned long long)self->hole_bytes, "cast_count",
+        (unsigned long long)self->targets.cast_count, "copies_count",
+        (unsigned long long)self->targets.copies_count, "missing_count",
+        (unsigned long long)self->targets.missing_count, "replaced_count",
+        (unsigned long long)self->targets.replaced_count);
 }
 
 static PyMethodDef load_methods[] = {
@@ -429,9 +432,8 @@ static PyMethodDef load_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(load_doc,
-             "Load(group, path, *, rank=0, call_hash=0, verify=True, strict_coverage=True, "
-             "direct=0)\n--\n\nOne load from the directory `path`.");
+PyDoc_STRVAR(load_doc, "Load(group, path, *, rank=0, call_hash=0, verify=1, strict_coverage=True, "
+                       "direct=0, read_once=0)\n--\n\nOne load from the directory `path`.");
 
 static PyType_Slot load_slots[] = {
     {Py_tp_doc, (void *)load_doc},

@@ -38,6 +38,7 @@ if _native.built_for_torch != torch.__version__.split("+")[0]:
     )
 
 from ._config import Config, config, configure
+from ._failures import LoadException
 from ._native import NativeError
 from ._report import last_report
 from .state_dict_loader import load, load_state_dict
@@ -62,6 +63,7 @@ __all__ = [
     "DefaultSavePlanner",
     "FileSystemReader",
     "FileSystemWriter",
+    "LoadException",
     "LoadPlan",
     "LoadPlanner",
     "Metadata",

@@ -81,6 +81,7 @@ dcp_read_plan_clean_up(struct dcp_read_plan *plan)
     dcp_free(plan->targets);
     dcp_free(plan->items);
     dcp_free(plan->dims);
+    dcp_free(plan->delivered);
     memset(plan, 0, sizeof *plan);
 }
 
@@ -294,6 +295,7 @@ check_coverage(struct builder *builder, uint64_t target_index, uint64_t target_v
     DCP_ASSERT(covered <= target_volume);
     uint64_t hole_bytes = (target_volume - covered) * dcp_dtype_bytes(entry->dtype);
     builder->hole_bytes += hole_bytes;
+    plan->targets[target_index].hole_bytes = hole_bytes;
     if (hole_bytes > 0 && builder->strict) {
         char text[256];
         box_text(plan->dims + target->dims, entry->ndim, text, sizeof text);

@@ -326,8 +326,10 @@ int
 dcp_read_deliver(struct dcp_reader *reader, const struct dcp_read_request *request,
                  const struct dcp_read_use *use, const uint8_t *bytes, struct dcp_error *err)
 {
-    if (use->kind == DCP_READ_USE_RECORD) {
-        return deliver_record(reader, request, use, bytes, err);
-    }
-    return deliver_range(reader, request, use, bytes, err);
+    uint64_t before = reader->stats.wanted_bytes;
+    dcp_target_touch(reader->plan, use->item->target);
+    int rc = use->kind == DCP_READ_USE_RECORD ? deliver_record(reader, request, use, bytes, err)
+                                              : deliver_range(reader, request, use, bytes, err);
+    dcp_target_deliver(reader->plan, use->item->target, reader->stats.wanted_bytes - before);
+    return rc;
 }

@@ -69,6 +69,9 @@ dcp_read_request_push(struct dcp_reader *reader)
                           .flags = (uint32_t)(end - request->to_bytes)};
     reader->stats.read_bytes += request->to_bytes - request->from_bytes;
     reader->stats.requests_count++;
+    if (request->in_place) {
+        dcp_target_touch(reader->plan, request->uses[0].item->target);
+    }
     request->job = dcp_pump_push(&reader->pump, &job);
     request->pushed = true;
     reader->open_request = (reader->open_request + 1) % reader->ring->buffers_count;

@@ -218,7 +218,7 @@ debug_targets(PyObject *module, PyObject *args, PyObject *kwargs)
                                "flatten_state_dict", "flatten_sharded_tensors",
                                "allow_partial_load", NULL};
     int flatten = 1, flatten_sharded = 1, partial = 0;
-    struct load_targets_options options;
+    struct load_targets_options options = {0};
     struct load_targets targets = {0};
     struct dcp_metadata md = {0};
     struct native_state *state = PyModule_GetState(module);

@@ -21,6 +21,7 @@ Keys = str | Iterable[str] | Callable[[str], bool]
 
 _PATTERN_SIGNS = re.compile(r"[*?[]")
 _MOST_SHOWN = 10
+_KEYS_TEXT = "keys must be a str, an iterable of str, or a callable of a key"
 
 
 class KeyFilter:
@@ -47,13 +48,12 @@ class KeyFilter:
         if callable(keys):
             self.predicate = keys
             return
+        if not isinstance(keys, Iterable):
+            raise TypeError(f"{_KEYS_TEXT}, not {keys!r}")
         self.names = (keys,) if isinstance(keys, str) else tuple(keys)
         for name in self.names:
             if not isinstance(name, str):
-                raise TypeError(
-                    "keys must be a str, an iterable of str, or a callable of a key; "
-                    f"it holds {name!r}"
-                )
+                raise TypeError(f"{_KEYS_TEXT}; it holds {name!r}")
             if _PATTERN_SIGNS.search(name):
                 self._patterns[name] = re.compile(fnmatch.translate(name))
         self._wanted = frozenset(self.names)

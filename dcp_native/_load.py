@@ -45,9 +45,11 @@ class NativeLoad:
         group: _native.Group,
         keys: KeyFilter | None = None,
         verify: bool | Literal["strict"] | None = None,
+        top_is_copy: bool = False,
     ) -> None:
         self.reader = reader
         self.group = group
+        self.top_is_copy = top_is_copy  # the caller has another top-level dict than run() gets
         self.keys = keys
         self.verify = config().verify if verify is None else verify
         self.flatten = getattr(planner, "flatten_state_dict", True)
@@ -115,10 +117,15 @@ class NativeLoad:
         filled, partly, untouched = (
             names_of(outcome.get(key, b"")) for key in ("filled", "partly", "untouched")
         )
+        if self.top_is_copy and self.by_python != _UNTOUCHED:
+            objects = native.results()[0]
+            top = {fqn for _, fqn, path in objects if path is None or len(path) == 1}
+            filled, partly = ([n for n in names if n not in top] for names in (filled, partly))
+            untouched += sorted(top.difference(untouched))
         if self.touched_before:
             known = {*filled, *partly}
             partly += sorted(self.touched_before - known)
-            untouched = [name for name in untouched if name not in self.touched_before]
+            untouched = [n for n in untouched if n not in self.touched_before]
         return tuple(filled), tuple(partly), tuple(untouched)
 
     def _report_failure(
@@ -134,7 +141,7 @@ class NativeLoad:
                 **self._report(native),
                 **lists,
                 "failed": True,
-                "error": f"{type(error).__name__}: {error}",
+                "error": _text_of(error),
             }
         )
         return outcome
@@ -148,7 +155,7 @@ class NativeLoad:
             "failed": False,
             "error": None,
             "verify": self.verify,
-            **facts,
+            **{key: value for key, value in facts.items() if key != "unsupported"},
         }
 
     def _fail(self, native: _native.Load, error: BaseException) -> NoReturn:
@@ -158,7 +165,8 @@ class NativeLoad:
         try:
             filled, partly, untouched = self._report_failure(native, error)
         except Exception as report_error:
-            logger.warning("no report of the failed load: %s", report_error)
+            logger.warning("no full report of the failed load: %s", report_error)
+            set_report({**self._report(None), "failed": True, "error": _text_of(error)})
         if isinstance(error, CheckpointException) and (filled or partly):
             raise LoadException(
                 *error.args, self.group.rank, filled, partly, untouched
@@ -258,6 +266,10 @@ class NativeLoad:
         with torch.no_grad():
             for temporary, destination in copies:
                 destination.detach().copy_(temporary)
+
+
+def _text_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _materialise(state_dict: dict[str, Any]) -> None:

@@ -117,8 +117,9 @@ def load(
             _tell(error, reader, planner, process_group, no_dist)
             raise
         _load_state_dict(
-            loaded, reader, process_group, 0, no_dist, planner, keys=selection, verify=verify
-        )
+            loaded, reader, process_group, 0, no_dist, planner,
+            keys=selection, verify=verify, top_is_copy=True,
+        )  # fmt: skip
         for key in tops:
             if selection is not None and str(key) not in selection.touched:
                 continue
@@ -154,6 +155,7 @@ def _load_state_dict(
     *,
     keys: KeyFilter | None = None,
     verify: bool | Literal["strict"] | None = None,
+    top_is_copy: bool = False,
 ) -> None:
     """As torch's private function of this name: no Stateful calls, no reset."""
     torch._C._log_api_usage_once("dcp_native.load_state_dict")
@@ -164,7 +166,7 @@ def _load_state_dict(
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
         group = group_for(process_group, alone, 0 if alone else coordinator_rank)
         try:
-            NativeLoad(storage_reader, planner, group, keys, verify).run(state_dict)
+            NativeLoad(storage_reader, planner, group, keys, verify, top_is_copy).run(state_dict)
         except UnsupportedCheckpoint as error:  # raised on every rank or on none
             reason = str(error)
     note_path("load", reason)

@@ -326,10 +326,16 @@ int
 dcp_read_deliver(struct dcp_reader *reader, const struct dcp_read_request *request,
                  const struct dcp_read_use *use, const uint8_t *bytes, struct dcp_error *err)
 {
+    const struct dcp_read_plan *plan = reader->plan;
+    uint64_t target = use->item->target;
+    dcp_target_touch(plan, target);
+    if (use->kind == DCP_READ_USE_RECORD) {
+        int rc = deliver_record(reader, request, use, bytes, err);
+        dcp_target_deliver(plan, target, rc == 0 ? dcp_read_item_bytes(plan, use->item) : 0);
+        return rc;
+    }
     uint64_t before = reader->stats.wanted_bytes;
-    dcp_target_touch(reader->plan, use->item->target);
-    int rc = use->kind == DCP_READ_USE_RECORD ? deliver_record(reader, request, use, bytes, err)
-                                              : deliver_range(reader, request, use, bytes, err);
-    dcp_target_deliver(reader->plan, use->item->target, reader->stats.wanted_bytes - before);
+    int rc = deliver_range(reader, request, use, bytes, err);
+    dcp_target_deliver(plan, target, reader->stats.wanted_bytes - before);
     return rc;
 }

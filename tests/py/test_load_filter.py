@@ -114,6 +114,7 @@ SELECTIONS: dict[str, tuple[Any, set[str]]] = {
 @pytest.mark.parametrize("how", PLANNERS)
 @pytest.mark.parametrize("case", SELECTIONS)
 def test_exactly_what_is_selected_is_loaded(case, how, path):
+    """[keys-keyword]"""
     keys, want = SELECTIONS[case]
     if case == "a generator":
         keys = (name for name in ("step",))

@@ -292,6 +292,7 @@ def check_failed_load(target: dict[str, Any], saved: dict[str, Any], error: Any)
 @pytest.mark.parametrize("direct_io", ["off", "auto"])
 @pytest.mark.parametrize("part", [0.1, 0.9])
 def test_a_checksum_error_says_what_was_overwritten(part, direct_io, tmp_path):
+    """[load-exception]"""
     saved = {
         **{f"small{i}": value(f"s{i}", (40,)) for i in range(5)},
         "large": value("large", (6 * BLOCK // 4 + 77,)),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -20,6 +18,7 @@ from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
 from ._filter import KeyFilter, leaves_of
+from ._receive import Receiver, settle_devices
 from ._report import LISTED_NAMES, logger, names_of, set_report
 from ._save import hash64
 
@@ -57,7 +56,7 @@ class NativeLoad:
         self.allow_partial = getattr(planner, "allow_partial_load", False)
         self.error: BaseException | None = None
         self.may_be_replaced = False  # says the last agreement, to all ranks alike
-        self.by_python = _UNTOUCHED  # targets that Python finishes
+        self.by_python = _UNTOUCHED  # objects
         self.touched_before: set[str] = set()  # by reads of checkpoints that were replaced
 
     def run(self, state_dict: dict[str, Any]) -> None:
@@ -198,10 +197,7 @@ class NativeLoad:
             self.error = error
         self._agree("plan", native, native.status)
         try:
-            native.read()
-            self.by_python = _PARTLY
-            self._finish_in_python(native, state_dict)
-            self.by_python = _FILLED
+            self._read(native, state_dict)
         except BaseException as error:
             self.error = error
         self._agree("read", native, native.status)
@@ -247,25 +243,19 @@ class NativeLoad:
         self.may_be_replaced = step == "read" and bool(codes) and codes <= _RETRY_CODES
         raise_failures(step, failures, self.group.rank, self.error, native.interrupt())
 
-    def _finish_in_python(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
-        objects, records, tensors, copies = native.results()
-        wanted = {target: (fqn, path) for target, fqn, path in objects}
-        for target, chunk_offsets, target_offsets, lengths, data in records:
-            if target in wanted:
-                fqn, path = wanted[target]
-                value = load_object(data, fqn)
-                if path is None:
-                    state_dict[fqn] = value
-                else:
-                    set_element(state_dict, path, value)
+    def _read(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
+        objects, tensors = native.results()
+        receiver = Receiver(self.reader, native.metadata)
+        if native.info()["copies_count"]:
+            settle_devices(tensors)
+        native.read(receiver)
+        self.by_python = _PARTLY
+        for target, fqn, path in objects:
+            if path is None:
+                state_dict[fqn] = receiver.values[target]
             else:
-                saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-                source = narrow_tensor_by_index(saved, chunk_offsets, lengths)
-                into = narrow_tensor_by_index(tensors[target], target_offsets, lengths)
-                into.detach().copy_(source)
-        with torch.no_grad():
-            for temporary, destination in copies:
-                destination.detach().copy_(temporary)
+                set_element(state_dict, path, receiver.values[target])
+        self.by_python = _FILLED
 
 
 def _text_of(error: BaseException) -> str:
@@ -282,20 +272,3 @@ def _materialise(state_dict: dict[str, Any]) -> None:
         return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
 
     _iterate_state_dict(state_dict, on_cpu, on_cpu, on_cpu)
-
-
-def load_object(data: bytes, fqn: str) -> Any:
-    """Deserialise a saved object: by the safe loader where it can, else as torch does.
-
-    Raises:
-        pickle.UnpicklingError: it needs arbitrary code and ``config.allow_unsafe_objects`` is off.
-    """
-    try:
-        return torch.load(io.BytesIO(data), weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not config().allow_unsafe_objects:
-            raise pickle.UnpicklingError(
-                f"{fqn} is an object that only unsafe unpickling can load, and "
-                f"config.allow_unsafe_objects is off: {error}"
-            ) from error
-    return torch.load(io.BytesIO(data), weights_only=False)

@@ -94,7 +94,8 @@ def last_report() -> dict[str, Any] | None:
         progress_bytes: delivered so far, also by a load that failed.
         verify: the setting: True, False or ``"strict"``.
         requests_count, files_count, objects_count: reads of storage, data files, objects.
-        copies_count: targets filled through a temporary (casts, devices, odd memory).
+        copies_count, whole_copies: targets that torch's own copy fills (devices, odd memory); parts
+            of them that went through a temporary of their full size.
         wall_ns: of reading.
         rank_local: read through ``__{rank}.metadata``.
 

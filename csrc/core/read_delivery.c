@@ -40,7 +40,7 @@ dcp_read_item_bytes(const struct dcp_read_plan *plan, const struct dcp_read_item
 }
 
 int
-dcp_read_plan_states(const struct dcp_read_plan *plan, enum dcp_target_state others,
+dcp_read_plan_states(const struct dcp_read_plan *plan, enum dcp_target_state objects,
                      uint8_t *ret_states, struct dcp_error *err)
 {
     uint64_t *wanted = dcp_calloc(dcp_max_u64(plan->targets_count, 1), sizeof *wanted);
@@ -52,11 +52,12 @@ dcp_read_plan_states(const struct dcp_read_plan *plan, enum dcp_target_state oth
     }
     for (uint64_t i = 0; i < plan->targets_count; i++) {
         uint64_t word = plan->delivered != NULL ? atomic_load(&plan->delivered[i]) : 0;
-        if (!plan->targets[i].caller_memory) {
-            ret_states[i] = (uint8_t)others;
+        uint64_t bytes = word & ~(DCP_TARGET_TOUCHED | DCP_TARGET_SPOILED);
+        if (plan->md->entries[plan->targets[i].entry].kind == DCP_ITEM_BYTES) {
+            ret_states[i] = (uint8_t)objects;
         } else if (!(word & DCP_TARGET_TOUCHED)) {
             ret_states[i] = DCP_TARGET_UNTOUCHED;
-        } else if ((word & ~DCP_TARGET_TOUCHED) < wanted[i]) {
+        } else if (word & DCP_TARGET_SPOILED || bytes < wanted[i]) {
             ret_states[i] = DCP_TARGET_PARTLY;
         } else {
             ret_states[i] = DCP_TARGET_FILLED;

@@ -312,8 +312,8 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
                              err);
     }
     /* Quantised tensors have an element size but no record that we could know. */
-    bool opaque = entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0 ||
-                  entry->dtype >= DCP_DTYPE_QINT8;
+    bool opaque = entry->kind == DCP_ITEM_BYTES || chunk->transforms != 0 ||
+                  dcp_dtype_bytes(entry->dtype) == 0 || entry->dtype >= DCP_DTYPE_QINT8;
     if (opaque) {
         return want_record(reader, item, err);
     }

@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "box.h"
 #include "dcp_crc32.h"
 #include "le_bytes.h"
 #include "zip_format.h"
@@ -151,7 +150,9 @@ static int
 hand_over(struct dcp_reader *reader, const struct dcp_read_request *request,
           const struct dcp_read_use *use, const uint8_t *record, struct dcp_error *err)
 {
-    bool verify = reader->options->verify;
+    /* Of what transforms made of a record only their own checks know anything. */
+    bool transformed = reader->plan->md->chunks[use->item->chunk].transforms != 0;
+    bool verify = reader->options->verify && !transformed;
     if (verify) {
         struct dcp_error why;
         dcp_error_clear(&why);
@@ -244,26 +245,6 @@ memory_read(void *ctx, uint64_t offset, size_t len, const uint8_t **ret, struct 
     return 0;
 }
 
-/* Memory of a stored tensor that is no permutation of a dense box. */
-static void
-copy_strided(struct dcp_reader *reader, const struct dcp_read_item *item,
-             const struct dcp_record_view *view, const uint8_t *payload)
-{
-    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
-    const uint64_t *dims = reader->plan->dims + item->dims;
-    uint32_t item_bytes = dcp_dtype_bytes(entry->dtype);
-    uint8_t *target;
-    int64_t target_strides[DCP_MAX_DIMS], strides[DCP_MAX_DIMS];
-    dcp_read_target(reader->plan, item, &target, target_strides);
-    payload += view->storage_offset * item_bytes;
-    for (uint32_t d = 0; d < entry->ndim; d++) {
-        strides[d] = view->strides[d] * (int64_t)item_bytes;
-        payload += (int64_t)dims[d] * strides[d];
-    }
-    dcp_box_copy(target, target_strides, payload, strides, entry->ndim, dims + 2 * entry->ndim,
-                 item_bytes);
-}
-
 static int
 deliver_parsed(struct dcp_reader *reader, const struct dcp_read_request *request,
                const struct dcp_read_use *use, struct dcp_read_box *box, const uint8_t *record,
@@ -297,7 +278,7 @@ deliver_parsed(struct dcp_reader *reader, const struct dcp_read_request *request
     if (dense) {
         dcp_read_box_put(box, payload, 0, box->payload_bytes);
     } else {
-        copy_strided(reader, use->item, &view, payload);
+        dcp_read_put_strided(reader->plan, use->item, &view, payload);
     }
     count_done(reader, box->wanted_bytes, verified);
     return 0;
@@ -308,7 +289,8 @@ deliver_record(struct dcp_reader *reader, const struct dcp_read_request *request
                const struct dcp_read_use *use, const uint8_t *record, struct dcp_error *err)
 {
     const struct dcp_md_entry *entry = dcp_read_entry(reader, use->item);
-    if (entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0) {
+    if (entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0 ||
+        reader->plan->md->chunks[use->item->chunk].transforms != 0) {
         return hand_over(reader, request, use, record, err);
     }
     struct dcp_read_box box;

@@ -210,7 +210,7 @@ put_outcome(PyObject *dict, const struct load_targets *targets, const uint8_t *s
 }
 
 PyObject *
-load_outcome(const struct load_targets *targets, enum dcp_target_state others)
+load_outcome(const struct load_targets *targets, enum dcp_target_state objects)
 {
     const struct dcp_read_plan *plan = &targets->plan;
     uint8_t *states = dcp_calloc(dcp_max_u64(plan->targets_count, 1), sizeof *states);
@@ -222,7 +222,7 @@ load_outcome(const struct load_targets *targets, enum dcp_target_state others)
 
     dcp_error_clear(&err);
     if (states == NULL || marks == NULL || dict == NULL ||
-        dcp_read_plan_states(plan, others, states, &err) != 0) {
+        dcp_read_plan_states(plan, objects, states, &err) != 0) {
         PyErr_NoMemory();
     } else {
         rc = plan->md != NULL ? put_outcome(dict, targets, states, marks) : 0;

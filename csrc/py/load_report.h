@@ -12,8 +12,8 @@
  * plan that is built; returns new. */
 PyObject *load_report(const struct load_targets *targets);
 
-/* The same of the lists `filled`, `partly`, `untouched`, with all names.  `others` says what became
- * of the targets that Python has to finish. */
-PyObject *load_outcome(const struct load_targets *targets, enum dcp_target_state others);
+/* The same of the lists `filled`, `partly`, `untouched`, with all names.  `objects` says what
+ * became of objects. */
+PyObject *load_outcome(const struct load_targets *targets, enum dcp_target_state objects);
 
 #endif

@@ -47,7 +47,6 @@ fixture_init(struct fixture *f)
     for (size_t i = 0; i < 3; i++) {
         uint64_t offsets[2] = {boxes[i].offset, 0}, sizes[2] = {boxes[i].rows, 2}, target;
         CHECK(dcp_read_plan_add(&f->plan, 0, memory, NULL, offsets, sizes, &target, &err) == 0);
-        f->plan.targets[target].caller_memory = true;
     }
     CHECK(dcp_read_plan_add(&f->plan, 1, NULL, NULL, NULL, NULL, NULL, &err) == 0);
     uint64_t holes = 1;
@@ -91,11 +90,14 @@ a_target_is_filled_when_the_last_of_its_bytes_is_there(void)
     dcp_target_deliver(&f.plan, 2, 2 * 2 * 4);
     states(&f, DCP_TARGET_UNTOUCHED, state);
     CHECK(state[2] == DCP_TARGET_FILLED);
+    dcp_target_spoil(&f.plan, 2);
+    states(&f, DCP_TARGET_UNTOUCHED, state);
+    CHECK(state[2] == DCP_TARGET_PARTLY && state[0] == DCP_TARGET_FILLED);
     dcp_read_plan_clean_up(&f.plan);
 }
 
 static void
-what_is_no_memory_of_the_caller_is_as_the_caller_says(void)
+objects_are_as_the_caller_says(void)
 {
     struct fixture f;
     uint8_t state[TARGETS];
@@ -164,7 +166,6 @@ without_memory_nothing_is_counted_and_nothing_lost(void)
 }
 
 CTEST_MAIN(RUN(a_target_is_filled_when_the_last_of_its_bytes_is_there);
-           RUN(what_is_no_memory_of_the_caller_is_as_the_caller_says);
-           RUN(a_plan_that_nobody_counts_is_untouched);
+           RUN(objects_are_as_the_caller_says); RUN(a_plan_that_nobody_counts_is_untouched);
            RUN(only_an_item_that_is_its_chunk_and_its_target_is_whole);
            RUN(without_memory_nothing_is_counted_and_nothing_lost);)

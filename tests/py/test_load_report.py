@@ -315,7 +315,7 @@ def test_a_checksum_error_says_what_was_overwritten(part, direct_io, tmp_path):
     target["cast"] = target["cast"].float()
     report = check_failed_load(target, saved, error)
     assert "large" in report["partly"], report
-    assert {"cast", "object"} <= set(report["untouched"]), "Python never came to them"
+    assert "object" in report["untouched"], "objects are set when all is read"
     counts = [report[f"{key}_count"] for key in ("filled", "partly", "untouched")]
     said = f"{counts[0]} were already overwritten, {counts[1]} partly, {counts[2]} not at all"
     assert said in str(error) and "do not train on them" in str(error)
@@ -326,18 +326,50 @@ def test_a_checksum_error_says_what_was_overwritten(part, direct_io, tmp_path):
     assert (again.args[0], again.filled, again.partly) == ("read", error.filled, error.partly)
 
 
-def test_an_object_that_cannot_be_read_leaves_the_tensors_filled(tmp_path):
-    pattern = re.compile("needs the unsafe loader")
-    saved = {"w": value("w", (8,)), "top": pattern, "in": {"side": pattern}}
+class Frozen(dict):
+    """Refuses new values, as soon as there is one."""
+
+    def __setitem__(self, key, value):
+        raise RuntimeError("frozen")
+
+
+def test_objects_are_untouched_until_all_is_read(tmp_path):
+    """Then those before one that cannot be set may be set; the caller's own dict comes last."""
+    saved = {"w": value("w", (8,)), "top": 1, "in": {"side": 2}}
     dcp.save(saved, checkpoint_id=tmp_path)
-    dcp.configure(allow_unsafe_objects=False)
-    target = {"w": torch.zeros(8), "top": None, "in": {"side": None}}
-    with pytest.raises(dcp.LoadException, match="allow_unsafe_objects"):
+    target = {"w": torch.zeros(8), "top": None, "in": Frozen(side=None)}
+    with pytest.raises(dcp.LoadException, match="frozen"):
         dcp.load(target, checkpoint_id=tmp_path)
     report = dcp.last_report()
     assert report["filled"] == ["w"] and torch.equal(target["w"], saved["w"])
-    assert report["partly"] == ["in.side"], "Python was at work on objects"
-    assert report["untouched"] == ["top"], "the caller's own dict changes at the end"
+    assert report["partly"] == ["in.side"] and report["untouched"] == ["top"]
+    damage(tmp_path, "top", 0.3)
+    target = {"top": None, "in": {"side": None}}
+    with pytest.raises(dcp.CheckpointException) as caught:
+        dcp.load(target, checkpoint_id=tmp_path)
+    assert not isinstance(caught.value, dcp.LoadException)
+    assert sorted(dcp.last_report()["untouched"]) == ["in.side", "top"]
+    assert target == {"top": None, "in": {"side": None}}
+
+
+class Refusing(torch.Tensor):
+    """A destination that torch's copy cannot fill."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_:
+            raise RuntimeError("this tensor takes no copies")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_destination_that_refuses_its_copy_is_not_called_filled(tmp_path):
+    saved = {"a": value("a", (8,)), "r": value("r", (8,))}
+    dcp.save(saved, checkpoint_id=tmp_path)
+    target = {"a": torch.zeros(8), "r": torch.zeros(8).as_subclass(Refusing)}
+    with pytest.raises(dcp.LoadException, match="takes no copies"):
+        dcp.load(target, checkpoint_id=tmp_path)
+    report = dcp.last_report()
+    assert report["partly"] == ["r"] and report["untouched"] in ([], ["a"])
 
 
 def test_a_load_that_fails_in_planning_has_touched_nothing(tmp_path):

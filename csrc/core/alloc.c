@@ -68,8 +68,9 @@ count_live(uint64_t delta)
 {
     uint64_t live = atomic_fetch_add_explicit(&live_bytes, delta, memory_order_relaxed) + delta;
     uint64_t peak = atomic_load_explicit(&peak_bytes, memory_order_relaxed);
-    while (live > peak && !atomic_compare_exchange_weak_explicit(
-                              &peak_bytes, &peak, live, memory_order_relaxed, memory_order_relaxed)) {
+    while (live > peak &&
+           !atomic_compare_exchange_weak_explicit(&peak_bytes, &peak, live, memory_order_relaxed,
+                                                  memory_order_relaxed)) {
     }
 }
 

@@ -65,8 +65,8 @@ counts_fit(const struct counts *n, uint64_t left)
            n->chunks < UINT32_MAX && n->files < UINT32_MAX;
 }
 
-/* Copies of a constant length are a few moves; a call, or the string instructions that compilers put
- * in its place, would cost more than all the rest of a chunk. */
+/* Copies of a constant length are a few moves; a call, or the string instructions that compilers
+ * put in its place, would cost more than all the rest of a chunk. */
 static inline void
 copy_numbers(uint64_t *to, const uint64_t *from, uint32_t count)
 {

@@ -37,6 +37,7 @@ dcp_metadata_read_pickle(const uint8_t *image, size_t len, struct dcp_metadata *
     dcp_pvalue root = DCP_P_UNSET;
     rc = dcp_pickle_vm_run(&vm, &root);
     if (rc == 0) {
+        dcp_pickle_vm_finish(&vm);
         rc = dcp_metadata_from_pickle(&vm, root, ret, err);
     }
     dcp_pickle_vm_clean_up(&vm);

@@ -83,8 +83,8 @@ void dcp_bump_clean_up(struct dcp_bump *bump);
  * fork, not dumped. */
 void *dcp_map_huge(size_t size, struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_unmap_huge(void *block, size_t size);
-/* Grows or shrinks such a block, by moving its pages and not their bytes; the old one stays valid on
- * failure. */
+/* Grows or shrinks such a block, by moving its pages and not their bytes; the old one stays valid
+ * on failure. */
 void *dcp_remap_huge(void *block, size_t old_size, size_t size,
                      struct dcp_error *err) DCP_MUST_CHECK;
 

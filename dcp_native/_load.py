@@ -64,7 +64,7 @@ class NativeLoad:
                 self._leave(native, error)
                 if tries_left == 0 or not self.may_be_replaced:
                     raise
-                # As the failures, the image that decides now is the same on every rank.
+                # As the failures, the image that decides now is of the same file on every rank.
                 image = None if native.info()["rank_local"] else native.metadata()
                 if image is not None and image == seen:
                     raise

@@ -107,7 +107,8 @@ struct dcp_metadata {
     struct dcp_md_file *files;
     uint32_t files_count;
     bool owned;
-    bool is_native;               /* written by us: footer present and valid */
+    bool is_native;   /* written by us: footer present and valid */
+    uint64_t tail_at; /* where dcp_metadata_read_tail can begin; 0: only the whole helps */
     struct dcp_save_id save_id;   /* of the footer; zero when stock */
     struct dcp_save_id *accepted; /* owned, ascending: other saves whose data files are linked */
     uint32_t accepted_count;
@@ -125,6 +126,10 @@ struct dcp_metadata {
  * memory is 2 times `len` for torch's files, 16 times and 256 KiB at most. */
 int dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret,
                       struct dcp_error *err) DCP_MUST_CHECK;
+/* The same of an image's bytes from `tail_at` on, for those whom somebody sends them that has read
+ * and checked the whole: a pickle is 20 times as long as what follows it. */
+int dcp_metadata_read_tail(const uint8_t *tail, size_t len, struct dcp_metadata *ret,
+                           struct dcp_error *err) DCP_MUST_CHECK;
 /* The same from the pickle alone (tests compare the two). */
 int dcp_metadata_read_pickle(const uint8_t *image, size_t len, struct dcp_metadata *ret,
                              struct dcp_error *err) DCP_MUST_CHECK;

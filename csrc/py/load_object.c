@@ -377,7 +377,8 @@ load_results(PyObject *object, PyObject *unused)
                          self->targets.copies);
 }
 
-PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\nThe metadata image that was read, as bytes.");
+PyDoc_STRVAR(metadata_doc,
+             "metadata()\n--\n\nThe metadata image that was read, or its end, as bytes.");
 
 static PyObject *
 load_metadata(PyObject *object, PyObject *unused)

@@ -18,6 +18,7 @@ from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
 from ._filter import KeyFilter, leaves_of
+from ._lazy_metadata import refusal
 from ._receive import Receiver, settle_devices
 from ._report import LISTED_NAMES, logger, names_of, set_report
 from ._save import hash64
@@ -31,7 +32,10 @@ _UNTOUCHED, _PARTLY, _FILLED = 0, 1, 2
 
 
 class UnsupportedCheckpoint(Exception):
-    """Metadata that only torch's own unpickler understands; every rank of the load raises it."""
+    """Metadata that only torch's own unpickler understands.
+
+    A rank that meets such a file tells the others, and all of them raise this from ``run``.
+    """
 
 
 class NativeLoad:
@@ -73,7 +77,7 @@ class NativeLoad:
                 self._leave(native, error)
                 if tries_left == 0 or not self.may_be_replaced:
                     self._fail(native, error)
-                # As the failures, the image that decides now is the same on every rank.
+                # As the failures, the image that decides now is of the same file on every rank.
                 image = None if native.info()["rank_local"] else native.metadata()
                 if image is not None and image == seen:
                     self._fail(native, error)
@@ -173,29 +177,20 @@ class NativeLoad:
         raise error
 
     def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
-        settings = config()
         self.by_python = _UNTOUCHED
         self._agree("plan", native, native.open)
-        info = native.info()
-        if info["unsupported"] is not None and not info["rank_local"]:
-            if not settings.allow_unsafe_objects:
-                raise CheckpointException(
-                    "plan",
-                    {
-                        self.group.rank: (
-                            pickle.UnpicklingError(
-                                f"{info['unsupported']}; config.allow_unsafe_objects is off"
-                            ),
-                            None,
-                        )
-                    },
-                )
-            raise UnsupportedCheckpoint(info["unsupported"])
         try:
+            self._check_policy(native.info())
             self._plan(native, state_dict)
         except BaseException as error:
             self.error = error
-        self._agree("plan", native, native.status)
+        try:
+            self._agree("plan", native, native.status)
+        except CheckpointException as error:
+            reasons = [failure for failure, _ in error.failures.values()]
+            if all(isinstance(reason, UnsupportedCheckpoint) for reason in reasons):
+                raise reasons[0] from None
+            raise
         try:
             self._read(native, state_dict)
         except BaseException as error:
@@ -233,6 +228,16 @@ class NativeLoad:
                 _materialise(holder)
                 container[key] = holder["leaf"]
         pruned.put_back()
+
+    def _check_policy(self, info: dict[str, Any]) -> None:
+        """Of metadata that only Python could rebuild as a whole: is that needed, and allowed?"""
+        if config().allow_unsafe_objects:
+            if info["unsupported"] is not None:
+                raise UnsupportedCheckpoint(info["unsupported"])
+        elif info["unsupported"] is not None:  # which names the file
+            raise refusal(info["unsupported"])
+        elif info["foreign"] is not None:
+            raise refusal(f"the metadata of {self.reader.path}: {info['foreign']}")
 
     def _agree(self, step: str, native: _native.Load, collective: Any) -> None:
         try:

@@ -98,6 +98,7 @@ def last_report() -> dict[str, Any] | None:
             of them that went through a temporary of their full size.
         wall_ns: of reading.
         rank_local: read through ``__{rank}.metadata``.
+        foreign: what of the metadata only Python could rebuild, and nobody needed; else None.
 
     Saves, outcome:
         save_id: 32 hex digits that name the save, also in its files.

@@ -297,7 +297,8 @@ class Run:
             ranks.wait_ready()
             # Once on a small state, unmeasured: imports, thread pools and buffers.
             with cases.saved(ranks, "llama", "small", self.disk):
-                cases.loads(ranks, "warm-up", self.disk, 1, [OURS, TORCH])
+                _, wrong = cases.loads(ranks, "warm-up", self.disk, 1, [OURS, TORCH])
+                self.wrong += wrong
             yield ranks
         finally:
             ranks.close()

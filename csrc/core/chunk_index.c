@@ -5,8 +5,10 @@
  * So every eight of them, and every eight of those groups, and so on, share a bounding box, and a
  * search passes over whole groups that lie elsewhere.  Along the first dim of a grid that costs
  * O(log n + hits); across it, where a sorted list alone would look at every chunk, a group per row
- * of the grid and a group's chunks per row that hits.  Nothing is assumed of the chunks: they may
- * overlap, leave holes, be empty; a bad order makes a search slow, at worst linear, never wrong.
+ * of the grid and a group's chunks per row that hits.  The first search in a tensor looks at every
+ * chunk: that costs less than the tree, and mostly there is no second.  Nothing is assumed of the
+ * chunks: they may overlap, leave holes, be empty; a bad order makes a search slow, at worst
+ * linear, never wrong.
  *
  * Threads: an index belongs to its caller; no state.
  */
@@ -144,37 +146,50 @@ fill_levels(struct dcp_chunk_index *index)
     }
 }
 
+static int
+build_tree(struct dcp_chunk_index *index, struct dcp_error *err)
+{
+    uint64_t numbers;
+    index->has_tree = true;
+    if (dcp_mul_overflows_u64(lay_out_levels(index), 2 * index->ndim, &numbers)) {
+        return out_of_memory(index, err);
+    }
+    if (numbers > index->bounds_cap) {
+        dcp_free(index->bounds);
+        index->bounds_cap = 0;
+        index->bounds = dcp_malloc_array(numbers, sizeof *index->bounds);
+        if (index->bounds == NULL) {
+            return out_of_memory(index, err);
+        }
+        index->bounds_cap = numbers;
+    }
+    if (index->ndim > 0) {
+        fill_levels(index);
+    }
+    return 0;
+}
+
 int
 dcp_chunk_index_build(struct dcp_chunk_index *index, const struct dcp_metadata *md,
                       uint64_t entry_index, struct dcp_error *err)
 {
-    if (index->md == md && index->entry == entry_index) {
-        return 0;
-    }
     const struct dcp_md_entry *entry = &md->entries[entry_index];
     DCP_ASSERT(entry->kind == DCP_ITEM_TENSOR && entry->ndim <= DCP_MAX_DIMS);
-    index->md = md;
-    index->entry = entry_index;
-    index->first_chunk = entry->first_chunk;
-    index->chunks_count = entry->chunks_count;
-    index->ndim = entry->ndim;
-    int rc = look_through(index, err);
-    if (rc == 0 && !index->sorted) {
-        rc = sort_chunks(index, err);
-    }
-    uint64_t numbers = 0;
-    if (rc == 0 && dcp_mul_overflows_u64(lay_out_levels(index), 2 * index->ndim, &numbers)) {
-        rc = out_of_memory(index, err);
-    }
-    if (rc == 0 && numbers > index->bounds_cap) {
-        dcp_free(index->bounds);
-        index->bounds_cap = 0;
-        index->bounds = dcp_malloc_array(numbers, sizeof *index->bounds);
-        index->bounds_cap = index->bounds != NULL ? numbers : 0;
-        rc = index->bounds != NULL ? 0 : out_of_memory(index, err);
-    }
-    if (rc == 0 && index->ndim > 0) {
-        fill_levels(index);
+    int rc = 0;
+    if (index->md != md || index->entry != entry_index) {
+        index->md = md;
+        index->entry = entry_index;
+        index->first_chunk = entry->first_chunk;
+        index->chunks_count = entry->chunks_count;
+        index->ndim = entry->ndim;
+        index->levels_count = 0;
+        index->has_tree = false;
+        rc = look_through(index, err);
+        if (rc == 0 && !index->sorted) {
+            rc = sort_chunks(index, err);
+        }
+    } else if (!index->has_tree) {
+        rc = build_tree(index, err);
     }
     if (rc != 0) {
         index->md = NULL;

@@ -20,7 +20,8 @@ struct dcp_chunk_index {
     uint64_t entry;                /* index in metadata entries */
     uint64_t first_chunk, chunks_count;
     uint32_t ndim, levels_count;
-    bool sorted; /* the metadata has them in order; keys are not used */
+    bool sorted;   /* the metadata has them in order; keys are not used */
+    bool has_tree; /* else levels_count is 0 */
     struct dcp_chunk_key {
         const uint64_t *box; /* in metadata dims */
         uint64_t chunk;      /* index in metadata chunks */
@@ -32,11 +33,11 @@ struct dcp_chunk_index {
     uint64_t levels[DCP_CHUNK_LEVELS]; /* index in bounds of the first node, lowest level first */
 };
 
-/* Replaces the index by that of an entry that is a tensor; nothing to do when it is there.
- * DCP_E_CORRUPT when a chunk's end overflows. */
+/* Before each search: makes the index that of an entry that is a tensor, without a tree the first
+ * time, with one from the second time on.  DCP_E_CORRUPT when a chunk's end overflows. */
 int dcp_chunk_index_build(struct dcp_chunk_index *index, const struct dcp_metadata *md,
                           uint64_t entry, struct dcp_error *err) DCP_MUST_CHECK;
-/* The next node-wise candidate at or behind `at`; see dcp_chunk_index_next. */
+/* As dcp_chunk_index_next, where `at` may begin a node. */
 uint64_t dcp_chunk_index_skip(const struct dcp_chunk_index *index, const uint64_t *starts,
                               const uint64_t *ends, uint64_t at);
 /* Idempotent. */

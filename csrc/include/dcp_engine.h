@@ -156,8 +156,9 @@ void dcp_read_plan_clean_up(struct dcp_read_plan *plan);
 int dcp_read_plan_add(struct dcp_read_plan *plan, uint64_t entry, uint8_t *data,
                       const int64_t *strides_bytes, const uint64_t *offsets, const uint64_t *sizes,
                       uint64_t *ret_target, struct dcp_error *err) DCP_MUST_CHECK;
-/* Finds the overlaps: interval index per entry, O(hits).  A target that saved chunks do not cover
- * is DCP_E_HOLE, named by tensor and box, or with `strict` false counted in *ret_holes (bytes). */
+/* Finds the overlaps: a tree of boxes per entry, O(log n + hits).  A target that saved chunks do
+ * not cover is DCP_E_HOLE, named by tensor and box, or with `strict` false counted in *ret_holes
+ * (bytes). */
 int dcp_read_plan_build(struct dcp_read_plan *plan, bool strict, uint64_t *ret_hole_bytes,
                         struct dcp_error *err) DCP_MUST_CHECK;
 

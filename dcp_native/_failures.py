@@ -107,7 +107,9 @@ def raise_failures(
     if isinstance(mine, (KeyboardInterrupt, SystemExit)):
         raise mine
     wrapped = {peer: _from_payload(payload) for peer, payload in failures}
-    if mine is not None:
+    # One that broke off because another rank did adds nothing to that rank's reason.
+    echo = bool(wrapped) and getattr(mine, "dcp_code", None) == "PEER"
+    if mine is not None and not echo:
         wrapped[rank] = _wrap_exception(mine)
     elif not wrapped:
         unknown = RuntimeError("a rank failed that could not say why, for want of memory")

@@ -87,6 +87,7 @@ def last_report() -> dict[str, Any] | None:
         read_bytes: read by this rank, from storage or the page cache.
         hot_bytes: of these, from files in the page cache.
         shared_bytes: delivered from what other ranks read.
+        share_reason: why nothing was shared with other ranks of the host (``read_once``), or "".
         verified_bytes, unverified_bytes: of wanted_bytes; unverified are rows of a block of which
             too little was wanted to read it whole, and payloads saved without checksums.
         straight_bytes: read into their target without a buffer between.

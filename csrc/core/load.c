@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "claim_scan.h"
+#include "share.h"
 
 /* First byte of the coordinator's message. */
 enum image_state {
@@ -28,8 +29,11 @@ struct dcp_load {
     uint32_t rank;
     bool verify, verify_all;
     enum dcp_direct direct;
-    enum dcp_read_once read_once;
-    int dirfd; /* -1 when the directory could not be opened */
+    const struct dcp_shm *shm; /* NULL: this rank shares nothing */
+    struct dcp_share share;
+    bool planned; /* the agreement on planning was entered */
+    bool echo;    /* reading ended because another rank's did */
+    int dirfd;    /* -1 when the directory could not be opened */
     int open_errno;
     bool rank_local;
     struct dcp_buf image;   /* a state byte and what `md` was read from */
@@ -60,7 +64,7 @@ dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
     load->verify = params->verify;
     load->verify_all = params->verify_all;
     load->direct = params->direct;
-    load->read_once = params->read_once;
+    load->shm = params->read_once == DCP_READ_ONCE_OFF ? NULL : params->shm;
     load->dirfd = load->io->open_dir(load->io->ctx, load->dir_path);
     if (load->dirfd < 0) {
         load->open_errno = -load->dirfd;
@@ -76,6 +80,7 @@ dcp_load_destroy(struct dcp_load *load)
     if (load == NULL) {
         return;
     }
+    dcp_share_end(&load->share);
     if (load->dirfd >= 0) {
         load->io->close(load->io->ctx, load->dirfd);
     }
@@ -207,9 +212,11 @@ share_image(struct dcp_load *load, struct dcp_error *err)
     return rc;
 }
 
-/* A load's vote: nothing to reuse, so SLOW means "go on". */
+/* A load's vote: nothing to reuse, so SLOW means "go on".  What tells a save's id in a save is a
+ * random number here, by which the ranks of a host find each other's memory. */
 static int
-vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_error *err)
+vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_save_id *ret_load_id,
+     struct dcp_error *err)
 {
     struct dcp_group *group = load->group;
     struct dcp_vote ballot = {
@@ -220,12 +227,34 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     int rc = dcp_group_check(group, err);
 
     if (rc == 0) {
+        if (ballot.is_coordinator &&
+            dcp_random_bytes(ballot.save_id.bytes, sizeof ballot.save_id.bytes) != 0) {
+            memset(&ballot.save_id, 0, sizeof ballot.save_id);
+        }
         rc = dcp_vote_run(&group->comm, &ballot, ret_verdict, err);
         if (rc != 0) {
             group->poisoned = true;
         }
+        *ret_load_id = ballot.save_id;
     }
     return rc;
+}
+
+/* Before the next agreement, behind which every rank looks for the others of its host. */
+static void
+begin_sharing(struct dcp_load *load, const struct dcp_save_id *load_id)
+{
+    static const struct dcp_save_id none;
+
+    if (load->shm == NULL) {
+        dcp_share_because(&load->share, "read_once is off");
+    } else if (load->group->comm.size < 2) {
+        dcp_share_because(&load->share, "there is one rank");
+    } else if (load->rank_local || memcmp(load_id, &none, sizeof none) == 0) {
+        dcp_share_because(&load->share, "every rank reads metadata of its own");
+    } else {
+        dcp_share_begin(&load->share, load->shm, load_id, load->group->comm.rank);
+    }
 }
 
 int
@@ -234,6 +263,7 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
 {
     struct dcp_group *group = load->group;
     enum dcp_verdict verdict = DCP_VERDICT_FAILED;
+    struct dcp_save_id load_id = {{0}};
     struct dcp_error local;
     struct dcp_failure reading;
     int rc;
@@ -246,7 +276,7 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
         reading = dcp_failure_from_error(&local, group->comm.rank);
         mine = &reading;
     }
-    rc = vote(load, mine == NULL, &verdict, err);
+    rc = vote(load, mine == NULL, &verdict, &load_id, err);
     if (rc == 0 && verdict == DCP_VERDICT_FAILED) {
         rc = dcp_failure_exchange(&group->comm, mine, ret_failures, err);
         if (rc == 0) {
@@ -261,6 +291,9 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
         return dcp_group_give_up(group, rc, err);
     }
     *ret_local_code = parse_image(load, err);
+    if (*ret_local_code == 0) {
+        begin_sharing(load, &load_id);
+    }
     return 0;
 }
 
@@ -290,7 +323,19 @@ dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
                 struct dcp_failure_list *ret_failures, struct dcp_error *err)
 {
     struct dcp_save_id any = {{0}};
+    struct dcp_failure echo;
 
+    /* A caller that comes here without having read, or that will not read: the others of its host
+     * must not wait for it. */
+    if (mine != NULL || load->planned) {
+        dcp_share_end(&load->share);
+    }
+    load->planned = true;
+    if (mine != NULL && load->echo) {
+        echo = *mine;
+        echo.kind |= DCP_FAILURE_ECHO;
+        mine = &echo;
+    }
     return dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
 }
 
@@ -306,7 +351,15 @@ dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_in
         .cancel = cancel,
         .progress_bytes = progress_bytes,
     };
+    int rc = dcp_share_read(&load->share, load->io, load->dirfd, load->dir_path, plan, &options,
+                            on_record, on_record_ctx, ret_stats, err);
 
-    return dcp_reader_run(load->io, load->dirfd, load->dir_path, plan, &options, on_record,
-                          on_record_ctx, ret_stats, err);
+    load->echo = rc == DCP_E_PEER;
+    return rc;
+}
+
+const char *
+dcp_load_share_reason(const struct dcp_load *load)
+{
+    return load->share.reason;
 }

@@ -100,7 +100,7 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     static char *names[] = {"group",           "path",   "rank",      "call_hash", "verify",
                             "strict_coverage", "direct", "read_once", NULL};
     struct module_state *state = module_state_of(type);
-    struct dcp_load_params params = {.io = dcp_io_posix()};
+    struct dcp_load_params params = {.io = dcp_io_posix(), .shm = dcp_shm_posix()};
     unsigned long long call_hash = 0;
     unsigned int rank = 0;
     int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO, once = DCP_READ_ONCE_HOST;
@@ -409,11 +409,12 @@ load_info(PyObject *object, PyObject *unused)
 
     (void)unused;
     return Py_BuildValue(
-        "{szszsOsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
+        "{szszsOsssKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
         unsupported ? self->local_err.message : NULL, "foreign", foreign[0] == 0 ? NULL : foreign,
-        "rank_local", dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
-        (unsigned long long)stats->read_bytes, "hot_bytes", (unsigned long long)stats->hot_bytes,
-        "shared_bytes", (unsigned long long)stats->shared_bytes, "wanted_bytes",
+        "rank_local", dcp_load_rank_local(self->load) ? Py_True : Py_False, "share_reason",
+        dcp_load_share_reason(self->load), "read_bytes", (unsigned long long)stats->read_bytes,
+        "hot_bytes", (unsigned long long)stats->hot_bytes, "shared_bytes",
+        (unsigned long long)stats->shared_bytes, "wanted_bytes",
         (unsigned long long)stats->wanted_bytes, "verified_bytes",
         (unsigned long long)stats->verified_bytes, "unverified_bytes",
         (unsigned long long)stats->unverified_bytes, "straight_bytes",

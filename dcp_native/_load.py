@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.checkpoint.planner_helpers import _init_state_dict, _iterate_state_dict
+from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
@@ -162,16 +164,39 @@ class NativeLoad:
                 destination.detach().copy_(temporary)
 
 
-def _materialise(state_dict: dict[str, Any]) -> None:
-    """Give meta tensors memory: on the group's device as torch does, on the CPU without a group."""
-    if dist.is_available() and dist.is_initialized():
-        _init_state_dict(state_dict)
-        return
+def _materialise(value: Any) -> Any:
+    """Give meta tensors memory, in containers of any kind; tuples that hold some are made anew.
 
-    def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+    torch's own walk would also replace every object that it does not know by None.
+    """
+    if isinstance(value, torch.Tensor):
+        return _with_memory(value) if _is_meta(value) else value
+    if isinstance(value, (Mapping, list)):
+        for key, child in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
+            if (made := _materialise(child)) is not child:
+                value[key] = made
+    elif isinstance(value, tuple):
+        made = [_materialise(child) for child in value]
+        if any(new is not old for new, old in zip(made, value, strict=True)):
+            return tuple(made)
+    return value
 
-    _iterate_state_dict(state_dict, on_cpu, on_cpu, on_cpu)
+
+def _is_meta(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, ShardedTensor):  # its own device attribute wants CUDA
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    return tensor.device.type == "meta"
+
+
+def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """On the group's device as torch does, on the CPU without a group."""
+    if isinstance(tensor, ShardedTensor):
+        raise RuntimeError(f"Found unsupported type {type(tensor)} for meta device loading.")
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.empty_like(tensor, device="cpu")
+    alone = {"": tensor}
+    _init_state_dict(alone)
+    return alone[""]
 
 
 def load_object(data: bytes, fqn: str) -> Any:

@@ -6,7 +6,6 @@ not only the target: bytes that were not asked for must stay as they were.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os

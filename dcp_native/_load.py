@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.checkpoint.planner_helpers import _init_state_dict, _iterate_state_dict
+from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
-from ._filter import KeyFilter, leaves_of
+from ._filter import KeyFilter
 from ._lazy_metadata import refusal
 from ._receive import Receiver, settle_devices
 from ._report import LISTED_NAMES, logger, names_of, set_report
@@ -206,7 +208,9 @@ class NativeLoad:
             if keys is None:
                 _materialise(state_dict)
             else:
-                self._materialise_selected(native, state_dict, keys)
+                pruned = keys.prune(state_dict, self.flatten)
+                _materialise(pruned.state_dict)
+                pruned.put_back()
         selected = native.targets(
             state_dict,
             flatten_state_dict=self.flatten,
@@ -217,17 +221,6 @@ class NativeLoad:
         )
         if keys is not None:
             keys.settle(*selected, map(str, state_dict))
-
-    def _materialise_selected(
-        self, native: _native.Load, state_dict: dict[str, Any], keys: KeyFilter
-    ) -> None:
-        pruned = keys.prune(state_dict, self.flatten)
-        for _, container, key in leaves_of(pruned.state_dict, self.flatten):
-            holder = {"leaf": container[key]}
-            if native.has_meta(holder):
-                _materialise(holder)
-                container[key] = holder["leaf"]
-        pruned.put_back()
 
     def _check_policy(self, info: dict[str, Any]) -> None:
         """Of metadata that only Python could rebuild as a whole: is that needed, and allowed?"""
@@ -267,13 +260,36 @@ def _text_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _materialise(state_dict: dict[str, Any]) -> None:
-    """Give meta tensors memory: on the group's device as torch does, on the CPU without a group."""
-    if dist.is_available() and dist.is_initialized():
-        _init_state_dict(state_dict)
-        return
+def _materialise(value: Any) -> Any:
+    """Give meta tensors memory, in containers of any kind; tuples that hold some are made anew.
 
-    def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+    torch's own walk would also replace every object that it does not know by None.
+    """
+    if isinstance(value, torch.Tensor):
+        return _with_memory(value) if _is_meta(value) else value
+    if isinstance(value, (Mapping, list)):
+        for key, child in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
+            if (made := _materialise(child)) is not child:
+                value[key] = made
+    elif isinstance(value, tuple):
+        made = [_materialise(child) for child in value]
+        if any(new is not old for new, old in zip(made, value, strict=True)):
+            return tuple(made)
+    return value
 
-    _iterate_state_dict(state_dict, on_cpu, on_cpu, on_cpu)
+
+def _is_meta(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, ShardedTensor):  # its own device attribute wants CUDA
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    return tensor.device.type == "meta"
+
+
+def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """On the group's device as torch does, on the CPU without a group."""
+    if isinstance(tensor, ShardedTensor):
+        raise RuntimeError(f"Found unsupported type {type(tensor)} for meta device loading.")
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.empty_like(tensor, device="cpu")
+    alone = {"": tensor}
+    _init_state_dict(alone)
+    return alone[""]

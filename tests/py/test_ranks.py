@@ -23,6 +23,7 @@ MODULES = {
     "cases_metadata": (2,),
     "cases_load_report": (2,),
     "cases_foreign": (2,),
+    "cases_reshard": (3, 4),
 }
 
 

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -144,18 +145,26 @@ shm_faults_init(struct shm_faults *faults, enum shm_fault fault, uint32_t nth)
                                    .wake = faulty_wake};
 }
 
-/* Only names that this process, or its children, can have made are of interest. */
+struct counting {
+    int64_t pid;
+    uint32_t count;
+};
+
+/* dcp_native-<load id>-<host id>-<process id>-<rank> */
 static int
 count_name(void *ctx, const char *name)
 {
-    uint32_t *count = ctx;
-    *count += strncmp(name, "dcp_native-", 11) == 0;
+    struct counting *counting = ctx;
+    const char *pid = strlen(name) > 11 + 66 ? name + 11 + 66 : "";
+    counting->count +=
+        strncmp(name, "dcp_native-", 11) == 0 && strtoll(pid, NULL, 10) == counting->pid;
     return 0;
 }
 
 uint32_t
-shm_names_count(void)
+shm_names_of(int64_t pid)
 {
-    uint32_t count = 0;
-    return dcp_shm_posix()->list(NULL, count_name, &count) == 0 ? count : UINT32_MAX;
+    struct counting counting = {pid, 0};
+    int rc = dcp_shm_posix()->list(NULL, count_name, &counting);
+    return rc == 0 ? counting.count : UINT32_MAX;
 }

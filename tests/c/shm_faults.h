@@ -29,7 +29,7 @@ struct shm_faults {
 
 /* A table around dcp_shm_posix(). */
 void shm_faults_init(struct shm_faults *faults, enum shm_fault fault, uint32_t nth);
-/* Names of segments in the host's place for them. */
-uint32_t shm_names_count(void);
+/* Names of segments that a process made and that are still there. */
+uint32_t shm_names_of(int64_t pid);
 
 #endif

@@ -6,6 +6,7 @@
  */
 #include <errno.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include "ctest.h"
 #include "engine_load.h"
@@ -235,7 +236,6 @@ run_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 static void
 party_run(struct party *party)
 {
-    uint32_t names = shm_names_count();
     for (uint32_t r = 0; r < party->ranks_count; r++) {
         struct dcp_error err = {0};
         CHECK_OK(dcp_read_plan_build(&party->ranks[r].load.plan, true, NULL, &err), &err);

@@ -117,6 +117,7 @@ struct dcp_share {
     /* Ranks of this host, ascending, this one included (its member is a copy of `own`). */
     struct dcp_share_member members[DCP_SHARE_MOST_RANKS];
     uint32_t members_count, self;
+    uint32_t slot_bytes; /* 0: chosen by the number of ranks; else of two slots (tests) */
     char reason[DCP_SHARE_REASON_BYTES]; /* why nothing is shared; "" */
 };
 

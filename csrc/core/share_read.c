@@ -455,6 +455,10 @@ choose_slots(const struct share_run *run, uint32_t *ret_count, uint32_t *ret_byt
                          : DCP_SHARE_SLOT_BYTES;
     uint64_t count =
         dcp_min_u64(DCP_SHARE_HOST_BYTES / readers / bytes, run->wants.wanted_bytes / bytes + 1);
+    if (run->share->slot_bytes != 0) {
+        bytes = run->share->slot_bytes;
+        count = 2;
+    }
     *ret_bytes = bytes;
     *ret_count = run->share->self < DCP_SHARE_MOST_READERS ? (uint32_t)count : 0;
 }
@@ -498,7 +502,9 @@ prepare(struct share_run *run)
         return false;
     }
     memcpy(dcp_share_own_wants(share), wants->wants, wants->wants_count * sizeof *wants->wants);
-    memcpy(dcp_share_own_details(share), wants->details.data, wants->details.len);
+    if (wants->details.len > 0) {
+        memcpy(dcp_share_own_details(share), wants->details.data, wants->details.len);
+    }
     return true;
 }
 

@@ -279,7 +279,7 @@ dcp_share_find(struct dcp_share *share)
         dcp_share_because(share, "%d other ranks of this host share already", DCP_SHARE_MOST_RANKS);
         rc = -EUSERS;
     } else if (share->members_count < 2) {
-        dcp_share_because(share, "this is the only rank of its host");
+        dcp_share_because(share, "no other rank of this host shares");
         rc = -EUSERS;
     }
     return rc == 0;

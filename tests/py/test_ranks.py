@@ -24,6 +24,7 @@ MODULES = {
     "cases_load_report": (2,),
     "cases_foreign": (2,),
     "cases_reshard": (3, 4),
+    "cases_read_once": (2, 4),
 }
 
 

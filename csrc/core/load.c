@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "claim_scan.h"
+#include "group_read.h"
 #include "share.h"
 
 /* First byte of the coordinator's message. */
@@ -31,9 +32,13 @@ struct dcp_load {
     enum dcp_direct direct;
     const struct dcp_shm *shm; /* NULL: this rank shares nothing */
     struct dcp_share share;
-    bool planned; /* the agreement on planning was entered */
-    bool echo;    /* reading ended because another rank's did */
-    int dirfd;    /* -1 when the directory could not be opened */
+    int64_t *lanes;      /* owned; NULL: this rank does not ask the group to read together */
+    bool by_group;       /* every rank asks for it, and has one image of the metadata */
+    bool group_entered;  /* the agreement on what the group reads together */
+    atomic_bool reading; /* in dcp_load_read, maybe on a thread that was left there */
+    bool planned;        /* the agreement on planning was entered */
+    bool echo;           /* reading ended because another rank's did */
+    int dirfd;           /* -1 when the directory could not be opened */
     int open_errno;
     bool rank_local;
     struct dcp_buf image;   /* a state byte and what `md` was read from */
@@ -70,6 +75,10 @@ dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
         load->open_errno = -load->dirfd;
         load->dirfd = -1;
     }
+    if (params->read_once == DCP_READ_ONCE_GROUP && dcp_group_comm(group)->size > 1) {
+        /* Without memory for it nobody reads together. */
+        load->lanes = dcp_malloc_array(DCP_GROUP_READ_LANES, sizeof *load->lanes);
+    }
     *ret_load = load;
     return 0;
 }
@@ -81,6 +90,7 @@ dcp_load_destroy(struct dcp_load *load)
         return;
     }
     dcp_share_end(&load->share);
+    dcp_free(load->lanes);
     if (load->dirfd >= 0) {
         load->io->close(load->io->ctx, load->dirfd);
     }
@@ -213,7 +223,8 @@ share_image(struct dcp_load *load, struct dcp_error *err)
 }
 
 /* A load's vote: nothing to reuse, so SLOW means "go on".  What tells a save's id in a save is a
- * random number here, by which the ranks of a host find each other's memory. */
+ * random number here, by which the ranks of a host find each other's memory; what says that a rank
+ * has a base, that it asks the group to read together. */
 static int
 vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_save_id *ret_load_id,
      struct dcp_error *err)
@@ -223,6 +234,7 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_s
         .ok = ok,
         .call = load->call_hash,
         .is_coordinator = group->comm.rank == group->coordinator,
+        .has_base = load->lanes != NULL,
     };
     int rc = dcp_group_check(group, err);
 
@@ -236,6 +248,7 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_s
             group->poisoned = true;
         }
         *ret_load_id = ballot.save_id;
+        load->by_group = rc == 0 && ballot.has_base;
     }
     return rc;
 }
@@ -290,6 +303,7 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
     if (rc != 0) {
         return dcp_group_give_up(group, rc, err);
     }
+    load->by_group = load->by_group && load->image.len >= 1 && load->image.data[0] != IMAGE_ABSENT;
     *ret_local_code = parse_image(load, err);
     if (*ret_local_code == 0) {
         begin_sharing(load, &load_id);
@@ -318,17 +332,45 @@ dcp_load_rank_local(const struct dcp_load *load)
     return load->rank_local;
 }
 
+/* A rank that fails between the agreement on planning and reading: the others read without it, and
+ * must not wait for it. */
+static int
+decline_reading(struct dcp_load *load, struct dcp_error *err)
+{
+    struct dcp_group_read read = {.comm = &load->group->comm, .lanes = load->lanes};
+    int rc = dcp_group_check(load->group, err);
+
+    if (rc == 0 && load->by_group && !load->group_entered) {
+        load->group_entered = true;
+        rc = dcp_group_read_decline(&read, &load->md, err);
+    }
+    return rc;
+}
+
 int
 dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
                 struct dcp_failure_list *ret_failures, struct dcp_error *err)
 {
     struct dcp_save_id any = {{0}};
     struct dcp_failure echo;
+    int rc;
 
-    /* A caller that comes here without having read, or that will not read: the others of its host
-     * must not wait for it. */
-    if (mine != NULL || load->planned) {
+    if (atomic_load(&load->reading)) {
+        /* Its caller left: the thread ends what it shares.  Of collectives it may be in the middle,
+         * so that there is nobody to tell. */
+        if (load->by_group) {
+            dcp_group_poison(load->group);
+        }
+    } else if (mine != NULL || load->planned) {
+        /* A caller that comes here without having read, or that will not read: the others of its
+         * host must not wait for it. */
         dcp_share_end(&load->share);
+    }
+    if (load->planned) {
+        rc = decline_reading(load, err);
+        if (rc != 0) {
+            return dcp_group_give_up(load->group, rc, err);
+        }
     }
     load->planned = true;
     if (mine != NULL && load->echo) {
@@ -337,6 +379,45 @@ dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
         mine = &echo;
     }
     return dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
+}
+
+/* First what all ranks of the group want, if they ask for that; then the rest, with those of this
+ * host. */
+static int
+read_together(struct dcp_load *load, const struct dcp_read_plan *plan,
+              const struct dcp_engine_options *options, dcp_record_fn on_record,
+              void *on_record_ctx, struct dcp_read_stats *ret_stats, struct dcp_error *err)
+{
+    struct dcp_group_read read = {.comm = &load->group->comm, .lanes = load->lanes};
+    struct dcp_read_stats stats = {0};
+    struct dcp_read_plan rest = *plan;
+    int rc = 0;
+
+    if (load->by_group) {
+        load->group_entered = true;
+        rc = dcp_group_check(load->group, err);
+        if (rc == 0) {
+            rc = dcp_group_read_run(&read, load->io, load->dirfd, load->dir_path, plan, options,
+                                    &stats, err);
+        }
+        if (rc == DCP_E_COMM) {
+            rc = dcp_group_give_up(load->group, rc, err);
+        }
+    }
+    if (read.rest != NULL) {
+        rest.items = read.rest;
+        rest.items_count = read.rest_count;
+        rest.wanted_bytes -= dcp_min_u64(rest.wanted_bytes, stats.wanted_bytes);
+    }
+    if (rc == 0) {
+        rc = dcp_share_read(&load->share, load->io, load->dirfd, load->dir_path, &rest, options,
+                            on_record, on_record_ctx, ret_stats, err);
+    }
+    if (rc == 0) {
+        dcp_read_stats_add(ret_stats, &stats);
+    }
+    dcp_free(read.rest);
+    return rc;
 }
 
 int
@@ -351,10 +432,11 @@ dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_in
         .cancel = cancel,
         .progress_bytes = progress_bytes,
     };
-    int rc = dcp_share_read(&load->share, load->io, load->dirfd, load->dir_path, plan, &options,
-                            on_record, on_record_ctx, ret_stats, err);
 
+    atomic_store(&load->reading, true);
+    int rc = read_together(load, plan, &options, on_record, on_record_ctx, ret_stats, err);
     load->echo = rc == DCP_E_PEER;
+    atomic_store(&load->reading, false);
     return rc;
 }
 

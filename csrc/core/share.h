@@ -5,6 +5,7 @@
  *   share_segment.c   every rank's own segment, how the ranks of a host find each other, waits
  *   share_wants.c     what a rank wants, published in its segment
  *   share_schedule.c  the same order of units, computed by every rank from what all published
+ *   share_piece.c     what is done with a piece: checked by its reader, taken by who wants it
  *   share_read.c      threads that fill slots, the calling thread that empties them
  *
  * A segment: [header][wants][details][slots].  Its header alone is there from the start; the rest
@@ -251,6 +252,21 @@ dcp_share_is_user(uint64_t users, uint32_t member)
 {
     return (users >> member) & 1;
 }
+
+/* ---- share_piece.c ---- */
+
+struct dcp_reader;
+
+void dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more);
+/* Compares the checksums of a piece of the reader's file; *ret_verified false when the file has
+ * none of it. */
+int dcp_share_check_piece(struct dcp_reader *reader, const struct dcp_share_piece *piece,
+                          const uint8_t *bytes, bool *ret_verified,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+/* Moves what this rank wants of a piece to its targets; `*visit` follows the pieces. */
+int dcp_share_take_piece(const struct dcp_read_plan *plan, const struct dcp_share_wants *wants,
+                         const struct dcp_share_piece *piece, const uint8_t *bytes, uint64_t *visit,
+                         uint64_t *ret_wanted, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- share_read.c ---- */
 

@@ -21,13 +21,9 @@
 
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
 
-#include "dcp_crc32.h"
-#include "le_bytes.h"
 #include "reader.h"
-#include "zip_format.h"
 
 enum { READING_THREADS = 2 };
 
@@ -63,21 +59,6 @@ run_fail(struct share_run *run, int code, const struct dcp_error *err)
     pthread_mutex_unlock(&run->lock);
 }
 
-static void
-stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more)
-{
-    sum->read_bytes += more->read_bytes;
-    sum->hot_bytes += more->hot_bytes;
-    sum->wanted_bytes += more->wanted_bytes;
-    sum->verified_bytes += more->verified_bytes;
-    sum->unverified_bytes += more->unverified_bytes;
-    sum->straight_bytes += more->straight_bytes;
-    sum->shared_bytes += more->shared_bytes;
-    sum->requests_count += more->requests_count;
-    sum->files_count += more->files_count;
-    sum->wall_ns += more->wall_ns;
-}
-
 /* ---- filling slots ---- */
 
 struct filler {
@@ -86,54 +67,6 @@ struct filler {
     struct dcp_share_cursor cursor;
     struct dcp_share_unit unit;
 };
-
-static int
-fail_piece(const struct filler *filler, const struct dcp_share_piece *piece, uint64_t from,
-           struct dcp_error *err)
-{
-    const struct dcp_metadata *md = filler->run->plan->md;
-    const struct dcp_md_entry *entry = &md->entries[piece->entry];
-    uint64_t at = piece->payload_offset_bytes + from;
-
-    dcp_error_set(err, DCP_E_CHECKSUM, 0, filler->reader.file->path,
-                  "%.*s in %s at byte %llu: the checksum does not match: the file is damaged; load "
-                  "another checkpoint, or with verify off to take it as it is",
-                  (int)dcp_min_u64(entry->name_len, 256), md->strings + entry->name,
-                  filler->reader.file->path, (unsigned long long)at);
-    err->offset_bytes = at;
-    return DCP_E_CHECKSUM;
-}
-
-/* Compares the checksums of one piece; *ret_verified false when the file has none of it. */
-static int
-check_piece(struct filler *filler, const struct dcp_share_piece *piece, const uint8_t *bytes,
-            bool *ret_verified, struct dcp_error *err)
-{
-    uint64_t payload = piece->payload_bytes;
-    *ret_verified = true;
-    if (payload <= DCP_BLOCK_BYTES) {
-        const uint8_t *descriptor = bytes + payload;
-        bool good = le_get32(descriptor) == ZIP_DESCRIPTOR_SIGNATURE &&
-                    le_get32(descriptor + 8) == payload &&
-                    le_get32(descriptor + 4) == dcp_crc32(0, bytes, payload);
-        return good ? 0 : fail_piece(filler, piece, 0, err);
-    }
-    const struct dcp_block_entry *blocks;
-    int rc = dcp_read_file_blocks(&filler->reader, filler->reader.file, piece->payload_offset_bytes,
-                                  payload, &blocks, err);
-    if (rc != 0 || blocks == NULL) {
-        *ret_verified = false;
-        return rc;
-    }
-    for (uint64_t from = piece->from; from < piece->to; from += DCP_BLOCK_BYTES) {
-        uint64_t len = dcp_min_u64(DCP_BLOCK_BYTES, piece->to - from);
-        if (dcp_crc32(0, bytes + (from - piece->from), len) !=
-            blocks->block_crcs[from / DCP_BLOCK_BYTES]) {
-            return fail_piece(filler, piece, from, err);
-        }
-    }
-    return 0;
-}
 
 /* Opens the unit's file, which this rank and others read from now on. */
 static int
@@ -198,7 +131,7 @@ fill(struct filler *filler, struct dcp_error *err)
         const struct dcp_share_piece *piece = &unit->pieces[i];
         const uint8_t *bytes =
             data + (piece->payload_offset_bytes + piece->from - unit->from_bytes);
-        rc = check_piece(filler, piece, bytes, &good, err);
+        rc = dcp_share_check_piece(&filler->reader, piece, bytes, &good, err);
         verified |= (uint64_t)good << i;
     }
     if (rc == 0) {
@@ -254,41 +187,13 @@ fill_main(void *arg)
     }
     dcp_read_file_release(&filler->reader, filler->reader.file);
     pthread_mutex_lock(&run->lock);
-    stats_add(&run->stats, &filler->reader.stats);
+    dcp_read_stats_add(&run->stats, &filler->reader.stats);
     pthread_mutex_unlock(&run->lock);
     dcp_free(filler);
     return NULL;
 }
 
 /* ---- taking what was read ---- */
-
-/* Moves what this rank wants of a piece to its targets; `*visit` follows the pieces. */
-static int
-take_piece(struct share_run *run, const struct dcp_share_piece *piece, const uint8_t *bytes,
-           uint64_t *visit, uint64_t *ret_wanted, struct dcp_error *err)
-{
-    const struct dcp_share_wants *wants = &run->wants;
-    struct dcp_read_box box;
-    int rc = 0;
-
-    while (*visit < wants->visits_count && wants->visits[*visit].chunk != piece->chunk) {
-        ++*visit;
-    }
-    for (uint64_t v = *visit;
-         rc == 0 && v < wants->visits_count && wants->visits[v].chunk == piece->chunk; v++) {
-        const struct dcp_read_item *item = &run->plan->items[wants->visits[v].item];
-        rc = dcp_read_box_init(&box, run->plan, item, 0, err);
-        if (rc == 0) {
-            uint64_t wanted =
-                dcp_read_box_below(&box, piece->to) - dcp_read_box_below(&box, piece->from);
-            dcp_target_touch(run->plan, item->target);
-            dcp_read_box_put(&box, bytes, piece->from, piece->to);
-            dcp_target_deliver(run->plan, item->target, wanted);
-            *ret_wanted += wanted;
-        }
-    }
-    return rc;
-}
 
 static int
 take_unit(struct share_run *run, const struct dcp_share_unit *unit, uint64_t *visit,
@@ -309,9 +214,10 @@ take_unit(struct share_run *run, const struct dcp_share_unit *unit, uint64_t *vi
         if (!dcp_share_is_user(piece->users, share->self)) {
             continue;
         }
-        rc = take_piece(run, piece,
-                        data + (piece->payload_offset_bytes + piece->from - unit->from_bytes),
-                        visit, &wanted, err);
+        rc = dcp_share_take_piece(
+            run->plan, &run->wants, piece,
+            data + (piece->payload_offset_bytes + piece->from - unit->from_bytes), visit, &wanted,
+            err);
         if ((slot->verified >> i) & 1) {
             stats->verified_bytes += wanted;
         } else {
@@ -349,7 +255,7 @@ take_all(struct share_run *run, struct dcp_error *err)
         }
     }
     pthread_mutex_lock(&run->lock);
-    stats_add(&run->stats, &stats);
+    dcp_read_stats_add(&run->stats, &stats);
     pthread_mutex_unlock(&run->lock);
     return rc;
 }
@@ -575,7 +481,7 @@ dcp_share_read(struct dcp_share *share, const struct dcp_io *io, int dirfd, cons
         struct dcp_read_stats stats = {0};
         rc = dcp_reader_run(io, dirfd, dir_path, &rest, options, on_record, on_record_ctx, &stats,
                             err);
-        stats_add(&run.stats, &stats);
+        dcp_read_stats_add(&run.stats, &stats);
     }
     if (rc == 0 && ret_stats != NULL) {
         *ret_stats = run.stats;

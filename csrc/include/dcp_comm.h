@@ -63,7 +63,7 @@ struct dcp_vote {
     bool ok;                    /* nothing failed on this rank */
     uint64_t call;              /* hash of checkpoint_id, kind of save, options that must agree */
     bool is_coordinator;
-    bool has_base; /* in: this rank was given a base; out: every rank was */
+    bool has_base; /* in: this rank was given a base; out: every rank was.  Loads: see load.c */
     /* in on the coordinator, out elsewhere */
     struct dcp_save_id save_id;
     uint64_t n0;

@@ -175,7 +175,7 @@ struct dcp_load;
 /* Which ranks share what they read of data that several of them want. */
 enum dcp_read_once {
     DCP_READ_ONCE_HOST = 0,  /* those of one host, through shared memory */
-    DCP_READ_ONCE_GROUP = 1, /* also all of the group, through its collectives */
+    DCP_READ_ONCE_GROUP = 1, /* before that, what all ranks of the group want, by broadcasts */
     DCP_READ_ONCE_OFF = 2,
 };
 
@@ -209,9 +209,10 @@ bool dcp_load_rank_local(const struct dcp_load *load);
 int dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
                     struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
-/* Not collective, but ranks of one host wait for each other while they read what several of them
- * want: after the agreement on planning every rank calls this or dcp_load_status.  DCP_E_PEER: it
- * broke off because another rank did, which the next dcp_load_status names. */
+/* Collective when every rank asks for DCP_READ_ONCE_GROUP, and in any case ranks of one host wait
+ * for each other while they read what several of them want: after the agreement on planning every
+ * rank calls this or dcp_load_status.  DCP_E_PEER: it broke off because another rank did, which the
+ * next dcp_load_status names. */
 int dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_int *cancel,
                   _Atomic uint64_t *progress_bytes, dcp_record_fn on_record, void *on_record_ctx,
                   struct dcp_read_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;

@@ -328,7 +328,8 @@ int
 dcp_read_through_ring(struct dcp_reader *reader, const struct dcp_read_use *use,
                       struct dcp_error *err)
 {
-    if (dcp_read_request_room(reader, use->at_bytes) < use->len_bytes) {
+    uint64_t room = dcp_read_request_room(reader, use->at_bytes);
+    if (room == 0 || room < use->len_bytes) {
         int rc = request_begin(reader, err);
         if (rc != 0) {
             return rc;

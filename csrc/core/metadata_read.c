@@ -83,6 +83,17 @@ read_index(const uint8_t *index, const struct dcp_metadata_footer *footer, struc
     return rc == DCP_E_NOMEM ? dcp_error_set(err, rc, 0, NULL, "%s", why.message) : DCP_E_CORRUPT;
 }
 
+/* Transforms of a record are known to its pickle alone. */
+static bool
+needs_pickle(const struct dcp_metadata *md)
+{
+    uint32_t transforms = 0;
+    for (uint64_t c = 0; c < md->chunks_count; c++) {
+        transforms |= md->chunks[c].transforms;
+    }
+    return transforms != 0;
+}
+
 /* Adds what only the trailer knows, and hands *md over. */
 static int
 finish_native(const uint8_t *tail, const struct dcp_metadata_footer *footer,
@@ -115,7 +126,7 @@ dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret, st
     struct dcp_metadata md;
     int rc = read_index(tail, &footer, &md, err);
     if (rc == 0) {
-        md.tail_at = footer.pickle_bytes;
+        md.tail_at = needs_pickle(&md) ? 0 : footer.pickle_bytes;
     } else if (rc == DCP_E_CORRUPT) {
         rc = dcp_metadata_read_pickle(image, (size_t)footer.pickle_bytes, &md, err);
     }

@@ -35,6 +35,31 @@ dcp_op_pop(struct dcp_pickle_vm *vm)
     return 0;
 }
 
+/* The cell of a tuple like the last one of `cells`, which is then given back; else its own cell.
+ * Tuples never change, so nobody can tell equal ones apart; sizes of shards are nearly all equal,
+ * and their offsets come once for each tensor. */
+static inline uint64_t
+share_tuple(struct dcp_pickle_vm *vm, uint64_t cell, size_t count)
+{
+    uint64_t *cells = vm->cells.data;
+    uint64_t hash = count;
+    for (size_t i = 0; i < count; i++) {
+        hash = (hash ^ cells[cell + 1 + i]) * UINT64_C(0x9c3b17a5e4d2687b);
+        hash ^= hash >> 32;
+    }
+    uint64_t *slot = &cells[vm->tuples + hash % DCP_TUPLES_COUNT];
+    bool is_equal = *slot != 0;
+    for (size_t i = 0; i <= count && is_equal; i++) {
+        is_equal = cells[*slot + i] == cells[cell + i];
+    }
+    if (is_equal) {
+        vm->cells.len = cell;
+        return *slot;
+    }
+    *slot = cell;
+    return cell;
+}
+
 /* Replaces the values from `base` on by a tuple of them. */
 static inline int
 make_tuple(struct dcp_pickle_vm *vm, size_t base)
@@ -58,6 +83,9 @@ make_tuple(struct dcp_pickle_vm *vm, size_t base)
             }
         }
         vm->cells.data[cell] = (uint64_t)count << 3 | flags;
+        if (vm->tuples != 0 && count <= DCP_SHORT_TUPLE) {
+            cell = share_tuple(vm, cell, count);
+        }
     }
     vm->stack.len = base;
     return dcp_pm_push(vm, dcp_p_make(DCP_P_TUPLE, cell));

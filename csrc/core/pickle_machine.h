@@ -20,6 +20,9 @@ enum {
 
 #define DCP_SHARED UINT64_MAX
 
+/* Short tuples of large pickles are looked up in a table of as many cells, and shared. */
+enum { DCP_TUPLES_COUNT = 4096, DCP_TUPLES_FROM_BYTES = 1 << 18, DCP_SHORT_TUPLE = 4 };
+
 int dcp_pm_underflow(struct dcp_pickle_vm *vm);
 
 static inline int

@@ -6,7 +6,7 @@
  * much as running the whole pickle.  Larger ones are moved by their pages, so growing never holds
  * two.
  *
- * Per byte of input, torch's files need about 1.0 bytes of cells and 0.8 of memo.  Pickles can be
+ * Per byte of input, torch's files need about 0.6 bytes of cells and 0.8 of memo.  Pickles can be
  * made that need forty times that; 8 and 4, and 4 of stack, are where they are refused.
  *
  * Threads: a machine belongs to one thread.
@@ -101,7 +101,7 @@ dcp_pickle_reserve(struct dcp_pickle_vm *vm)
     }
     int rc = dcp_pickle_grow(vm, &vm->stack, dcp_min_u64(len + 1, FIRST_STACK));
     if (rc == 0) {
-        rc = dcp_pickle_grow(vm, &vm->cells, len / 8 + len / 128 + 1);
+        rc = dcp_pickle_grow(vm, &vm->cells, len / 12 + 1);
     }
     return rc != 0 ? rc : dcp_pickle_grow(vm, &vm->memo, len / 10 + 1);
 }

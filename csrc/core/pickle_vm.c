@@ -434,12 +434,10 @@ dcp_pickle_vm_init(struct dcp_pickle_vm *vm, const uint8_t *data, size_t len,
     }
 }
 
-int
-dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value)
+/* The arrays, the empty tuple and the table of tuples. */
+static int
+begin(struct dcp_pickle_vm *vm)
 {
-    if (vm->len < 2 || vm->data[0] != DCP_OP_PROTO) {
-        return dcp_pickle_corrupt(vm, "this is no pickle of protocol 2 or later");
-    }
     uint64_t cell_0;
     int rc = dcp_pickle_reserve(vm);
     if (rc == 0) {
@@ -449,6 +447,25 @@ dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value)
         return rc;
     }
     vm->cells.data[0] = DCP_P_ALL_UINTS | DCP_P_ALL_INTS_OR_TEXTS | DCP_P_ALL_TEXTS;
+    if (vm->len >= DCP_TUPLES_FROM_BYTES) {
+        rc = dcp_pm_take_cells(vm, DCP_TUPLES_COUNT, &vm->tuples);
+        if (rc == 0) {
+            memset(vm->cells.data + vm->tuples, 0, DCP_TUPLES_COUNT * sizeof *vm->cells.data);
+        }
+    }
+    return rc;
+}
+
+int
+dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value)
+{
+    if (vm->len < 2 || vm->data[0] != DCP_OP_PROTO) {
+        return dcp_pickle_corrupt(vm, "this is no pickle of protocol 2 or later");
+    }
+    int rc = begin(vm);
+    if (rc != 0) {
+        return rc;
+    }
     while (!vm->done) {
         vm->op_pos = vm->pos;
         if (vm->pos == vm->len) {

@@ -126,6 +126,7 @@ struct dcp_pickle_vm {
     size_t op_pos; /* of the running opcode */
     struct dcp_parray stack, memo, cells;
     uint64_t memo_count;         /* numbers in use: what the next MEMOIZE gets */
+    uint64_t tuples;             /* cell of the table of short tuples; 0: there is none */
     uint64_t free_dict;          /* dicts to use again, linked by their first cell; 0: none */
     size_t marks[DCP_MAX_DEPTH]; /* heights of the stack */
     uint32_t marks_count;

@@ -338,6 +338,38 @@ case_many_small_objects_take_bounded_memory(void)
     dcp_buf_clean_up(&p);
 }
 
+/* Large pickles share equal tuples; what they hold must stay apart. */
+static void
+case_shared_tuples_keep_their_values(void)
+{
+    enum { TENSORS = 12, CHUNKS = 200 };
+    begin_metadata();
+    for (int t = 0; t < TENSORS; t++) {
+        char key[16];
+        snprintf(key, sizeof key, "w%d", t);
+        text(key);
+        begin_tensor(255);
+        for (int c = 0; c < CHUNKS; c++) {
+            chunk((uint8_t)(c ^ t), (uint8_t)(1 + (c + t) % 55));
+        }
+        end_tensor();
+    }
+    begin_storage();
+    end_metadata();
+    CHECK(p.len > 1 << 18);
+    struct dcp_metadata md = {0};
+    dcp_error_clear(&err);
+    CHECK_OK(dcp_metadata_read_pickle(p.data, p.len, &md, &err), &err);
+    CHECK_EQ(md.chunks_count, TENSORS * CHUNKS);
+    for (uint64_t i = 0; i < md.chunks_count; i++) {
+        uint64_t t = i / CHUNKS, c = i % CHUNKS;
+        const uint64_t *box = md.dims + md.chunks[i].dims;
+        CHECK(box[0] == (c ^ t) && box[1] == 1 + (c + t) % 55);
+    }
+    dcp_metadata_clean_up(&md);
+    dcp_buf_clean_up(&p);
+}
+
 /* A footer that is right in every checksum, around an index that lies. */
 static void
 case_a_lying_index_leaves_the_pickle(void)
@@ -377,4 +409,4 @@ CTEST_MAIN(RUN(case_a_small_pickle_by_hand_is_read); RUN(case_deep_nesting_is_re
            RUN(case_the_attributes_of_an_object_are_used_once);
            RUN(case_numbers_and_boxes_out_of_bounds_are_damage);
            RUN(case_many_small_objects_take_bounded_memory);
-           RUN(case_a_lying_index_leaves_the_pickle);)
+           RUN(case_shared_tuples_keep_their_values); RUN(case_a_lying_index_leaves_the_pickle);)

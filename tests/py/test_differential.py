@@ -205,6 +205,7 @@ MET_BY = {
     "dedup-bytes": "ranks/cases_values.py",
     "split-replicated": "ranks/cases_split.py",
     "safe-objects": "test_differences.py",
+    "metadata-foreign": "test_golden.py",
     "async-order": "ranks/cases_async.py",
     "async-in-flight": "ranks/cases_async.py",
     "async-process": "test_differences.py",

@@ -201,6 +201,7 @@ FOREIGN = (hang_extra, hang_many, own_planner_data, own_storage_meta)
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("change", FOREIGN, ids=lambda change: change.__name__)
 def test_what_others_hang_onto_metadata_is_stepped_over_or_refused(tmp_path, change, protocol):
+    """[metadata-foreign]"""
     sys.modules.setdefault("test_golden", sys.modules[__name__])
     sd = stock(tmp_path)
     rewrite(tmp_path, change, protocol)

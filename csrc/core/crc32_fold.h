@@ -11,6 +11,7 @@
  *     VEC_FIRST(block)      the vector whose lowest lane is `block`, zero elsewhere
  *     VEC_TO_LANE(vec)      the lanes of a vector folded into one
  *     FAR, NEAR             fold_constants for ACCUMULATORS * VEC_BYTES and for VEC_BYTES
+ *     TWO                   fold_constants for two vectors
  *
  * `dst` is NULL for the checksum alone.  The last partial block is read again with the bytes
  * before it, so at least 16 bytes are needed.
@@ -86,6 +87,44 @@ FOLD_NAME(run)(uint32_t reg, uint8_t *dst, const uint8_t *src, size_t len, bool 
     return finish(lane, dst, src, at, len, copy);
 }
 
+/* A streaming copy of STREAMS pages side by side, two accumulators each, as memcpy does it: pages
+ * of memory that are open at the same time hide each other's latency.  A page's remainder is
+ * folded over the next one's, and so on.  `len` is a multiple of STREAMS_BYTES, not 0. */
+static FOLD_TARGET inline __attribute__((always_inline)) uint32_t
+FOLD_NAME(run_pages)(uint32_t reg, uint8_t *dst, const uint8_t *src, size_t len)
+{
+    const VEC two = VEC_CONSTANTS(TWO);
+    const VEC page = VEC_CONSTANTS(over_4096);
+    const VEC near = VEC_CONSTANTS(NEAR);
+    const VEC none = VEC_FIRST(_mm_setzero_si128());
+    VEC start = VEC_FIRST(_mm_cvtsi32_si128((int)reg));
+    VEC accs[STREAMS][2] = {{none, none}};
+    for (size_t chunk = 0; chunk < len; chunk += STREAMS_BYTES) {
+        for (int s = 1; s < STREAMS; s++) {
+            accs[s][0] = accs[s][1] = none;
+        }
+        for (size_t at = chunk; at < chunk + STREAM_PAGE_BYTES; at += 2 * VEC_BYTES) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * STREAMS; i++) {
+                size_t here =
+                    at + (size_t)(i / 2) * STREAM_PAGE_BYTES + (size_t)(i % 2) * VEC_BYTES;
+                VEC data = FOLD_NAME(take)(src, dst, here, true, true);
+                if (i == 0) {
+                    data = VEC_XOR3(data, start, none);
+                    start = none;
+                }
+                accs[i / 2][i % 2] = FOLD_NAME(fold)(accs[i / 2][i % 2], data, two);
+            }
+        }
+        for (int i = 2; i < 2 * STREAMS; i++) {
+            accs[i / 2][i % 2] = FOLD_NAME(fold)(accs[i / 2 - 1][i % 2], accs[i / 2][i % 2], page);
+        }
+        accs[0][0] = accs[STREAMS - 1][0];
+        accs[0][1] = accs[STREAMS - 1][1];
+    }
+    return reduce(VEC_TO_LANE(FOLD_NAME(fold)(accs[0][0], accs[0][1], near)));
+}
+
 static FOLD_TARGET uint32_t
 FOLD_NAME(update)(uint32_t reg, const uint8_t *src, size_t len)
 {
@@ -104,7 +143,15 @@ FOLD_NAME(copy)(uint32_t reg, uint8_t *dst, const uint8_t *src, size_t len, bool
         if (head != 0) {
             reg = FOLD_NAME(copy)(reg, dst, src, head, false);
         }
-        reg = FOLD_NAME(run)(reg, dst + head, src + head, len - head, true, true);
+        size_t done = head + (len - head) / STREAMS_BYTES * STREAMS_BYTES;
+        if (done > head) {
+            reg = FOLD_NAME(run_pages)(reg, dst + head, src + head, done - head);
+        }
+        if (len - done >= 16) {
+            reg = FOLD_NAME(run)(reg, dst + done, src + done, len - done, true, true);
+        } else if (len > done) {
+            reg = FOLD_NAME(copy)(reg, dst + done, src + done, len - done, false);
+        }
         _mm_sfence();
         return reg;
     }
@@ -131,3 +178,4 @@ FOLD_NAME(copy)(uint32_t reg, uint8_t *dst, const uint8_t *src, size_t len, bool
 #undef VEC_TO_LANE
 #undef FAR
 #undef NEAR
+#undef TWO

@@ -13,6 +13,9 @@
  * stores the destination does too.  Each function carries its target attribute, so the file
  * compiles for any x86-64 baseline.
  *
+ * Long streaming copies run over four pages side by side, as memcpy's do: from memory that is a
+ * tenth faster than one page after the other.
+ *
  * 512 bits are worth having for checksums of bytes that are already in place: measured on a Xeon,
  * twice the rate of 256 bits inside the caches and a tenth more from memory.  Copies are bound by
  * memory and gain nothing.
@@ -27,7 +30,12 @@
 
 #include <immintrin.h>
 
-enum { STREAMING_MIN_BYTES = 1024 };
+enum {
+    STREAMING_MIN_BYTES = 1024,
+    STREAMS = 4,
+    STREAM_PAGE_BYTES = 4096,
+    STREAMS_BYTES = STREAMS * STREAM_PAGE_BYTES,
+};
 
 /* x^(D+32) and x^(D-32) mod P, reflected and shifted left by one; the names say D in bytes. */
 struct fold_constants {
@@ -40,6 +48,7 @@ static const struct fold_constants over_64 = {0x154442bd4, 0x1c6e41596};
 static const struct fold_constants over_128 = {0x1e88ef372, 0x14a7fe880};
 static const struct fold_constants over_256 = {0x11542778a, 0x1322d1430};
 static const struct fold_constants over_512 = {0x01072db28, 0x1d741f35c};
+static const struct fold_constants over_4096 = {0x05ad8a92c, 0x1b3b1a484};
 
 #define X_64 0x163cd6124        /* x^64 mod P */
 #define POLY_33 0x1db710641     /* P itself, 33 bits */
@@ -129,6 +138,7 @@ finish(__m128i lane, uint8_t *dst, const uint8_t *src, size_t at, size_t len, bo
 #define VEC_TO_LANE(vec) (vec)
 #define FAR over_128
 #define NEAR over_16
+#define TWO over_32
 #include "crc32_fold.h"
 
 /* ---- 256 bits ---- */
@@ -155,6 +165,7 @@ lanes_256(__m256i vec)
 #define VEC_TO_LANE(vec) lanes_256(vec)
 #define FAR over_256
 #define NEAR over_32
+#define TWO over_64
 #include "crc32_fold.h"
 
 /* ---- 512 bits ---- */
@@ -184,6 +195,7 @@ lanes_512(__m512i vec)
 #define VEC_TO_LANE(vec) lanes_512(vec)
 #define FAR over_512
 #define NEAR over_64
+#define TWO over_128
 #include "crc32_fold.h"
 
 static const struct crc32_impl vpclmul_512 = {"vpclmulqdq-512", update_512, copy_512};

@@ -117,6 +117,33 @@ long_inputs_agree_across_implementations(void)
     dcp_free(copy);
 }
 
+/* Streaming copies take four pages at a time; what is left over goes another way. */
+static void
+streaming_copies_agree_around_their_steps(void)
+{
+    enum { STEP = 16384, LONGEST = 2 * STEP + 200 };
+    static const size_t around[] = {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 200};
+    uint8_t *data = random_bytes(LONGEST + 64);
+    uint8_t *copy = dcp_malloc(LONGEST + 64 + GUARD);
+    for (size_t c = 0; c < 4 * sizeof around / sizeof around[0]; c++) {
+        size_t len = (c % 2 + 1) * STEP + around[c / 4] - (c / 2 % 2) * 2 * around[c / 4] % STEP;
+        size_t shift = next_random() % 64, offset = next_random() % 64;
+        uint32_t start = (uint32_t)next_random();
+        uint32_t want = reference(start, data + offset, len);
+        for (int i = 0; i < IMPLEMENTATIONS; i++) {
+            if (!dcp_crc32_force(implementations[i])) {
+                continue;
+            }
+            memset(copy, 0xA5, LONGEST + 64 + GUARD);
+            CHECK(dcp_crc32_copy(start, copy + shift, data + offset, len, true) == want);
+            CHECK(memcmp(copy + shift, data + offset, len) == 0);
+            CHECK(copy[shift + len] == 0xA5 && (shift == 0 || copy[shift - 1] == 0xA5));
+        }
+    }
+    dcp_free(data);
+    dcp_free(copy);
+}
+
 /* Exact blocks on the heap: a read of one byte too many is caught by the address sanitizer. */
 static void
 no_byte_outside_the_input_is_read(void)
@@ -176,6 +203,7 @@ combination_holds_for_lengths_that_no_test_can_hash(void)
 }
 
 CTEST_MAIN(RUN(the_known_answer_holds); RUN(every_length_and_alignment_agrees_with_the_definition);
-           RUN(long_inputs_agree_across_implementations); RUN(no_byte_outside_the_input_is_read);
+           RUN(long_inputs_agree_across_implementations);
+           RUN(streaming_copies_agree_around_their_steps); RUN(no_byte_outside_the_input_is_read);
            RUN(pieces_continue_and_combine_to_the_whole);
            RUN(combination_holds_for_lengths_that_no_test_can_hash);)

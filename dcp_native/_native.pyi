@@ -1,5 +1,6 @@
 """Types of the C extension (csrc/py)."""
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +14,17 @@ def crc32(data: Any, crc: int = 0, /) -> int: ...
 def trim() -> None: ...
 def live_bytes() -> int: ...
 def peek_save_id(image: bytes, /) -> str | None: ...
+def verify_checkpoint(
+    path: str | os.PathLike,
+    *,
+    level: int = 2,
+    direct: int = 0,
+    problems_most: int = 100,
+    part: int = 0,
+    parts: int = 0,
+    original: bytes | None = None,
+    translated: bytes | None = None,
+) -> dict[str, Any]: ...
 def _debug_plan(state_dict: Any, *args: Any, **kwargs: Any) -> dict[str, Any]: ...
 def _debug_targets(*args: Any, **kwargs: Any) -> dict[str, Any]: ...
 

@@ -132,6 +132,9 @@ collect_refs(struct dcp_verifier *v, struct set *set, struct dcp_error *err)
                                             .entry = (uint32_t)e};
                 continue;
             }
+            if (v->options->part != 0) {
+                continue;
+            }
             dcp_error_clear(&why);
             dcp_error_set(&why, DCP_E_MISSING, 0, NULL,
                           chunk->file == DCP_NO_FILE
@@ -188,7 +191,7 @@ check_entries(struct dcp_verifier *v, struct set *set, bool is_rank_local, struc
         bool is_object = md->entries[e].kind == DCP_ITEM_BYTES, filled = true;
         v->result->objects_count += is_object;
         v->result->tensors_count += !is_object;
-        if (v->options->level == DCP_VERIFY_COMPLETE) {
+        if (v->options->level == DCP_VERIFY_COMPLETE || v->options->part != 0) {
             continue;
         }
         int rc = dcp_verify_check_cancel(v->options, err);
@@ -312,7 +315,6 @@ check_file(struct dcp_verifier *v, struct set *set, uint32_t index, struct dcp_v
            uint64_t count, struct dcp_error *err)
 {
     const struct dcp_verify_options *options = v->options;
-    bool is_mine = options->parts == 0 || index % options->parts == options->part;
     struct dcp_verify_file file;
     struct dcp_error why;
     dcp_error_clear(&why);
@@ -323,10 +325,10 @@ check_file(struct dcp_verifier *v, struct set *set, uint32_t index, struct dcp_v
         rc = note_file(v, set, refs, count, &file, &why, err);
     } else {
         rc = check_places(v, &file, refs, count, &count, err);
-        if (rc == 0 && options->level >= DCP_VERIFY_STRUCTURE && is_mine) {
+        if (rc == 0 && options->level >= DCP_VERIFY_STRUCTURE) {
             rc = dcp_verify_file_tables(v, &file, err);
         }
-        if (rc == 0 && options->level == DCP_VERIFY_FULL && is_mine) {
+        if (rc == 0 && options->level == DCP_VERIFY_FULL) {
             rc = check_records(v, &file, refs, count, err);
         }
     }
@@ -345,7 +347,8 @@ check_files(struct dcp_verifier *v, struct set *set, struct dcp_error *err)
             at++;
         }
         rc = dcp_verify_check_cancel(v->options, err);
-        if (rc == 0) {
+        bool is_mine = v->options->parts == 0 || f % v->options->parts == v->options->part;
+        if (rc == 0 && is_mine) {
             rc = check_file(v, set, f, set->refs + first, at - first, err);
         }
     }

@@ -32,8 +32,9 @@ struct dcp_verify_options {
     enum dcp_verify_level level;
     enum dcp_direct direct;
     uint32_t problems_most; /* that are kept; 0: DCP_VERIFY_PROBLEMS */
-    /* Tables and bytes of data file number f (as the metadata lists them) are read only when
-     * f % parts == part: ranks of a job divide them.  parts 0: all files. */
+    /* Ranks of a job may divide the work: data file number f (as the metadata lists them) is only
+     * looked at when f % parts == part, chunks of tensors only by part 0.  What all parts find
+     * together is what one check finds; damaged metadata is found by each.  parts 0: all. */
     uint32_t part, parts;
     /* A `.metadata` that only Python can read: what stands in its place, a pickle of torch's plain
      * Metadata, and the image it was made from.  DCP_E_STALE when the file is no longer that. */
@@ -71,7 +72,7 @@ struct dcp_verify_result {
     /* Tensors that the checkpoint holds only in part, and rightly so: it is of single ranks, or of
      * one rank that saved alone. */
     uint64_t partial_tensors_count;
-    uint64_t files_count, file_bytes; /* data files that metadata name */
+    uint64_t files_count, file_bytes; /* data files that were looked at */
     uint64_t direct_files_count;      /* read with O_DIRECT */
     uint64_t read_bytes;              /* of data files */
     uint64_t checked_bytes;           /* of records whose checksums were compared, match or not */

@@ -13,7 +13,6 @@ from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     LoadPlanner,
@@ -42,6 +41,7 @@ from ._find_latest import find_latest
 from ._native import NativeError
 from ._report import last_report
 from ._verify import VerifyProblem, VerifyResult, verify
+from .filesystem import FileSystemReader
 from .state_dict_loader import load, load_state_dict
 from .state_dict_saver import (
     AsyncCheckpointerType,

@@ -22,6 +22,7 @@ MODULES = {
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
     "cases_find_latest": (2,),
+    "cases_foreign": (2,),
 }
 
 

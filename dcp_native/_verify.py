@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from . import _native
 from ._config import DIRECT_IO, config
@@ -226,11 +227,20 @@ def _run(path: Path, level: str, max_problems: int, part: int, parts: int) -> di
 
 
 def _translation(path: Path) -> dict[str, bytes]:
-    """A ``.metadata`` with extra attributes or classes, and the plain one that is in it."""
+    """A ``.metadata`` of classes that only Python can rebuild, and the same in torch's own."""
     original = (path / ".metadata").read_bytes()
     metadata = pickle.loads(original)
     plain = Metadata(
-        state_dict_metadata=metadata.state_dict_metadata, storage_data=metadata.storage_data
+        state_dict_metadata=metadata.state_dict_metadata,
+        storage_data={
+            MetadataIndex(at.fqn, at.offset, at.index): _StorageInfo(
+                record.relative_path,
+                record.offset,
+                record.length,
+                getattr(record, "transform_descriptors", None),
+            )
+            for at, record in metadata.storage_data.items()
+        },
     )
     return {"original": original, "translated": pickle.dumps(plain)}
 

@@ -51,12 +51,13 @@ copy_name(const struct dcp_verifier *v, uint32_t index, struct dcp_verify_file *
     return 0;
 }
 
+/* A pipe in the place of a file must not hold us up. */
 static int
 open_fd(const struct dcp_verifier *v, const char *name)
 {
     int fd;
     do {
-        fd = v->io->open_at(v->io->ctx, v->dirfd, name, O_RDONLY, 0);
+        fd = v->io->open_at(v->io->ctx, v->dirfd, name, O_RDONLY | O_NONBLOCK, 0);
     } while (fd == -EINTR);
     return fd;
 }

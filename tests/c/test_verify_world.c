@@ -397,6 +397,12 @@ a_large_zip_is_checked_as_it_streams_by(void)
     io_memory_put_file(fs, DIR, "__0_0.distcp", record.data, record.len);
     CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 1);
     CHECK(first.code == DCP_E_CHECKSUM && strstr(first.what, "archive/junk") != NULL);
+    for (size_t back = 1; back < 500; back += 19) {
+        record.data[record.len - back] ^= 8;
+        io_memory_put_file(fs, DIR, "__0_0.distcp", record.data, record.len);
+        CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, NULL), 1);
+        record.data[record.len - back] ^= 8;
+    }
     io_memory_free(fs);
     dcp_buf_clean_up(&record);
     dcp_buf_clean_up(&pickle);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from test_golden import CHECKPOINTS, Extra, rewrite
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import dcp_native as dcp
 from dcp_native import VerifyProblem
@@ -118,6 +120,9 @@ def test_cut_missing_and_replaced_files(tmp_path):
     file.mkdir()
     assert "directory" in dcp.verify(tmp_path, level="complete").problems[0].what
     file.rmdir()
+    os.mkfifo(file)
+    assert "0 of its 64 bytes" in dcp.verify(tmp_path, level="complete").problems[0].what
+    file.unlink()
     dcp.save(state(), checkpoint_id=tmp_path / "other")
     os.link(data_file(tmp_path / "other"), file)
     assert dcp.verify(tmp_path, level="complete").problems[0].code == "STALE"
@@ -196,10 +201,31 @@ def test_records_without_checksums_are_counted(tmp_path):
     assert result.unverified_records == 8 and result.unverified_bytes > 6_000_000
 
 
-def test_metadata_that_only_torch_reads_is_translated_or_refused(tmp_path):
+@pytest.mark.parametrize("allowed", [True, False])
+def test_extra_attributes_of_metadata_do_not_matter(tmp_path, allowed):
     sys.modules.setdefault("test_golden", sys.modules[Extra.__module__])
     torch_dcp.save(state(), checkpoint_id=tmp_path)
     rewrite(tmp_path, lambda metadata: setattr(metadata, "mcore_data", Extra()))
+    assert dcp.verify(tmp_path)
+    flip(data_file(tmp_path), 3_000_000)
+    dcp.configure(allow_unsafe_objects=allowed)
+    assert dcp.verify(tmp_path).problems[0].code == "CHECKSUM"
+
+
+@dataclasses.dataclass
+class MarkedInfo(_StorageInfo):
+    """What a storage writer of somebody else's might put into storage_data."""
+
+
+def test_metadata_that_only_torch_reads_is_translated_or_refused(tmp_path):
+    torch_dcp.save(state(), checkpoint_id=tmp_path)
+
+    def change(metadata):
+        for info in metadata.storage_data.values():
+            info.__class__ = MarkedInfo
+
+    rewrite(tmp_path, change)
+    torch_dcp.load({"step": None}, checkpoint_id=tmp_path)
     assert dcp.verify(tmp_path)
     flip(data_file(tmp_path), 3_000_000)
     assert dcp.verify(tmp_path).problems[0].tensor == "model.large"

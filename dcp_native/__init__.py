@@ -38,8 +38,10 @@ if _native.built_for_torch != torch.__version__.split("+")[0]:
 
 from ._config import Config, config, configure
 from ._failures import LoadException
+from ._find_latest import find_latest
 from ._native import NativeError
 from ._report import last_report
+from ._verify import VerifyProblem, VerifyResult, verify
 from .filesystem import FileSystemReader
 from .state_dict_loader import load, load_state_dict
 from .state_dict_saver import (
@@ -75,16 +77,20 @@ __all__ = [
     "StorageReader",
     "StorageWriter",
     "TensorStorageMetadata",
+    "VerifyProblem",
+    "VerifyResult",
     "WriteItem",
     "async_save",
     "config",
     "configure",
+    "find_latest",
     "last_report",
     "load",
     "load_state_dict",
     "save",
     "save_state_dict",
     "trim",
+    "verify",
 ]
 
 

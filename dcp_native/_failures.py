@@ -83,6 +83,15 @@ def _from_payload(payload: Any) -> tuple[BaseException, traceback.StackSummary]:
         )
 
 
+def from_record(record: bytes) -> BaseException:
+    """The exception of another rank, from what ``as_record`` made of it there.
+
+    An interrupt of that rank is an error here.
+    """
+    error = _from_payload(record)[0]
+    return error if isinstance(error, Exception) else RuntimeError(f"another rank: {error!r}")
+
+
 def codes_of(failures: list[tuple[int, Any]] | None) -> set[str | None]:
     """Names of the core's error codes in an exchanged list; None for what has no code."""
     causes = (_from_payload(payload)[0] for _, payload in failures or ())

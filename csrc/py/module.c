@@ -11,6 +11,7 @@
 #include "dcp_crc32.h"
 #include "debug_plan.h"
 #include "errors.h"
+#include "verify_object.h"
 
 struct module_state *
 module_state_of(PyTypeObject *type)
@@ -190,7 +191,8 @@ module_exec(PyObject *module)
     if (state->error_class == NULL ||
         PyModule_AddObjectRef(module, "NativeError", state->error_class) != 0 ||
         PyModule_AddStringConstant(module, "built_for_torch", DCP_BUILT_FOR_TORCH) != 0 ||
-        PyModule_AddFunctions(module, debug_plan_methods) != 0) {
+        PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
+        PyModule_AddFunctions(module, verify_methods) != 0) {
         return -1;
     }
     state->group_type = add_type(module, &group_type_spec);

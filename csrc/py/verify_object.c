@@ -1,0 +1,212 @@
+/*
+ * verify_object.c: one check of a checkpoint as a function: off the GIL, interruptible, its result
+ * a dict.
+ *
+ * The job lies in a capsule, which native_run keeps alive for a thread that has to be left alone;
+ * it owns copies of everything the check borrows.
+ */
+#include "verify_object.h"
+
+#include "dcp_verify.h"
+#include "errors.h"
+#include "module.h"
+#include "native_run.h"
+
+struct verify_job {
+    struct dcp_verify_options options;
+    struct dcp_verify_result result;
+    atomic_int cancel;
+    PyObject *path;                  /* bytes */
+    PyObject *original, *translated; /* bytes, or NULL */
+};
+
+static void
+job_free(PyObject *capsule)
+{
+    struct verify_job *job = PyCapsule_GetPointer(capsule, NULL);
+
+    dcp_verify_result_clean_up(&job->result);
+    Py_XDECREF(job->path);
+    Py_XDECREF(job->original);
+    Py_XDECREF(job->translated);
+    PyMem_Free(job);
+}
+
+static int
+job_run(void *self, struct dcp_error *err)
+{
+    struct verify_job *job = self;
+
+    return dcp_verify_run(dcp_io_posix(), PyBytes_AS_STRING(job->path), &job->options, &job->result,
+                          err);
+}
+
+/* File names and keys are UTF-8 as a rule; other bytes come through as surrogates. */
+static PyObject *
+text_of(const char *text)
+{
+    return PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "surrogateescape");
+}
+
+static PyObject *
+problem_of(const struct dcp_verify_problem *problem)
+{
+    PyObject *offset = problem->offset_bytes == UINT64_MAX
+                           ? Py_NewRef(Py_None)
+                           : PyLong_FromUnsignedLongLong(problem->offset_bytes);
+    PyObject *tensor = text_of(problem->tensor), *file = text_of(problem->file);
+    PyObject *what = text_of(problem->what);
+
+    if (offset == NULL || tensor == NULL || file == NULL || what == NULL) {
+        Py_XDECREF(offset);
+        Py_XDECREF(tensor);
+        Py_XDECREF(file);
+        Py_XDECREF(what);
+        return NULL;
+    }
+    return Py_BuildValue("(NNNNs)", tensor, file, offset, what, dcp_code_name(problem->code));
+}
+
+static PyObject *
+problems_of(const struct dcp_verify_result *result)
+{
+    PyObject *list = PyList_New(0);
+
+    for (uint32_t i = 0; list != NULL && i < result->problems_count; i++) {
+        PyObject *problem = problem_of(&result->problems[i]);
+
+        if (problem == NULL || PyList_Append(list, problem) != 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(problem);
+    }
+    return list;
+}
+
+static PyObject *
+ranks_of(const struct dcp_verify_result *result)
+{
+    PyObject *tuple = PyTuple_New(result->ranks_count);
+
+    for (uint32_t i = 0; tuple != NULL && i < result->ranks_count; i++) {
+        PyObject *rank = PyLong_FromUnsignedLong(result->ranks[i]);
+
+        if (rank == NULL) {
+            Py_CLEAR(tuple);
+        } else {
+            PyTuple_SET_ITEM(tuple, i, rank);
+        }
+    }
+    return tuple;
+}
+
+static PyObject *
+save_id_of(const struct dcp_verify_result *result)
+{
+    static const struct dcp_save_id none;
+    const uint8_t *id = result->save_id.bytes;
+    char text[2 * sizeof none.bytes + 1];
+
+    if (memcmp(id, none.bytes, sizeof none.bytes) == 0) {
+        Py_RETURN_NONE;
+    }
+    for (size_t i = 0; i < sizeof none.bytes; i++) {
+        PyOS_snprintf(text + 2 * i, 3, "%02x", id[i]);
+    }
+    return PyUnicode_FromString(text);
+}
+
+static PyObject *
+result_of(const struct dcp_verify_result *result)
+{
+    PyObject *problems = problems_of(result), *ranks = ranks_of(result);
+    PyObject *save_id = save_id_of(result);
+
+    if (problems == NULL || ranks == NULL || save_id == NULL) {
+        Py_XDECREF(problems);
+        Py_XDECREF(ranks);
+        Py_XDECREF(save_id);
+        return NULL;
+    }
+    return Py_BuildValue(
+        "{sN sK sO sN sN sK sK sK sK sK sK sK sK sK sK sK sK sK sI sK}", "problems", problems,
+        "problems_found", result->problems_found, "native", result->is_native ? Py_True : Py_False,
+        "ranks", ranks, "save_id", save_id, "tensors", result->tensors_count, "objects",
+        result->objects_count, "records", result->records_count, "partial_tensors",
+        result->partial_tensors_count, "files", result->files_count, "file_bytes",
+        result->file_bytes, "direct_files", result->direct_files_count, "read_bytes",
+        result->read_bytes, "checked_bytes", result->checked_bytes, "unverified_bytes",
+        result->unverified_bytes, "unverified_records", result->unverified_records_count, "claims",
+        result->claims_count, "unreferenced_files", result->unreferenced_files_count, "replaced",
+        result->replaced_count, "wall_ns", result->wall_ns);
+}
+
+static int
+as_span(PyObject *bytes, PyObject **ret_owner, struct dcp_span *ret_span)
+{
+    if (bytes == Py_None) {
+        return 0;
+    }
+    if (!PyBytes_Check(bytes)) {
+        PyErr_SetString(PyExc_TypeError, "original and translated must be bytes or None");
+        return -1;
+    }
+    *ret_owner = Py_NewRef(bytes);
+    ret_span->data = (const uint8_t *)PyBytes_AS_STRING(bytes);
+    ret_span->len = (size_t)PyBytes_GET_SIZE(bytes);
+    return 0;
+}
+
+PyDoc_STRVAR(verify_doc,
+             "verify_checkpoint(path, *, level=2, direct=0, problems_most=100, part=0, parts=0, "
+             "original=None, translated=None)\n--\n\n"
+             "Check a checkpoint without loading it (dcp_verify.h).");
+
+static PyObject *
+module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"path",     "level",      "direct", "problems_most", "part", "parts",
+                            "original", "translated", NULL};
+    struct module_state *state = PyModule_GetState(module);
+    PyObject *original = Py_None, *translated = Py_None, *pending = NULL, *result = NULL;
+    int level = DCP_VERIFY_FULL, direct = DCP_DIRECT_AUTO, rc = 0;
+    unsigned int most = DCP_VERIFY_PROBLEMS, part = 0, parts = 0;
+    struct verify_job *job = PyMem_Calloc(1, sizeof *job);
+    PyObject *capsule = job == NULL ? NULL : PyCapsule_New(job, NULL, job_free);
+    struct dcp_error err;
+
+    if (capsule == NULL) {
+        PyMem_Free(job);
+        return job == NULL ? PyErr_NoMemory() : NULL;
+    }
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIOO:verify_checkpoint", names,
+                                     PyUnicode_FSConverter, &job->path, &level, &direct, &most,
+                                     &part, &parts, &original, &translated) ||
+        as_span(original, &job->original, &job->options.original) != 0 ||
+        as_span(translated, &job->translated, &job->options.translated) != 0) {
+        Py_DECREF(capsule);
+        return NULL;
+    }
+    job->options.level = (enum dcp_verify_level)level;
+    job->options.direct = (enum dcp_direct)direct;
+    job->options.problems_most = most;
+    job->options.part = part;
+    job->options.parts = parts;
+    job->options.cancel = &job->cancel;
+    if (native_run(capsule, job_run, job, &job->cancel, &pending, &rc, &err) != 0 ||
+        pending != NULL) {
+        (void)native_raise_pending(&pending);
+    } else if (rc != 0) {
+        native_set_error(state->error_class, &err);
+    } else {
+        result = result_of(&job->result);
+    }
+    Py_DECREF(capsule);
+    return result;
+}
+
+PyMethodDef verify_methods[] = {
+    {"verify_checkpoint", (PyCFunction)(void (*)(void))module_verify, METH_VARARGS | METH_KEYWORDS,
+     verify_doc},
+    {NULL, NULL, 0, NULL},
+};

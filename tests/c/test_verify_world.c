@@ -1,0 +1,570 @@
+/*
+ * test_verify_world.c: the check in a world that does not hold still: failing calls, no memory,
+ * cancelled, replaced by newer saves; and checkpoints of other kinds: linked files, stock torch's
+ * records, of single ranks, in part.
+ */
+#include "ctest.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+
+#include "incremental_world.h"
+#include "metadata_private.h"
+#include "record_maker.h"
+#include "verify_subject.h"
+
+/* ---- a world that fails ---- */
+
+static void
+no_failing_call_makes_a_damaged_checkpoint_pass(void)
+{
+    static const enum io_call reading[] = {IO_OPEN_DIR, IO_OPEN_AT, IO_PREAD, IO_FSTAT, IO_LIST};
+    struct subject s;
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    struct dcp_verify_result result;
+    struct dcp_error err;
+    make(&s, &small);
+    for (size_t kind = 0; kind < sizeof reading / sizeof reading[0]; kind++) {
+        uint64_t nth = 0, calls;
+        do {
+            struct io_memory_faults *faults = io_memory_faults(s.disk.fs);
+            uint64_t before = io_memory_calls_of(s.disk.fs, reading[kind]);
+            faults->fail_call = reading[kind];
+            faults->fail_nth = ++nth;
+            faults->fail_errno = EIO;
+            int rc = run(s.disk.fs, DIR, &verify, &result, &err);
+            calls = io_memory_calls_of(s.disk.fs, reading[kind]) - before;
+            bool hit = faults->fail_nth == 0;
+            faults->fail_nth = 0;
+            if (rc == 0) {
+                CHECK_EQ(result.problems_found > 0, hit);
+                CHECK(!hit || result.problems[0].sys_errno == EIO);
+                dcp_verify_result_clean_up(&result);
+            } else {
+                CHECK(hit && err.code == DCP_E_IO && err.sys_errno == EIO);
+            }
+            if (!hit) {
+                break;
+            }
+        } while (nth <= calls);
+        CHECK(nth > 1);
+    }
+    clean_up(&s);
+}
+
+static void
+calls_that_only_help_may_fail(void)
+{
+    static const enum io_call helping[] = {IO_CLOSE, IO_DIO_ALIGN, IO_CACHED, IO_SET_DIRECT};
+    struct subject s;
+    struct world_options options = {.seed = 1, .thread_count = 1, .large_bytes = 9u << 20};
+    make(&s, &options);
+    for (size_t kind = 0; kind < sizeof helping / sizeof helping[0]; kind++) {
+        struct io_memory_faults *faults = io_memory_faults(s.disk.fs);
+        faults->fail_call = helping[kind];
+        faults->fail_nth = 1;
+        faults->fail_errno = EIO;
+        faults->fail_after_effect = helping[kind] == IO_CLOSE;
+        CHECK_EQ(problems(s.disk.fs, DIR, DCP_VERIFY_FULL, NULL), 0);
+        CHECK_EQ(faults->fail_nth, 0);
+    }
+    clean_up(&s);
+}
+
+static void
+an_unreadable_place_spoils_its_records_only(void)
+{
+    struct subject s;
+    struct world_options options = {
+        .seed = 1, .thread_count = 1, .large_bytes = 30u << 20, .tensors = 4};
+    uint64_t spared = 0;
+    make(&s, &options);
+    for (uint64_t nth = 4; nth < 8; nth++) {
+        struct io_memory_faults *faults = io_memory_faults(s.disk.fs);
+        struct dcp_verify_problem first = {0};
+        faults->fail_call = IO_PREAD;
+        faults->fail_nth = nth;
+        faults->fail_errno = EIO;
+        uint64_t found = problems(s.disk.fs, DIR, DCP_VERIFY_FULL, &first);
+        CHECK(found >= 1 && found <= s.world.layout.records_count);
+        spared += s.world.layout.records_count - found;
+        CHECK(first.code == DCP_E_IO && strstr(first.what, "Input/output error") != NULL);
+        faults->fail_nth = 0;
+    }
+    CHECK(spared > 0);
+    clean_up(&s);
+}
+
+static void
+running_out_of_memory_is_an_error_and_leaks_nothing(void)
+{
+    struct subject s;
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    make(&s, &small);
+    disk_damage(&s.disk, &s.world, 0, s.world.layout.records[0].offset_bytes + 70, 1, UINT64_MAX);
+    uint64_t failures = 0;
+    for (uint64_t nth = 1;; nth++) {
+        struct dcp_verify_result result;
+        struct dcp_error err;
+        dcp_engine_trim();
+        dcp_alloc_fail_after(nth);
+        int rc = run(s.disk.fs, DIR, &verify, &result, &err);
+        dcp_alloc_fail_after(0);
+        if (rc == 0) {
+            CHECK_EQ(result.problems_found, 1);
+            dcp_verify_result_clean_up(&result);
+            break;
+        }
+        CHECK_EQ(rc, DCP_E_NOMEM);
+        failures++;
+    }
+    CHECK(failures > 10);
+    clean_up(&s);
+}
+
+/* ---- hooks ---- */
+
+static atomic_int cancel;
+static _Atomic uint64_t calls_left;
+static void (*when_due)(struct io_memory *fs);
+static struct io_memory *hooked_fs;
+
+static void
+count_down(struct io_memory_process *process, enum io_call call, const char *name)
+{
+    (void)process;
+    if (when_due == NULL || (strstr(name, ".distcp") == NULL && call != IO_PREAD)) {
+        return;
+    }
+    if (calls_left > 0 && --calls_left == 0) {
+        when_due(hooked_fs);
+    }
+}
+
+static void
+set_cancel(struct io_memory *fs)
+{
+    (void)fs;
+    cancel = 1;
+}
+
+static void
+a_cancelled_check_ends_soon(void)
+{
+    struct subject s;
+    struct world_options options = {.seed = 1, .thread_count = 1, .large_bytes = 60u << 20};
+    struct dcp_verify_options verify = {
+        .level = DCP_VERIFY_FULL, .cancel = &cancel, .direct = DCP_DIRECT_ON};
+    make(&s, &options);
+    struct io_memory_process *process = io_memory_process(s.disk.fs, 0);
+    process->before = count_down;
+    when_due = set_cancel;
+    for (uint64_t at = 0; at < 6; at++) {
+        struct dcp_verify_result result;
+        struct dcp_error err;
+        cancel = at == 0;
+        calls_left = at;
+        CHECK_EQ(run(s.disk.fs, DIR, &verify, &result, &err), DCP_E_CANCELLED);
+    }
+    process->before = NULL;
+    when_due = NULL;
+    clean_up(&s);
+}
+
+/* ---- replaced ---- */
+
+static const struct tensors versions[2] = {
+    {.count = 3, .lengths = {1000, 300000, 20}, .file_per_item = true},
+    {.count = 3, .lengths = {1000, 300000, 20}, .versions = {1, 1, 1}, .file_per_item = true},
+};
+
+static void
+save_again(struct io_memory *fs)
+{
+    struct saving saving = {.dir = DIR};
+    struct dcp_save_info info;
+    when_due = NULL;
+    tensors_save(NULL, fs, &versions[1], &saving, &info);
+}
+
+static void
+remove_all(struct io_memory *fs)
+{
+    when_due = NULL;
+    tensors_remove(fs, DIR);
+}
+
+static void
+a_checkpoint_that_is_replaced_meanwhile_is_checked_anew(void)
+{
+    uint32_t replaced = 0;
+    for (uint64_t at = 1; at < 30; at++) {
+        struct io_memory *fs = io_memory_new(at);
+        struct saving saving = {.dir = DIR};
+        struct dcp_save_info info;
+        struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+        struct dcp_verify_result result;
+        struct dcp_error err = {0};
+        tensors_save(NULL, fs, &versions[0], &saving, &info);
+        io_memory_process(fs, 0)->before = count_down;
+        hooked_fs = fs;
+        when_due = save_again;
+        calls_left = at;
+        const struct dcp_io *io = &io_memory_process(fs, 0)->io;
+        CHECK_OK(dcp_verify_run(io, DIR, &verify, &result, &err), &err);
+        io_memory_process(fs, 0)->before = NULL;
+        CHECK_EQ(result.problems_found, 0);
+        CHECK(result.replaced_count <= 1);
+        replaced += result.replaced_count;
+        dcp_verify_result_clean_up(&result);
+        when_due = NULL;
+        io_memory_free(fs);
+        dcp_engine_trim();
+    }
+    CHECK(replaced > 0);
+}
+
+static void
+a_checkpoint_that_is_deleted_meanwhile_is_not_whole(void)
+{
+    for (uint64_t at = 1; at < 8; at += 2) {
+        struct io_memory *fs = io_memory_new(at);
+        struct saving saving = {.dir = DIR};
+        struct dcp_save_info info;
+        struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+        struct dcp_verify_result result;
+        struct dcp_error err = {0};
+        tensors_save(NULL, fs, &versions[0], &saving, &info);
+        io_memory_process(fs, 0)->before = count_down;
+        hooked_fs = fs;
+        when_due = remove_all;
+        calls_left = at;
+        const struct dcp_io *io = &io_memory_process(fs, 0)->io;
+        CHECK_OK(dcp_verify_run(io, DIR, &verify, &result, &err), &err);
+        io_memory_process(fs, 0)->before = NULL;
+        CHECK_EQ(result.problems_found, 1);
+        CHECK(result.problems_count == 1 && result.problems[0].code == DCP_E_NOENT &&
+              strcmp(result.problems[0].file, ".metadata") == 0);
+        dcp_verify_result_clean_up(&result);
+        io_memory_free(fs);
+        dcp_engine_trim();
+    }
+}
+
+/* ---- other kinds of checkpoints ---- */
+
+static void
+linked_files_count_as_the_checkpoints_own(void)
+{
+    for (int i = 0; i < 4; i++) {
+        struct io_memory *fs = io_memory_new((uint64_t)i);
+        struct saving saving = {.dir = "/base", .content_hash = true, .independent = i % 2 == 1};
+        struct tensors first = {.count = 4, .lengths = {1000, 600000, 20, 5000}};
+        struct tensors second = first;
+        struct dcp_save_info info;
+        struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+        struct dcp_verify_result result;
+        struct dcp_error err;
+        tensors_save(NULL, fs, &first, &saving, &info);
+        second.versions[0] = 1;
+        saving = (struct saving){.dir = "/next",
+                                 .base = "/base",
+                                 .independent = i % 2 == 1,
+                                 .mode = i / 2 == 0 ? DCP_LINK_REFLINK : DCP_LINK_HARD};
+        tensors_save(NULL, fs, &second, &saving, &info);
+        CHECK_EQ(info.linked_files, 1);
+        CHECK_OK(run(fs, "/next", &verify, &result, &err), &err);
+        CHECK_EQ(result.problems_found, 0);
+        CHECK_EQ(result.ranks_count, i % 2);
+        CHECK_EQ(result.records_count, 4);
+        CHECK_EQ(result.unreferenced_files_count, 0);
+        dcp_verify_result_clean_up(&result);
+        io_memory_free(fs);
+        dcp_engine_trim();
+    }
+}
+
+/* A checkpoint of one (2, 3) float32 tensor with stock metadata and the given record. */
+static struct io_memory *
+make_stock(const struct dcp_buf *record, int dtype)
+{
+    static const uint64_t sizes[2] = {2, 3};
+    struct io_memory *fs = io_memory_new(1);
+    const struct dcp_io *io = &io_memory_process(fs, 0)->io;
+    struct dcp_plan plan = {.rank = 0, .thread_count = 1, .single_file_per_rank = true};
+    struct dcp_global_plan global = {0};
+    struct dcp_storage_meta meta = {.version = "1.0.0"};
+    struct dcp_save_id id = {{1}};
+    struct dcp_metadata_footer footer;
+    struct dcp_buf image = {0};
+    struct dcp_error err = {0};
+    maker_tensor(&plan, "stock", dtype, 2, sizes);
+    CHECK_OK(dcp_global_plan_build(&plan, 1, false, &global, &err), &err);
+    global.layouts[0].records[0].offset_bytes = 0;
+    global.layouts[0].records[0].length_bytes = record->len;
+    CHECK_OK(dcp_metadata_write(&global, &meta, &id, 0, NULL, &image, &err), &err);
+    CHECK(dcp_metadata_footer_parse(image.data, image.len, &footer));
+    io->mkdirs(io->ctx, DIR);
+    io_memory_put_file(fs, DIR, ".metadata", image.data, (size_t)footer.pickle_bytes);
+    io_memory_put_file(fs, DIR, "__0_0.distcp", record->data, record->len);
+    dcp_buf_clean_up(&image);
+    dcp_global_plan_clean_up(&global);
+    dcp_plan_clean_up(&plan);
+    return fs;
+}
+
+static void
+stock_records_are_checked_by_their_entries(void)
+{
+    for (int with_crc = 0; with_crc < 2; with_crc++) {
+        struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+        struct dcp_verify_result result;
+        struct dcp_error err;
+        struct dcp_buf record = {0};
+        record_make_stock(&record, with_crc != 0, "little");
+        struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+        CHECK_OK(run(fs, DIR, &verify, &result, &err), &err);
+        CHECK_EQ(result.problems_found, 0);
+        CHECK(!result.is_native);
+        CHECK_EQ(result.checked_bytes, with_crc ? record.len : 0);
+        CHECK_EQ(result.unverified_bytes, with_crc ? 0 : record.len);
+        dcp_verify_result_clean_up(&result);
+        uint64_t found = 0;
+        for (size_t at = 0; at < record.len; at++) {
+            record.data[at] ^= 4;
+            io_memory_put_file(fs, DIR, "__0_0.distcp", record.data, record.len);
+            record.data[at] ^= 4;
+            uint64_t n = problems(fs, DIR, DCP_VERIFY_FULL, NULL);
+            CHECK(n <= 1);
+            found += n;
+        }
+        CHECK(found > (with_crc ? 250u : 100u));
+        for (size_t cut = 0; cut < record.len; cut += 7) {
+            io_memory_put_file(fs, DIR, "__0_0.distcp", record.data, cut);
+            CHECK_EQ(problems(fs, DIR, DCP_VERIFY_COMPLETE, NULL), 1);
+        }
+        io_memory_free(fs);
+        dcp_buf_clean_up(&record);
+        dcp_engine_trim();
+    }
+}
+
+static void
+a_record_of_another_tensor_or_byte_order_is_found(void)
+{
+    struct dcp_verify_problem first = {0};
+    struct dcp_buf record = {0};
+    record_make_stock(&record, true, "little");
+    struct io_memory *fs = make_stock(&record, DCP_DTYPE_INT32);
+    CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 1);
+    CHECK(strstr(first.what, "another shape or dtype") != NULL && !strcmp(first.tensor, "stock"));
+    io_memory_free(fs);
+    dcp_buf_clear(&record);
+    record_make_stock(&record, true, "big");
+    fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+    CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 1);
+    CHECK(strstr(first.what, "big-endian") != NULL);
+    io_memory_free(fs);
+    dcp_buf_clean_up(&record);
+    dcp_engine_trim();
+}
+
+/* A large stock record: the tensor's bytes behind the pickle, as torch lays them out. */
+static void
+a_large_zip_is_checked_as_it_streams_by(void)
+{
+    static const uint64_t sizes[2] = {2, 3};
+    uint64_t len = 20u << 20;
+    uint8_t *data = dcp_calloc(1, len);
+    struct dcp_buf record = {0}, pickle = {0};
+    dcp_pickle_put_tensor(&pickle, DCP_DTYPE_FLOAT32, 2, sizes);
+    for (uint64_t i = 0; i < len; i += 97) {
+        data[i] = (uint8_t)i;
+    }
+    struct record_stock_entry entries[] = {
+        {.name = "data.pkl", .data = pickle.data, .len = pickle.len},
+        {.name = "junk", .data = data, .len = len},
+        {.name = "data/0", .data = data, .len = 24},
+        {.name = "version", .data = "3\n", .len = 2},
+    };
+    record_make_stock_zip(&record, entries, 4, true);
+    struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+    io_memory_set_dio(fs, (struct dcp_dio_align){512, 512, false});
+    CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, NULL), 0);
+    struct dcp_verify_problem first = {0};
+    record.data[record.len - 5000] ^= 1;
+    record.data[11u << 20] ^= 1;
+    io_memory_put_file(fs, DIR, "__0_0.distcp", record.data, record.len);
+    CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 1);
+    CHECK(first.code == DCP_E_CHECKSUM && strstr(first.what, "archive/junk") != NULL);
+    for (size_t back = 1; back < 500; back += 19) {
+        record.data[record.len - back] ^= 8;
+        io_memory_put_file(fs, DIR, "__0_0.distcp", record.data, record.len);
+        CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, NULL), 1);
+        record.data[record.len - back] ^= 8;
+    }
+    io_memory_free(fs);
+    dcp_buf_clean_up(&record);
+    dcp_buf_clean_up(&pickle);
+    dcp_free(data);
+    dcp_engine_trim();
+}
+
+static void
+metadata_of_single_ranks_are_each_checked(void)
+{
+    struct subject s;
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    struct dcp_verify_result result;
+    struct dcp_error err;
+    make(&s, &small);
+    put_metadata(&s, "__7.metadata");
+    s.disk.io->unlink_at(s.disk.io->ctx, s.disk.dirfd, ".metadata");
+    put_metadata(&s, "__2.metadata");
+    io_memory_put_file(s.disk.fs, DIR, "__99_5.distcp", "x", 1);
+    io_memory_put_file(s.disk.fs, DIR, ".dcp_native-claim-9-0123456789abcdef", "x", 1);
+    CHECK_OK(run(s.disk.fs, DIR, &verify, &result, &err), &err);
+    CHECK_EQ(result.problems_found, 0);
+    CHECK(result.ranks_count == 2 && result.ranks[0] == 2 && result.ranks[1] == 7);
+    CHECK_EQ(result.records_count, 2 * s.world.plan.items_count);
+    CHECK_EQ(result.unreferenced_files_count, 1);
+    CHECK_EQ(result.claims_count, 1);
+    dcp_verify_result_clean_up(&result);
+    clean_up(&s);
+}
+
+static void
+a_directory_without_metadata_is_a_problem_and_no_directory_an_error(void)
+{
+    struct subject s;
+    struct dcp_verify_problem first = {0};
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    struct dcp_verify_result result;
+    struct dcp_error err;
+    make(&s, &small);
+    s.disk.io->unlink_at(s.disk.io->ctx, s.disk.dirfd, ".metadata");
+    CHECK_EQ(problems(s.disk.fs, DIR, DCP_VERIFY_COMPLETE, &first), 1);
+    CHECK(first.code == DCP_E_NOENT && strstr(first.what, "no checkpoint was saved") != NULL);
+    io_memory_put_file(s.disk.fs, DIR, ".dcp_native-claim-9-0123456789abcdef", "x", 1);
+    CHECK_EQ(problems(s.disk.fs, DIR, DCP_VERIFY_COMPLETE, &first), 1);
+    CHECK(strstr(first.what, "in flight") != NULL);
+    CHECK_EQ(run(s.disk.fs, "/nowhere", &verify, &result, &err), DCP_E_NOENT);
+    clean_up(&s);
+}
+
+static void
+metadata_that_only_python_reads_may_be_translated(void)
+{
+    struct subject s;
+    struct dcp_verify_result result;
+    struct dcp_error err;
+    make(&s, &small);
+    static const uint8_t foreign[] = "\x80\4\x8c\2os\x8c\6system\x93.";
+    struct dcp_span original = {foreign, sizeof foreign - 1};
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    io_memory_put_file(s.disk.fs, DIR, ".metadata", original.data, original.len);
+    CHECK_EQ(run(s.disk.fs, DIR, &verify, &result, &err), DCP_E_UNSUPPORTED);
+    verify.original = original;
+    verify.translated = (struct dcp_span){s.image.data, s.image.len};
+    CHECK_OK(run(s.disk.fs, DIR, &verify, &result, &err), &err);
+    CHECK_EQ(result.problems_found, 0);
+    dcp_verify_result_clean_up(&result);
+    verify.original.len--;
+    CHECK_EQ(run(s.disk.fs, DIR, &verify, &result, &err), DCP_E_STALE);
+    clean_up(&s);
+}
+
+/* ---- chunks ---- */
+
+/* Two ranks with rows 0-4 and 4-8 of an (8, 4) tensor; then rank 1's box is moved. */
+static uint64_t
+with_second_box(const uint64_t box[4], uint32_t second_rank, struct dcp_verify_problem *ret_first)
+{
+    struct io_memory *fs = io_memory_new(1);
+    const struct dcp_io *io = &io_memory_process(fs, 0)->io;
+    struct dcp_plan plans[2];
+    struct dcp_global_plan global = {0};
+    struct dcp_storage_meta meta = {.version = "1.0.0"};
+    struct dcp_save_id id = {{1}};
+    struct dcp_buf image = {0};
+    struct dcp_error err = {0};
+    maker_start_plans(plans, 2);
+    plans[1].rank = second_rank;
+    maker_shard2(&plans[0], "w", 8, 4, 0, 0, 4, 4);
+    maker_shard2(&plans[1], "w", 8, 4, 4, 0, 4, 4);
+    CHECK_OK(dcp_global_plan_build(plans, 2, false, &global, &err), &err);
+    memcpy(plans[1].dims + plans[1].items[0].dims + 2, box, 4 * sizeof *box);
+    CHECK_OK(dcp_metadata_write(&global, &meta, &id, second_rank == 0 ? 5 : 0, NULL, &image, &err),
+             &err);
+    io->mkdirs(io->ctx, DIR);
+    io_memory_put_file(fs, DIR, ".metadata", image.data, image.len);
+    uint64_t files = problems(fs, DIR, DCP_VERIFY_COMPLETE, NULL);
+    uint64_t found = problems(fs, DIR, DCP_VERIFY_STRUCTURE, ret_first);
+    CHECK(files > 0);
+    dcp_buf_clean_up(&image);
+    dcp_global_plan_clean_up(&global);
+    maker_clean_up_plans(plans, 2);
+    io_memory_free(fs);
+    return found - files;
+}
+
+static void
+chunks_that_overlap_or_leave_a_hole_are_found(void)
+{
+    static const uint64_t same[4] = {4, 0, 4, 4}, over[4] = {3, 0, 4, 4}, hole[4] = {5, 0, 3, 4},
+                          narrow[4] = {4, 1, 4, 3};
+    struct dcp_verify_problem first = {0};
+    CHECK_EQ(with_second_box(same, 1, &first), 0);
+    CHECK_EQ(with_second_box(over, 1, &first), 1);
+    CHECK(!strcmp(first.tensor, "w") &&
+          !strcmp(first.what, "the chunks [0:4, 0:4] and [3:7, 0:4] overlap"));
+    CHECK_EQ(with_second_box(hole, 1, &first), 1);
+    CHECK(first.code == DCP_E_HOLE && strstr(first.what, "28 of its 32 elements") != NULL);
+    CHECK_EQ(with_second_box(narrow, 1, &first), 1);
+    CHECK_EQ(first.code, DCP_E_HOLE);
+}
+
+static void
+one_rank_that_saved_alone_may_hold_part_of_a_tensor(void)
+{
+    static const uint64_t size[2] = {8, 4}, at[2] = {2, 0}, part[2] = {3, 4};
+    struct subject s;
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    struct dcp_verify_result result;
+    struct dcp_error err;
+    world_make(&s.world, &(struct world_options){.seed = 1, .thread_count = 1});
+    s.image = (struct dcp_buf){0};
+    dcp_layout_clean_up(&s.world.layout);
+    struct dcp_plan *plan = &s.world.plan;
+    maker_shard(plan, "shard", DCP_DTYPE_FLOAT32, 2, size, at, part);
+    CHECK_OK(dcp_layout_build(plan, NULL, &s.world.layout, &err), &err);
+    static uint8_t bytes[48];
+    struct dcp_source source = {.data = bytes};
+    struct dcp_source *kept = s.world.sources;
+    s.world.sources = &source;
+    disk_make(&s.disk, &s.world, 512);
+    s.world.sources = kept;
+    put_metadata(&s, ".metadata");
+    CHECK_OK(run(s.disk.fs, DIR, &verify, &result, &err), &err);
+    CHECK_EQ(result.problems_found, 0);
+    CHECK_EQ(result.partial_tensors_count, 1);
+    dcp_verify_result_clean_up(&result);
+    plan->items_count = 0; /* the world has no memory of this one */
+    clean_up(&s);
+}
+
+CTEST_MAIN(RUN(no_failing_call_makes_a_damaged_checkpoint_pass); RUN(calls_that_only_help_may_fail);
+           RUN(an_unreadable_place_spoils_its_records_only);
+           RUN(running_out_of_memory_is_an_error_and_leaks_nothing);
+           RUN(a_cancelled_check_ends_soon);
+           RUN(a_checkpoint_that_is_replaced_meanwhile_is_checked_anew);
+           RUN(a_checkpoint_that_is_deleted_meanwhile_is_not_whole);
+           RUN(linked_files_count_as_the_checkpoints_own);
+           RUN(stock_records_are_checked_by_their_entries);
+           RUN(a_record_of_another_tensor_or_byte_order_is_found);
+           RUN(a_large_zip_is_checked_as_it_streams_by);
+           RUN(metadata_of_single_ranks_are_each_checked);
+           RUN(a_directory_without_metadata_is_a_problem_and_no_directory_an_error);
+           RUN(metadata_that_only_python_reads_may_be_translated);
+           RUN(chunks_that_overlap_or_leave_a_hole_are_found);
+           RUN(one_rank_that_saved_alone_may_hold_part_of_a_tensor);)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict, _iter
 from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import as_record, codes_of, raise_alone, raise_failures
+from ._lazy_metadata import refusal
 from ._report import logger, set_report
 from ._save import hash64
 
@@ -29,7 +30,10 @@ _TRIES = 10
 
 
 class UnsupportedCheckpoint(Exception):
-    """Metadata that only torch's own unpickler understands; every rank of the load raises it."""
+    """Metadata that only torch's own unpickler understands.
+
+    A rank that meets such a file tells the others, and all of them raise this from ``run``.
+    """
 
 
 class NativeLoad:
@@ -60,7 +64,7 @@ class NativeLoad:
                 self._leave(native, error)
                 if tries_left == 0 or not self.may_be_replaced:
                     raise
-                # As the failures, the image that decides now is the same on every rank.
+                # As the failures, the image that decides now is of the same file on every rank.
                 image = None if native.info()["rank_local"] else native.metadata()
                 if image is not None and image == seen:
                     raise
@@ -93,24 +97,9 @@ class NativeLoad:
         self.error = None  # its traceback holds this object
 
     def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
-        settings = config()
         self._agree("plan", native, native.open)
-        info = native.info()
-        if info["unsupported"] is not None and not info["rank_local"]:
-            if not settings.allow_unsafe_objects:
-                raise CheckpointException(
-                    "plan",
-                    {
-                        self.group.rank: (
-                            pickle.UnpicklingError(
-                                f"{info['unsupported']}; config.allow_unsafe_objects is off"
-                            ),
-                            None,
-                        )
-                    },
-                )
-            raise UnsupportedCheckpoint(info["unsupported"])
         try:
+            self._check_policy(native.info())
             if native.has_meta(state_dict):
                 _materialise(state_dict)
             native.targets(
@@ -121,7 +110,13 @@ class NativeLoad:
             )
         except BaseException as error:
             self.error = error
-        self._agree("plan", native, native.status)
+        try:
+            self._agree("plan", native, native.status)
+        except CheckpointException as error:
+            reasons = [failure for failure, _ in error.failures.values()]
+            if all(isinstance(reason, UnsupportedCheckpoint) for reason in reasons):
+                raise reasons[0] from None
+            raise
         try:
             native.read()
             self._finish_in_python(native, state_dict)
@@ -131,6 +126,16 @@ class NativeLoad:
         if (interrupt := native.interrupt()) is not None:  # it came with the last agreement
             raise interrupt
         set_report({"kind": "load", "path": "native", "reason": None, **native.info()})
+
+    def _check_policy(self, info: dict[str, Any]) -> None:
+        """Of metadata that only Python could rebuild as a whole: is that needed, and allowed?"""
+        if config().allow_unsafe_objects:
+            if info["unsupported"] is not None:
+                raise UnsupportedCheckpoint(info["unsupported"])
+        elif info["unsupported"] is not None:  # which names the file
+            raise refusal(info["unsupported"])
+        elif info["foreign"] is not None:
+            raise refusal(f"the metadata of {self.reader.path}: {info['foreign']}")
 
     def _agree(self, step: str, native: _native.Load, collective: Any) -> None:
         try:

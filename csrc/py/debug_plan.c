@@ -335,12 +335,28 @@ debug_fail_after(PyObject *module, PyObject *number)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(debug_peak_bytes_doc,
+             "_debug_peak_bytes()\n--\n\n"
+             "The most bytes that the core had allocated at a time since the last call.");
+
+static PyObject *
+debug_peak_bytes(PyObject *module, PyObject *unused)
+{
+    uint64_t peak = dcp_alloc_peak_bytes();
+
+    (void)module;
+    (void)unused;
+    dcp_alloc_reset_peak();
+    return PyLong_FromUnsignedLongLong(peak);
+}
+
 PyMethodDef debug_plan_methods[] = {
     {"_debug_plan", (PyCFunction)(void (*)(void))debug_plan, METH_VARARGS | METH_KEYWORDS,
      debug_plan_doc},
     {"_debug_targets", (PyCFunction)(void (*)(void))debug_targets, METH_VARARGS | METH_KEYWORDS,
      debug_targets_doc},
     {"_debug_fail_after", debug_fail_after, METH_O, debug_fail_after_doc},
+    {"_debug_peak_bytes", debug_peak_bytes, METH_NOARGS, debug_peak_bytes_doc},
     {"_debug_has_meta", debug_has_meta, METH_O, debug_has_meta_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -377,7 +377,8 @@ load_results(PyObject *object, PyObject *unused)
                          self->targets.copies);
 }
 
-PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\nThe metadata image that was read, as bytes.");
+PyDoc_STRVAR(metadata_doc,
+             "metadata()\n--\n\nThe metadata image that was read, or its end, as bytes.");
 
 static PyObject *
 load_metadata(PyObject *object, PyObject *unused)
@@ -396,12 +397,13 @@ load_info(PyObject *object, PyObject *unused)
     struct load_object *self = as_load(object);
     const struct dcp_read_stats *stats = &self->stats;
     bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
+    const char *foreign = dcp_load_metadata(self->load)->foreign;
 
     (void)unused;
     return Py_BuildValue(
-        "{szsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
-        unsupported ? self->local_err.message : NULL, "rank_local",
-        dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
+        "{szszsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
+        unsupported ? self->local_err.message : NULL, "foreign", foreign[0] == 0 ? NULL : foreign,
+        "rank_local", dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
         (unsigned long long)stats->read_bytes, "hot_bytes", (unsigned long long)stats->hot_bytes,
         "shared_bytes", (unsigned long long)stats->shared_bytes, "wanted_bytes",
         (unsigned long long)stats->wanted_bytes, "verified_bytes",

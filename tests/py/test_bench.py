@@ -85,7 +85,7 @@ def run_figures(program, tmp_path, *arguments, environment=None):
     [
         ("local_plan", ["200 DTensors", "200 HSDP DTensors", "200 plain tensors"]),
         ("coordinator", ["8 x 100, all steps", "16 x 64 simulated", "growth"]),
-        ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "our reader"]),
+        ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "ready to plan, our"]),
         (
             "load_planning",
             [

@@ -283,10 +283,14 @@ class Run:
             )
 
     def planning(self) -> None:
-        found = run_program("load_planning", self.scratch, self.args.quick, self.few)
-        self.details["planning"] = found["details"]
-        self.rows += found["rows"]
-        self.wrong += found["wrong"]
+        files = self.scratch / "metadata"
+        for name in ("load_planning", "metadata_file"):
+            found = run_program(
+                name, self.scratch, self.args.quick, self.few, "--files", str(files)
+            )
+            self.details[name] = found["details"]
+            self.rows += found["rows"]
+            self.wrong += found["wrong"]
 
     @contextlib.contextmanager
     def ranks(self, count: int) -> Iterator[Ranks]:

@@ -74,5 +74,9 @@ struct dcp_box_list {
 /* Elements that lie in at least one of the boxes; they are no more than 2^64. */
 int dcp_boxes_union_volume(const struct dcp_box_list *list, uint64_t *ret_volume,
                            struct dcp_error *err) DCP_MUST_CHECK;
+/* The first hole that boxes leave in the box [0, sizes), whose volume is more than theirs: offsets,
+ * then sizes.  The boxes lie in it. */
+int dcp_boxes_find_hole(const struct dcp_box_list *list, const uint64_t *sizes, uint64_t *ret_hole,
+                        struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

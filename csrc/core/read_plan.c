@@ -260,10 +260,10 @@ box_text(const uint64_t *box, uint32_t ndim, char *text, size_t cap)
     }
 }
 
-/* Elements of a target that the items from `first_item` on cover. */
+/* The overlaps of a target, the items from `first_item` on, as boxes in it. */
 static int
-covered_volume(struct builder *builder, uint32_t ndim, uint64_t first_item, uint64_t *ret_volume,
-               struct dcp_error *err)
+list_overlaps(struct builder *builder, uint32_t ndim, uint64_t first_item,
+              struct dcp_box_list *ret_list, struct dcp_error *err)
 {
     const struct dcp_read_plan *plan = builder->plan;
     uint64_t count = plan->items_count - first_item;
@@ -280,8 +280,34 @@ covered_volume(struct builder *builder, uint32_t ndim, uint64_t first_item, uint
             builder->boxes[i * 2 * ndim + n] = in_target[n];
         }
     }
-    struct dcp_box_list list = {builder->boxes, count, ndim};
-    return dcp_boxes_union_volume(&list, ret_volume, err);
+    *ret_list = (struct dcp_box_list){builder->boxes, count, ndim};
+    return 0;
+}
+
+/* DCP_E_HOLE that names the first hole. */
+static int
+refuse_hole(const struct dcp_read_plan *plan, const struct dcp_md_entry *entry,
+            const uint64_t *target, const struct dcp_box_list *list, uint64_t hole_bytes,
+            struct dcp_error *err)
+{
+    uint64_t hole[2 * DCP_MAX_DIMS], wanted_bytes = dcp_dtype_bytes(entry->dtype);
+    char target_text[256], hole_text[256];
+    int rc = dcp_boxes_find_hole(list, target + entry->ndim, hole, err);
+    if (rc != 0) {
+        return rc;
+    }
+    for (uint32_t d = 0; d < entry->ndim; d++) {
+        hole[d] += target[d];
+        wanted_bytes *= target[entry->ndim + d];
+    }
+    box_text(target, entry->ndim, target_text, sizeof target_text);
+    box_text(hole, entry->ndim, hole_text, sizeof hole_text);
+    return dcp_error_set(err, DCP_E_HOLE, 0, NULL,
+                         "%.*s: the saved chunks lack %" PRIu64 " of the %" PRIu64
+                         " bytes of the target box %s, first %s; save it again, or load with "
+                         "strict_coverage off to keep what is in memory there",
+                         name_len(entry), plan->md->strings + entry->name, hole_bytes, wanted_bytes,
+                         target_text, hole_text);
 }
 
 /* Compares what the overlaps, the items from `first_item` on, cover with what the target asks for.
@@ -292,11 +318,15 @@ check_coverage(struct builder *builder, const struct dcp_md_entry *entry, uint64
 {
     struct dcp_read_plan *plan = builder->plan;
     const uint64_t *target = plan->dims + plan->targets[target_index].dims;
+    struct dcp_box_list list;
     uint64_t covered, volume = 1;
     if (dcp_tiling_holds(&builder->tiling)) {
         return 0;
     }
-    int rc = covered_volume(builder, entry->ndim, first_item, &covered, err);
+    int rc = list_overlaps(builder, entry->ndim, first_item, &list, err);
+    if (rc == 0) {
+        rc = dcp_boxes_union_volume(&list, &covered, err);
+    }
     if (rc != 0) {
         return rc;
     }
@@ -307,17 +337,9 @@ check_coverage(struct builder *builder, const struct dcp_md_entry *entry, uint64
     uint64_t hole_bytes = (volume - covered) * dcp_dtype_bytes(entry->dtype);
     builder->hole_bytes += hole_bytes;
     plan->targets[target_index].hole_bytes = hole_bytes;
-    if (hole_bytes > 0 && builder->strict) {
-        char text[256];
-        box_text(target, entry->ndim, text, sizeof text);
-        return dcp_error_set(err, DCP_E_HOLE, 0, NULL,
-                             "%.*s: the saved chunks lack %" PRIu64 " of the %" PRIu64
-                             " bytes of the target box %s; save it again, or load with "
-                             "strict_coverage off to keep what is in memory there",
-                             name_len(entry), plan->md->strings + entry->name, hole_bytes,
-                             volume * dcp_dtype_bytes(entry->dtype), text);
-    }
-    return 0;
+    return hole_bytes > 0 && builder->strict
+               ? refuse_hole(plan, entry, target, &list, hole_bytes, err)
+               : 0;
 }
 
 static int

@@ -207,10 +207,35 @@ check_items(const struct tensor *t, const struct dcp_read_plan *plan, uint64_t t
     CHECK_EQ(found, expected);
 }
 
-/* Elements of a target that no item covers, counted one by one. */
+/* All cells of the hole that is found are cells of the box that are not covered. */
+static void
+check_hole(const struct dcp_box_list *list, const uint64_t *sizes, const uint8_t *covered)
+{
+    uint64_t hole[2 * MAX_NDIM], count = 1;
+    struct dcp_error err = {0};
+    CHECK_OK(dcp_boxes_find_hole(list, sizes, hole, &err), &err);
+    for (uint32_t d = 0; d < list->ndim; d++) {
+        CHECK(hole[d] < sizes[d] && hole[list->ndim + d] > 0 &&
+              hole[list->ndim + d] <= sizes[d] - hole[d]);
+        count *= hole[list->ndim + d];
+    }
+    for (uint64_t n = 0; n < count; n++) {
+        uint64_t rest = n, cell = 0, pitch = 1;
+        for (uint32_t d = list->ndim; d-- > 0;) {
+            cell += (hole[d] + rest % hole[list->ndim + d]) * pitch;
+            rest /= hole[list->ndim + d];
+            pitch *= sizes[d];
+        }
+        CHECK_EQ(covered[cell], 0);
+    }
+}
+
+/* Elements of a target that no item covers, counted one by one; checks the hole they make. */
 static uint64_t
 count_missing(const struct tensor *t, const struct dcp_read_plan *plan, uint64_t target)
 {
+    uint64_t *numbers = dcp_calloc(plan->items_count * 2 * MAX_NDIM + 1, sizeof *numbers);
+    struct dcp_box_list list = {numbers, 0, t->entry.ndim};
     uint32_t ndim = t->entry.ndim;
     const uint64_t *sizes = plan->dims + plan->targets[target].dims + ndim;
     uint64_t cells = 1, missing = 0;
@@ -225,8 +250,11 @@ count_missing(const struct tensor *t, const struct dcp_read_plan *plan, uint64_t
             continue;
         }
         for (uint32_t d = 0; d < ndim; d++) {
+            numbers[list.boxes_count * 2 * ndim + d] = at[d];
+            numbers[list.boxes_count * 2 * ndim + ndim + d] = lengths[d];
             count *= lengths[d];
         }
+        list.boxes_count++;
         for (uint64_t n = 0; n < count; n++) {
             uint64_t rest = n, cell = 0, pitch = 1;
             for (uint32_t d = ndim; d-- > 0;) {
@@ -240,7 +268,11 @@ count_missing(const struct tensor *t, const struct dcp_read_plan *plan, uint64_t
     for (uint64_t n = 0; n < cells; n++) {
         missing += covered[n] == 0;
     }
+    if (missing > 0) {
+        check_hole(&list, sizes, covered);
+    }
     dcp_free(covered);
+    dcp_free(numbers);
     return missing;
 }
 

@@ -247,7 +247,28 @@ chunks_without_a_file_or_with_transforms_are_named_when_wanted(void)
     dcp_read_plan_clean_up(&plan);
 }
 
+static void
+the_first_hole_is_named_in_numbers_of_the_tensor(void)
+{
+    uint64_t size[2] = {SIDE, SIDE}, top[2] = {0, 0}, top_sizes[2] = {3, SIDE};
+    uint64_t left[2] = {3, 0}, left_sizes[2] = {6, 4};
+    struct fixture f;
+    fixture_init(&f, 2, size);
+    fixture_chunk(&f, top, top_sizes);
+    fixture_chunk(&f, left, left_sizes);
+    struct dcp_read_plan plan = {.md = &f.md};
+    struct dcp_error err = {0};
+    uint8_t memory[4];
+    uint64_t offsets[2] = {1, 1}, sizes[2] = {7, 6};
+    CHECK_OK(dcp_read_plan_add(&plan, 0, memory, NULL, offsets, sizes, NULL, &err), &err);
+    CHECK_EQ(dcp_read_plan_build(&plan, true, NULL, &err), DCP_E_HOLE);
+    CHECK(strstr(err.message, "lack 60 of the 168 bytes of the target box [1:8, 1:7], first "
+                              "[3:8, 4:7]") != NULL);
+    dcp_read_plan_clean_up(&plan);
+}
+
 CTEST_MAIN(RUN(items_and_holes_equal_a_naive_reference_also_for_chunks_that_overlap);
            RUN(a_grid_is_covered_exactly); RUN(objects_are_one_item_and_targets_come_in_any_order);
            RUN(boxes_outside_the_tensor_are_refused);
+           RUN(the_first_hole_is_named_in_numbers_of_the_tensor);
            RUN(chunks_without_a_file_or_with_transforms_are_named_when_wanted);)

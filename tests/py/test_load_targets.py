@@ -26,7 +26,6 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_native import _bridge, _native  # noqa: F401
 
-
 MEMORY, PIECES, OVERLAPS = range(3)
 """enum dcp_target_kind."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import as_record, codes_of, raise_alone, raise_failures
+from ._receive import Receiver, settle_devices
 from ._report import logger, set_report
 from ._save import hash64
 
@@ -125,8 +124,7 @@ class NativeLoad:
             self.error = error
         self._agree("plan", native, native.status)
         try:
-            native.read()
-            self._finish_in_python(native, state_dict)
+            self._read(native, state_dict)
         except BaseException as error:
             self.error = error
         self._agree("read", native, native.status)
@@ -143,25 +141,17 @@ class NativeLoad:
         self.may_be_replaced = step == "read" and bool(codes) and codes <= _RETRY_CODES
         raise_failures(step, failures, self.group.rank, self.error, native.interrupt())
 
-    def _finish_in_python(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
-        objects, records, tensors, copies = native.results()
-        wanted = {target: (fqn, path) for target, fqn, path in objects}
-        for target, chunk_offsets, target_offsets, lengths, data in records:
-            if target in wanted:
-                fqn, path = wanted[target]
-                value = load_object(data, fqn)
-                if path is None:
-                    state_dict[fqn] = value
-                else:
-                    set_element(state_dict, path, value)
+    def _read(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
+        objects, tensors = native.results()
+        receiver = Receiver(self.reader, native.metadata)
+        if native.info()["copies_count"]:
+            settle_devices(tensors)
+        native.read(receiver)
+        for target, fqn, path in objects:
+            if path is None:
+                state_dict[fqn] = receiver.values[target]
             else:
-                saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-                source = narrow_tensor_by_index(saved, chunk_offsets, lengths)
-                into = narrow_tensor_by_index(tensors[target], target_offsets, lengths)
-                into.detach().copy_(source)
-        with torch.no_grad():
-            for temporary, destination in copies:
-                destination.detach().copy_(temporary)
+                set_element(state_dict, path, receiver.values[target])
 
 
 def _materialise(value: Any) -> Any:
@@ -197,20 +187,3 @@ def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
     alone = {"": tensor}
     _init_state_dict(alone)
     return alone[""]
-
-
-def load_object(data: bytes, fqn: str) -> Any:
-    """Deserialise a saved object: by the safe loader where it can, else as torch does.
-
-    Raises:
-        pickle.UnpicklingError: it needs arbitrary code and ``config.allow_unsafe_objects`` is off.
-    """
-    try:
-        return torch.load(io.BytesIO(data), weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not config().allow_unsafe_objects:
-            raise pickle.UnpicklingError(
-                f"{fqn} is an object that only unsafe unpickling can load, and "
-                f"config.allow_unsafe_objects is off: {error}"
-            ) from error
-    return torch.load(io.BytesIO(data), weights_only=False)

@@ -90,13 +90,22 @@ int dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
 
 /* ---- reading ---- */
 
-/* Memory to fill: a box of a global tensor.  Same dtype as saved; a cast is done by the caller from
- * a temporary. */
+/* How the memory of a target is reached. */
+enum dcp_target_kind {
+    DCP_TARGET_MEMORY = 0, /* written by the reader */
+    DCP_TARGET_PIECES = 1, /* handed over in pieces of the box; strides count elements */
+    /* Handed over in pieces of one overlap at a time, as if it were row-major memory of its own. */
+    DCP_TARGET_OVERLAPS = 2,
+};
+
+/* Memory to fill: a box of a global tensor. */
 struct dcp_target {
     uint64_t entry;               /* index in metadata entries */
-    uint8_t *data;                /* element 0 of the box; objects: NULL */
+    uint8_t *data;                /* element 0 of the box; handed over, and objects: NULL */
     const int64_t *strides_bytes; /* per dim; NULL when row major */
     uint64_t dims; /* index in dcp_read_plan.dims of 2 * ndim numbers: box offsets, box sizes */
+    uint8_t kind;  /* enum dcp_target_kind */
+    uint8_t dtype; /* of the memory, when it is another than saved (dcp_can_convert), else 0 */
 };
 
 /* One overlap of a saved chunk with a target. */
@@ -106,6 +115,22 @@ struct dcp_read_item {
     uint64_t
         dims; /* index in dims of 3 * ndim numbers: offset in chunk, offset in target, lengths */
 };
+
+/* Elements on their way to a target that has no memory here: a box of at most DCP_PIECE_BYTES. */
+struct dcp_piece {
+    const struct dcp_read_item *item;
+    uint32_t ndim;
+    const uint64_t *lengths;
+    const uint8_t *bytes; /* of the saved dtype, at any alignment; valid during the call */
+    const int64_t *bytes_strides;
+    int64_t at;             /* elements, from element 0 of the box, or of the overlap */
+    const int64_t *strides; /* elements */
+    uint64_t count;         /* elements */
+};
+
+/* Called on the thread that puts what was read where it belongs; every element of an overlap comes
+ * once, in any order.  A failure is the receiver's own to keep. */
+typedef void (*dcp_piece_fn)(void *ctx, const struct dcp_piece *piece);
 
 struct dcp_read_plan {
     const struct dcp_metadata *md; /* borrows */
@@ -117,6 +142,8 @@ struct dcp_read_plan {
     uint64_t dims_count, dims_cap;
     uint64_t wanted_bytes; /* payload bytes that targets ask for */
     uint64_t objects_count;
+    dcp_piece_fn on_piece; /* set by the caller before reading; NULL without targets that need it */
+    void *on_piece_ctx;
 };
 
 void dcp_read_plan_clean_up(struct dcp_read_plan *plan);
@@ -141,8 +168,8 @@ struct dcp_read_stats {
 };
 
 /* What the native reader hands back: records that only Python can read (objects always; tensors
- * whose record is DCP_E_UNSUPPORTED).  Called on the reading thread, one at a time; `bytes` is
- * valid during the call. */
+ * whose record is DCP_E_UNSUPPORTED; what was stored through transforms, which is not verified).
+ * Called on the reading thread, one at a time; `bytes` is valid during the call. */
 typedef int (*dcp_record_fn)(void *ctx, const struct dcp_read_plan *plan,
                              const struct dcp_read_item *item, const uint8_t *bytes, size_t len,
                              struct dcp_error *err);

@@ -177,9 +177,9 @@ show_target(const struct load_targets *targets, uint64_t i)
         Py_XDECREF(offsets);
         return NULL;
     }
-    return Py_BuildValue("(s#NNKO)", md->strings + entry->name, (Py_ssize_t)entry->name_len,
+    return Py_BuildValue("(s#NNKOi)", md->strings + entry->name, (Py_ssize_t)entry->name_len,
                          offsets, sizes, (unsigned long long)(uintptr_t)target->data,
-                         PyList_GET_ITEM(targets->tensors, (Py_ssize_t)i));
+                         PyList_GET_ITEM(targets->tensors, (Py_ssize_t)i), (int)target->kind);
 }
 
 static PyObject *
@@ -195,10 +195,9 @@ show_targets(const struct load_targets *targets)
         Py_XDECREF(shown);
         return NULL;
     }
-    return Py_BuildValue("{sNsOsOsKsKsKsKsKsO}", "targets", shown, "objects", targets->objects,
-                         "copies", targets->copies, "straight_count",
-                         (unsigned long long)targets->straight_count, "cast_count",
-                         (unsigned long long)targets->cast_count, "copies_count",
+    return Py_BuildValue("{sNsOsKsKsKsKsKsO}", "targets", shown, "objects", targets->objects,
+                         "straight_count", (unsigned long long)targets->straight_count,
+                         "cast_count", (unsigned long long)targets->cast_count, "copies_count",
                          (unsigned long long)targets->copies_count, "missing_count",
                          (unsigned long long)targets->missing_count, "replaced_count",
                          (unsigned long long)targets->replaced_count, "is_v_2_3",

@@ -18,18 +18,15 @@ struct load_targets_options {
 /* Zero-initialised is valid. */
 struct load_targets {
     struct dcp_read_plan plan; /* targets are added, overlaps not yet looked for */
-    /* Parallel to plan.targets: the tensor of exactly the target's box that its memory belongs to
-     * (records that only torch can read are copied there), or None for objects.  Keeps memory
-     * alive. */
+    /* Parallel to plan.targets: the tensor of exactly the target's box, or None for objects.  Keeps
+     * memory alive; what is handed over, and records that only torch can read, are copied there. */
     PyObject *tensors;
     PyObject *objects; /* list of (target index, fqn, path tuple or None without flattening) */
-    PyObject *copies;  /* list of (temporary, destination): after reading, destination.copy_() */
-    PyObject *scratch; /* list of bytearrays: memory that no native read fills */
     struct dcp_bump strides;
     /* For reports. */
     uint64_t straight_count; /* targets read straight into the caller's memory */
     uint64_t cast_count;     /* targets of another dtype than saved */
-    uint64_t copies_count;   /* targets filled through a temporary */
+    uint64_t copies_count;   /* targets filled by torch's copy_ */
     uint64_t missing_count;  /* wanted, not in the checkpoint (allow_partial_load) */
     uint64_t replaced_count; /* tensor targets that a saved object replaces */
     bool is_v_2_3;           /* the checkpoint's keys are those of torch 2.3's flattening */

@@ -168,6 +168,12 @@ def test_engine_limits_reads_what_it_wrote(tmp_path):
     assert "our writer" in run_c("engine_limits", tmp_path, 8, 1)
 
 
+def test_reader_limits_reads_what_it_wrote(tmp_path):
+    out = run_c("reader_limits", tmp_path / "files", 8, 1, 50)
+    assert "hot: reader" in out and "cut: halves of 64 KiB" in out
+    assert not list((tmp_path / "files").rglob("*.distcp"))
+
+
 def test_writer_limits_compares_what_it_wrote_and_leaves_nothing(tmp_path):
     assert "writer, io_uring" in run_c("writer_limits", tmp_path / "files", 16, 2, 1, 20)
     assert os.listdir(tmp_path / "files") == []

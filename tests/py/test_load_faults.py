@@ -39,7 +39,7 @@ def jobs(tmp_path_factory):
 @pytest.mark.parametrize(("size", "victim"), [(1, 0), (2, 1), (2, 0)])
 def test_an_interrupt_ends_a_load_at_once_and_the_others_are_told(jobs, tmp_path, size, victim):
     ranks = jobs.run(
-        "interrupt_a_load", size, dir=str(tmp_path / "c"), numel=8 * LARGE, victim=victim, save=True
+        "interrupt_a_load", size, dir=str(tmp_path / "c"), numel=4 * LARGE, victim=victim, save=True
     )
     assert all(rank.fact("version") == 1 for rank in ranks)
     assert sum(rank.fact("hits") for rank in ranks) > 0, "no interrupt met a load"

@@ -413,6 +413,8 @@ def test_names_never_lead_out_of_the_directory(name, secret):
 @pytest.mark.parametrize("number", [*FAR, 0, 1, 63, 0.5, "7", None])
 def test_absurd_places_of_records_are_errors(field, number, tmp_path):
     for module in MODULES:
+        if (module, field, number) == (torch_dcp, "offset", 0):
+            continue  # there is a record
         path = tmp_path / module.__name__
         metadata = saved(path, module)
         for fqn in ("weight", "title"):
@@ -425,6 +427,7 @@ def test_absurd_places_of_records_are_errors(field, number, tmp_path):
 
 def test_absurd_boxes_are_errors_or_change_nothing(tmp_path):
     """Sizes whose product overflows, negative ones, far ones, other numbers of dims."""
+    dcp.configure(allow_unsafe_objects=False)  # what is too odd for ours is not for torch either
     state = {"t": value("t", (6, 5))}
     metadata = saved(tmp_path, torch_dcp, state)
     numbers = [*FAR, 0, 1, 4, 5, 6, 7, 1 << 32]

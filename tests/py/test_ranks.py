@@ -21,7 +21,7 @@ MODULES = {
     "cases_split": (2, 4),
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
-    "cases_reshard": (3, 4),
+    "cases_reshard": (4,),
 }
 
 

@@ -18,7 +18,14 @@ from ._config import config
 
 _COPIED_BYTES = 1 << 20
 """Records up to this are copied, which spares a Python call for each of their many small reads."""
-_NAMED = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError)
+_NAMED = (
+    RuntimeError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    pickle.UnpicklingError,
+)
 """Errors that can be raised anew with the tensor's name before their text."""
 
 
@@ -77,7 +84,7 @@ class Receiver:
     ) -> None:
         """Load a tensor that only torch can, and copy the part of it that is wanted."""
         index = MetadataIndex(fqn, torch.Size(chunk))
-        with self._opened(index, LoadItemType.TENSOR, data, transformed) as file:
+        with _naming(fqn), self._opened(index, LoadItemType.TENSOR, data, transformed) as file:
             saved = torch.load(file, map_location="cpu", weights_only=True)
         source = narrow_tensor_by_index(saved, chunk_offsets, lengths)
         with _copying(fqn, destination):
@@ -89,7 +96,8 @@ class Receiver:
     def object(self, fqn: str, target: int, data: memoryview, transformed: bool) -> None:
         """Load an object and keep it for when everything was read."""
         index = MetadataIndex(fqn)
-        with self._opened(index, LoadItemType.BYTE_IO, data, transformed) as file:
+        opened = self._opened(index, LoadItemType.BYTE_IO, data, transformed)
+        with opened as file, _naming(fqn):
             self.values[target] = load_object(file, fqn)
 
     @contextlib.contextmanager
@@ -104,7 +112,8 @@ class Receiver:
             descriptors = self._info(index).transform_descriptors or ()
             none = torch.Size([])
             item = ReadItem(kind, index, none, index, none, none)
-            stream = self._transforms.transform_load_stream(item, descriptors, file)
+            with _naming(index.fqn):
+                stream = self._transforms.transform_load_stream(item, descriptors, file)
             if kind is LoadItemType.BYTE_IO or not stream.seekable():
                 stream = io.BytesIO(stream.read(-1))
             yield stream
@@ -146,19 +155,22 @@ class _Lent(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _copying(fqn: str, destination: torch.Tensor) -> Iterator[None]:
-    """Copy into ``destination`` from any thread; what goes wrong names the tensor.
-
-    Grad mode and inference mode belong to a thread: this one is not the caller's.
-    """
+def _naming(fqn: str) -> Iterator[None]:
+    """What goes wrong names the tensor or object, once."""
     try:
-        inference = torch.inference_mode() if destination.is_inference() else torch.no_grad()
-        with inference:
-            yield
+        yield
     except _NAMED as error:
-        if type(error) in _NAMED:
+        if type(error) in _NAMED and not str(error).startswith(f"{fqn}: "):
             raise type(error)(f"{fqn}: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def _copying(fqn: str, destination: torch.Tensor) -> Iterator[None]:
+    """Copy into ``destination``, whose grad mode and inference mode belong to another thread."""
+    inference = torch.inference_mode() if destination.is_inference() else torch.no_grad()
+    with _naming(fqn), inference:
+        yield
 
 
 def settle_devices(tensors: list[torch.Tensor | None]) -> None:

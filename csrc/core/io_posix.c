@@ -138,6 +138,15 @@ static int
 posix_open_at(void *ctx, int dirfd, const char *name, int flags, unsigned mode)
 {
     (void)ctx;
+    if ((flags & O_ACCMODE) == O_RDONLY) {
+        /* Else a FIFO in the place of a file would be waited for.  EAGAIN: somebody's lease on a
+         * file has to be broken first, which is worth the wait. */
+        int fd = result(openat(dirfd, name, flags | O_NONBLOCK | O_CLOEXEC));
+
+        if (fd != -EAGAIN) {
+            return fd;
+        }
+    }
     return result(openat(dirfd, name, flags | O_CLOEXEC, (mode_t)mode));
 }
 

@@ -315,6 +315,10 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
     /* Quantised tensors have an element size but no record that we could know. */
     bool opaque = entry->kind == DCP_ITEM_BYTES || chunk->transforms != 0 ||
                   dcp_dtype_bytes(entry->dtype) == 0 || entry->dtype >= DCP_DTYPE_QINT8;
+    if (opaque && chunk->length_bytes == 0) {
+        return dcp_read_fail(reader, reader->file, item, DCP_E_CORRUPT, chunk->offset_bytes,
+                             "by the metadata its record is empty", err);
+    }
     if (opaque) {
         return want_record(reader, item, err);
     }

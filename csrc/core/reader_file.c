@@ -166,9 +166,25 @@ read_small(struct dcp_reader *reader, struct dcp_read_file *file, uint64_t offse
     return dcp_io_read_all(reader->io, file->fd, data, len, offset, file->path, err);
 }
 
-/* A file of a native checkpoint says which save wrote it. */
+/* Whether a file of the metadata's own save has the name that its header says; a linked file has
+ * another. */
+static bool
+has_own_name(const struct dcp_reader *reader, const struct dcp_read_file *file, const char *name)
+{
+    const struct dcp_file_header *header = &file->header;
+    char own[64];
+
+    if (memcmp(&header->save_id, &reader->plan->md->save_id, sizeof header->save_id) != 0) {
+        return true;
+    }
+    snprintf(own, sizeof own, "__%" PRIu32 "_%" PRIu32 ".distcp", header->rank, header->n);
+    return strcmp(own, name) == 0;
+}
+
+/* A file of a native checkpoint says which save wrote it, and which of its files it is. */
 static int
-check_header(struct dcp_reader *reader, struct dcp_read_file *file, struct dcp_error *err)
+check_header(struct dcp_reader *reader, struct dcp_read_file *file, const char *name,
+             struct dcp_error *err)
 {
     struct dcp_file_header *header = &file->header;
     uint8_t bytes[DCP_FILE_HEADER_BYTES];
@@ -187,6 +203,12 @@ check_header(struct dcp_reader *reader, struct dcp_read_file *file, struct dcp_e
                              "%s was written by another save than the metadata: the directory was "
                              "overwritten, or files of two checkpoints were mixed",
                              file->path);
+    }
+    if (!has_own_name(reader, file, name)) {
+        return dcp_error_set(err, DCP_E_CORRUPT, 0, file->path,
+                             "%s is another file of this checkpoint, by its header "
+                             "__%" PRIu32 "_%" PRIu32 ".distcp: rename it back",
+                             file->path, header->rank, header->n);
     }
     if (file->size_bytes < header->length_bytes) {
         return fail_short(file, file->size_bytes, header->length_bytes, err);
@@ -305,7 +327,7 @@ dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_by
         goto failed;
     }
     file->size_bytes = stat.size_bytes;
-    rc = reader->plan->md->is_native ? check_header(reader, file, err) : 0;
+    rc = reader->plan->md->is_native ? check_header(reader, file, name, err) : 0;
     if (rc != 0) {
         goto failed;
     }

@@ -17,6 +17,7 @@
 
 #include "dcp_crc32.h"
 #include "dcp_metadata.h"
+#include "le_bytes.h"
 #include "zip_format.h"
 
 enum {
@@ -29,6 +30,7 @@ enum {
     NAME_MAX_BYTES = 300, /* a file name of 255 bytes, and /data.pkl */
     BYTEORDER_LITTLE_BYTES = 6,
     BYTEORDER_BIG_BYTES = 3,
+    SAFETENSORS_HEADER_MAX_BYTES = 100000000, /* the format's own limit */
 };
 
 #define BYTEORDER_LITTLE_CRC 0x19e33d85u
@@ -91,6 +93,23 @@ fetch(struct window *w, uint64_t offset, uint64_t len, const uint8_t **ret, stru
     return 0;
 }
 
+/* A safetensors file begins with the length of its header, and that with a brace: what torch's
+ * writer leaves when its serialization_format is SAFETENSORS. */
+static int
+no_zip(struct window *w, struct dcp_error *err)
+{
+    const uint8_t *head = NULL;
+    struct dcp_error none = {.code = 0};
+    if (w->input->length_bytes > 8 && fetch(w, 0, 9, &head, &none) == 0 && head[8] == '{' &&
+        le_get64(head) <= SAFETENSORS_HEADER_MAX_BYTES) {
+        return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
+                             "reading a tensor's record failed: it begins a file in safetensors "
+                             "format, which FileSystemReader does not read; load it with torch's "
+                             "HuggingFaceStorageReader or with safetensors");
+    }
+    return damaged(err, "it has no zip end record");
+}
+
 static int
 find_end(struct window *w, struct zip_end *ret_end, struct dcp_error *err)
 {
@@ -103,7 +122,7 @@ find_end(struct window *w, struct zip_end *ret_end, struct dcp_error *err)
             rc = zip_find_end(tail, len, length, ret_end, err);
         }
         if (rc != DCP_E_MISSING || want == TAIL_MAX_BYTES) {
-            return rc != DCP_E_MISSING ? rc : damaged(err, "it has no zip end record");
+            return rc != DCP_E_MISSING ? rc : no_zip(w, err);
         }
     }
 }

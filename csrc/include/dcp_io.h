@@ -63,7 +63,7 @@ struct dcp_io {
     int (*open_dir)(void *ctx, const char *path); /* descriptor */
     int (*dup_dir)(void *ctx, int dirfd);         /* descriptor */
     int (*open_at)(void *ctx, int dirfd, const char *name, int flags,
-                   unsigned mode); /* descriptor; O_CLOEXEC added */
+                   unsigned mode); /* descriptor; O_CLOEXEC added; reading waits for no FIFO */
     int (*close)(void *ctx, int fd);
     ssize_t (*pread)(void *ctx, int fd, void *buf, size_t len, uint64_t offset);
     ssize_t (*pwrite)(void *ctx, int fd, const void *buf, size_t len, uint64_t offset);

@@ -24,7 +24,7 @@ MODULES = {
     "cases_load_report": (2,),
     "cases_find_latest": (2,),
     "cases_foreign": (2,),
-    "cases_reshard": (3, 4),
+    "cases_reshard": (4,),
     "cases_read_once": (2, 4),
 }
 

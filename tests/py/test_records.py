@@ -212,6 +212,10 @@ WRITTEN_BY_TORCH: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
+class Sub(torch.Tensor):
+    """What only its own copy_ may write."""
+
+
 @pytest.mark.parametrize("crc", [True, False], ids=["crc", "no crc"])
 @pytest.mark.parametrize("kind", WRITTEN_BY_TORCH)
 def test_any_record_of_a_tensor_is_read(kind, crc, tmp_path):
@@ -229,6 +233,12 @@ def test_any_record_of_a_tensor_is_read(kind, crc, tmp_path):
         module.load(target, checkpoint_id=tmp_path)
         assert torch.equal(target["w"], plain) and torch.equal(target["other"], BASE)
     assert dcp.last_report()["path"] == "native"
+    for dtype in (torch.float64, torch.complex128, torch.complex64):
+        for whole in (False, True):  # converted, in pieces, in whole overlaps
+            room = torch.zeros(tensor.shape, dtype=dtype)
+            cast = {"w": room.as_subclass(Sub) if whole else room}
+            dcp.load(cast, checkpoint_id=tmp_path)
+            assert torch.equal(room, torch.zeros_like(room).copy_(plain))
 
 
 def test_records_without_crc_are_read_and_counted_as_unverified(without_crc, tmp_path):

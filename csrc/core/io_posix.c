@@ -1,10 +1,10 @@
 /*
  * io_posix.c: the real table: one system call per entry, results as the kernel gives them.
  *
- * With io_uring.c, which has the queue, this is all of the core that makes system calls on files
- * and threads.  Nothing is retried and nothing
- * is decided here, so that what a test does to the in-memory table is all that can happen.  Two
- * entries ask instead of act, because the answer is not to be had from one call everywhere:
+ * With io_uring.c, which has the queue, and io_map.c, which lends pages, this is all of the core
+ * that makes system calls on files and threads.  Nothing is retried and nothing is decided here,
+ * so that what a test does to the in-memory table is all that can happen.  Two entries ask instead
+ * of act, because the answer is not to be had from one call everywhere:
  *   dio_align  STATX_DIOALIGN (Linux 6.1) says what direct I/O needs; where kernel or file system
  *              do not answer, O_DIRECT is switched on and off as a probe, and 4096 is assumed.
  *   cached     cachestat (Linux 6.5) counts; else mincore over a mapping.
@@ -34,6 +34,7 @@
 #include <unistd.h>
 
 #include "dcp_limits.h"
+#include "io_map.h"
 #include "io_uring.h"
 
 enum {
@@ -556,6 +557,8 @@ static const struct dcp_io posix_table = {
     .queue_write = dcp_uring_write,
     .queue_reap = dcp_uring_reap,
     .queue_close = dcp_uring_close,
+    .map = dcp_map_lend,
+    .unmap = dcp_map_return,
     .thread_priority = posix_thread_priority,
     .now_ns = posix_now_ns,
     .sleep_ns = posix_sleep_ns,

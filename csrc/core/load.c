@@ -14,7 +14,12 @@
 #include "claim_scan.h"
 #include "share.h"
 
-enum image_state { IMAGE_ABSENT = 0, IMAGE_PRESENT = 1 };
+/* First byte of the coordinator's message. */
+enum image_state {
+    IMAGE_ABSENT = 0,
+    IMAGE_PRESENT = 1, /* all of `.metadata` follows */
+    IMAGE_TAIL = 2,    /* what stands behind its pickle; the coordinator checked the whole */
+};
 
 struct dcp_load {
     struct dcp_group *group; /* borrows */
@@ -31,7 +36,9 @@ struct dcp_load {
     int dirfd;    /* -1 when the directory could not be opened */
     int open_errno;
     bool rank_local;
-    struct dcp_buf image; /* what `md` was read from */
+    struct dcp_buf image;   /* a state byte and what `md` was read from */
+    struct dcp_buf message; /* what is sent in its place; empty once sent, or when all is needed */
+    bool parsed;            /* `md` is there before the broadcast */
     struct dcp_metadata md;
 };
 
@@ -79,6 +86,7 @@ dcp_load_destroy(struct dcp_load *load)
     }
     dcp_metadata_clean_up(&load->md);
     dcp_buf_clean_up(&load->image);
+    dcp_buf_clean_up(&load->message);
     dcp_free(load->dir_path);
     dcp_free(load);
 }
@@ -159,8 +167,49 @@ parse_image(struct dcp_load *load, struct dcp_error *err)
     if (load->image.len < 1) {
         return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "an empty metadata message arrived");
     }
-    return name_damage(
-        load, dcp_metadata_read(load->image.data + 1, load->image.len - 1, &load->md, err), err);
+    if (load->parsed) {
+        return 0;
+    }
+    const uint8_t *bytes = load->image.data + 1;
+    size_t len = load->image.len - 1;
+    rc = load->image.data[0] == IMAGE_TAIL ? dcp_metadata_read_tail(bytes, len, &load->md, err)
+                                           : dcp_metadata_read(bytes, len, &load->md, err);
+    return name_damage(load, rc, err);
+}
+
+/* Coordinator: what the others need of the image.  Our own file is read before it is sent, which
+ * takes little and spares them the pickle; any other one is parsed by all ranks at the same time,
+ * and so is one that this fails on. */
+static int
+make_message(struct dcp_load *load, struct dcp_error *err)
+{
+    struct dcp_save_id id;
+    const uint8_t *bytes = load->image.data + 1;
+    size_t len = load->image.len - 1;
+
+    if (load->group->comm.size == 1 || load->image.data[0] != IMAGE_PRESENT ||
+        !dcp_metadata_peek_save_id(bytes, len, &id)) {
+        return 0;
+    }
+    load->parsed = dcp_metadata_read(bytes, len, &load->md, NULL) == 0;
+    if (!load->parsed || load->md.tail_at == 0) {
+        return 0;
+    }
+    dcp_buf_put_u8(&load->message, IMAGE_TAIL);
+    dcp_buf_put(&load->message, bytes + load->md.tail_at, len - (size_t)load->md.tail_at);
+    return dcp_buf_check(&load->message, err);
+}
+
+/* Everybody gets the coordinator's image, or as much of it as says all. */
+static int
+share_image(struct dcp_load *load, struct dcp_error *err)
+{
+    struct dcp_group *group = load->group;
+    struct dcp_buf *sent = load->message.len > 0 ? &load->message : &load->image;
+    int rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, sent, err);
+
+    dcp_buf_clean_up(&load->message);
+    return rc;
 }
 
 /* A load's vote: nothing to reuse, so SLOW means "go on".  What tells a save's id in a save is a
@@ -221,7 +270,9 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
 
     dcp_error_clear(&local);
     if (group->comm.rank == group->coordinator &&
-        read_image(load, ".metadata", &load->image, &local) != 0 && mine == NULL) {
+        (read_image(load, ".metadata", &load->image, &local) != 0 ||
+         make_message(load, &local) != 0) &&
+        mine == NULL) {
         reading = dcp_failure_from_error(&local, group->comm.rank);
         mine = &reading;
     }
@@ -234,7 +285,7 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
         }
     }
     if (rc == 0) {
-        rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &load->image, err);
+        rc = share_image(load, err);
     }
     if (rc != 0) {
         return dcp_group_give_up(group, rc, err);

@@ -1,5 +1,5 @@
 /*
- * read_box.c: which bytes of a payload an overlap wants, in what order, and where they go.
+ * read_box.c: which bytes of a payload an overlap wants, in what order, and where they belong.
  *
  * Payload positions and positions in the overlap's own row-major image map to each other
  * monotonically, so one function in each direction answers everything: how much of a block is
@@ -20,24 +20,34 @@ entry_of(const struct dcp_read_plan *plan, const struct dcp_read_item *item)
 }
 
 void
-dcp_read_target(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
-                uint8_t **ret_at, int64_t *ret_strides_bytes)
+dcp_read_box_aim(struct dcp_read_box *box, const struct dcp_read_plan *plan,
+                 const struct dcp_read_item *item, int64_t *ret_strides)
 {
     const struct dcp_md_entry *entry = entry_of(plan, item);
     const struct dcp_target *target = &plan->targets[item->target];
     const uint64_t *offsets = plan->dims + item->dims + entry->ndim;
-    uint32_t item_bytes = dcp_dtype_bytes(entry->dtype);
-    if (target->strides_bytes != NULL) {
-        memcpy(ret_strides_bytes, target->strides_bytes, entry->ndim * sizeof(int64_t));
+    const uint64_t *lengths = offsets + entry->ndim;
+    bool alone = target->kind == DCP_TARGET_OVERLAPS;
+    box->plan = plan;
+    box->item = item;
+    box->ndim = 0;
+    box->dtype = entry->dtype;
+    box->target_dtype = target->dtype != DCP_DTYPE_NONE ? target->dtype : entry->dtype;
+    box->item_bytes = dcp_dtype_bytes(entry->dtype);
+    box->handed_over = target->kind != DCP_TARGET_MEMORY;
+    box->target_item_bytes = box->handed_over ? 1 : dcp_dtype_bytes(box->target_dtype);
+    if (target->strides_bytes != NULL && !alone) {
+        memcpy(ret_strides, target->strides_bytes, entry->ndim * sizeof(int64_t));
     } else {
-        dcp_box_row_major(entry->ndim, plan->dims + target->dims + entry->ndim, item_bytes,
-                          ret_strides_bytes);
+        const uint64_t *sizes = alone ? lengths : plan->dims + target->dims + entry->ndim;
+        dcp_box_row_major(entry->ndim, sizes, box->target_item_bytes, ret_strides);
     }
     int64_t at = 0;
-    for (uint32_t d = 0; d < entry->ndim; d++) {
-        at += (int64_t)offsets[d] * ret_strides_bytes[d];
+    for (uint32_t d = 0; d < entry->ndim && !alone; d++) {
+        at += (int64_t)offsets[d] * ret_strides[d];
     }
-    *ret_at = target->data + at;
+    box->target = box->handed_over ? NULL : target->data + at;
+    box->target_at = box->handed_over ? at : 0;
 }
 
 /* Adds a dim, outer ones first, unless it has one element. */
@@ -99,7 +109,8 @@ check_item(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
     const uint64_t *sizes = plan->md->dims + plan->md->chunks[item->chunk].dims + entry->ndim;
     const uint64_t *dims = plan->dims + item->dims;
     uint64_t bytes = dcp_dtype_bytes(entry->dtype);
-    bool fits = plan->targets[item->target].data != NULL;
+    const struct dcp_target *target = &plan->targets[item->target];
+    bool fits = target->kind != DCP_TARGET_MEMORY || target->data != NULL;
     for (uint32_t d = 0; d < entry->ndim; d++) {
         fits = fits && !dcp_mul_overflows_u64(bytes, sizes[d], &bytes) &&
                bytes <= DCP_MAX_PAYLOAD_BYTES && dims[d] <= sizes[d] &&
@@ -128,9 +139,7 @@ dcp_read_box_init(struct dcp_read_box *box, const struct dcp_read_plan *plan,
     const uint64_t *sizes = plan->md->dims + plan->md->chunks[item->chunk].dims + ndim;
     const uint64_t *dims = plan->dims + item->dims;
     int64_t strides[DCP_MAX_DIMS];
-    dcp_read_target(plan, item, &box->target, strides);
-    box->ndim = 0;
-    box->item_bytes = dcp_dtype_bytes(entry->dtype);
+    dcp_read_box_aim(box, plan, item, strides);
     for (uint32_t d = 0; d < ndim; d++) {
         append_dim(box, sizes[d], dims[d], dims[2 * ndim + d], strides[d]);
     }
@@ -175,10 +184,8 @@ dcp_read_box_init_view(struct dcp_read_box *box, const struct dcp_read_plan *pla
     }
     int64_t strides[DCP_MAX_DIMS];
     uint32_t order[DCP_MAX_DIMS];
-    dcp_read_target(plan, item, &box->target, strides);
+    dcp_read_box_aim(box, plan, item, strides);
     sort_dims(view, order);
-    box->ndim = 0;
-    box->item_bytes = dcp_dtype_bytes(entry->dtype);
     bool dense = view->storage_offset == 0 && view->payload_bytes == box->payload_bytes;
     int64_t stride = 1;
     for (uint32_t i = ndim; i > 0; i--) {
@@ -251,51 +258,42 @@ dcp_read_box_next(const struct dcp_read_box *box, uint64_t at, uint64_t *ret_fro
 }
 
 uint8_t *
-dcp_read_box_run(const struct dcp_read_box *box, uint64_t from, uint64_t to)
+dcp_read_box_target_run(const struct dcp_read_box *box, uint64_t first, uint64_t count)
 {
-    DCP_ASSERT(from < to);
-    uint64_t first = dcp_read_box_below(box, from);
-    if (dcp_read_box_below(box, to) - first != to - from) {
+    if (box->handed_over) {
         return NULL;
     }
-    uint64_t run = box->item_bytes;
+    uint64_t run = 1;
     if (box->ndim > 0) {
         uint32_t last = box->ndim - 1;
-        if (box->target_strides[last] != (int64_t)box->item_bytes) {
+        if (box->target_strides[last] != (int64_t)box->target_item_bytes) {
             return NULL;
         }
-        run *= box->lengths[last];
+        run = box->lengths[last];
     }
-    if (first / run != (first + (to - from) - 1) / run) {
+    if (first / run != (first + count - 1) / run) {
         return NULL;
     }
     uint8_t *target = box->target;
     for (uint32_t d = 0; d < box->ndim; d++) {
-        target += (int64_t)(first / box->inner[d]) * box->target_strides[d];
-        first %= box->inner[d];
+        uint64_t inner = box->inner[d] / box->item_bytes;
+        target += (int64_t)(first / inner) * box->target_strides[d];
+        first %= inner;
     }
-    return target + first;
+    return target;
 }
 
-void
-dcp_read_box_put(const struct dcp_read_box *box, const uint8_t *bytes, uint64_t from, uint64_t to)
+uint8_t *
+dcp_read_box_run(const struct dcp_read_box *box, uint64_t from, uint64_t to)
 {
-    uint8_t *run = from < to ? dcp_read_box_run(box, from, to) : NULL;
-    if (run != NULL) {
-        memcpy(run, bytes, to - from);
-        return;
-    }
+    DCP_ASSERT(from < to);
     uint64_t first = dcp_read_box_below(box, from);
-    uint64_t count = dcp_read_box_below(box, to) - first;
-    DCP_ASSERT(first % box->item_bytes == 0 && count % box->item_bytes == 0);
-    int64_t strides[DCP_MAX_DIMS];
-    int64_t origin = -(int64_t)from;
-    for (uint32_t d = 0; d < box->ndim; d++) {
-        strides[d] = (int64_t)box->pitch[d];
-        origin += (int64_t)(box->offsets[d] * box->pitch[d]);
+    if (box->dtype != box->target_dtype || dcp_read_box_below(box, to) - first != to - from) {
+        return NULL;
     }
-    struct dcp_box_side target_side = {0, box->target_strides};
-    struct dcp_box_side payload_side = {origin, strides};
-    dcp_box_copy_range(box->target, &target_side, bytes, &payload_side, box->ndim, box->lengths,
-                       box->item_bytes, first / box->item_bytes, count / box->item_bytes);
+    /* A range may begin and end inside of elements. */
+    uint64_t element = first / box->item_bytes;
+    uint64_t count = (first + (to - from) - 1) / box->item_bytes + 1 - element;
+    uint8_t *run = dcp_read_box_target_run(box, element, count);
+    return run == NULL ? NULL : run + first % box->item_bytes;
 }

@@ -12,13 +12,19 @@
 
 struct dcp_read_box {
     uint32_t ndim, item_bytes;
-    uint64_t payload_bytes; /* of the stored tensor */
-    uint64_t wanted_bytes;  /* of the overlap */
-    uint8_t *target;        /* the overlap's first element */
+    uint32_t target_item_bytes;  /* what target strides count per element; 1 when handed over */
+    uint8_t dtype, target_dtype; /* they differ: elements are converted when they are put */
+    bool handed_over;            /* no memory: pieces go to the plan's on_piece */
+    uint64_t payload_bytes;      /* of the stored tensor */
+    uint64_t wanted_bytes;       /* of the overlap */
+    uint8_t *target;             /* the overlap's first element; NULL when handed over */
+    int64_t target_at;           /* the same, in elements, when handed over */
+    const struct dcp_read_plan *plan; /* borrows, as `item` */
+    const struct dcp_read_item *item;
     uint64_t sizes[DCP_MAX_DIMS];
     uint64_t offsets[DCP_MAX_DIMS];
     uint64_t lengths[DCP_MAX_DIMS];
-    int64_t target_strides[DCP_MAX_DIMS]; /* bytes */
+    int64_t target_strides[DCP_MAX_DIMS]; /* bytes; elements when handed over */
     uint64_t pitch[DCP_MAX_DIMS];         /* payload bytes from one index to the next */
     uint64_t inner[DCP_MAX_DIMS];         /* bytes of the overlap in one index */
     /* rows: what is read in one go, small gaps included */
@@ -46,13 +52,26 @@ uint64_t dcp_read_box_spanned(const struct dcp_read_box *box, uint64_t at);
  * end. */
 bool dcp_read_box_next(const struct dcp_read_box *box, uint64_t at, uint64_t *ret_from,
                        uint64_t *ret_to);
-/* Where [from, to) belongs when all of it is wanted and is one run in the target; else NULL. */
+/* Where [from, to) belongs when all of it is wanted, is one run in the target and needs no
+ * conversion; else NULL. */
 uint8_t *dcp_read_box_run(const struct dcp_read_box *box, uint64_t from, uint64_t to);
+
+/* ---- read_put.c ---- */
 /* Puts the wanted bytes of [from, to) where they belong; `bytes` holds that range. */
 void dcp_read_box_put(const struct dcp_read_box *box, const uint8_t *bytes, uint64_t from,
                       uint64_t to);
-/* Where the overlap's memory begins and its strides in the item's own order of dims. */
-void dcp_read_target(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
-                     uint8_t **ret_at, int64_t *ret_strides_bytes);
+/* Puts an overlap of a stored tensor whose memory is no permutation of a dense box; `payload` holds
+ * its whole storage. */
+void dcp_read_put_strided(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+                          const struct dcp_record_view *view, const uint8_t *payload);
+
+/* ---- between read_box.c and read_put.c ---- */
+/* Fills what does not depend on how the payload is stored; *ret_strides in the item's own order of
+ * dims. */
+void dcp_read_box_aim(struct dcp_read_box *box, const struct dcp_read_plan *plan,
+                      const struct dcp_read_item *item, int64_t *ret_strides);
+/* Where elements [first, first + count) of the overlap's image lie when they are one run in the
+ * target, whatever its dtype; else NULL. */
+uint8_t *dcp_read_box_target_run(const struct dcp_read_box *box, uint64_t first, uint64_t count);
 
 #endif

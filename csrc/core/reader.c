@@ -6,12 +6,12 @@
  * whole checksum blocks where at least half of a block has to be read anyway.  A piece that is one
  * run in its target, and aligned where direct I/O asks for it, is read straight into the target;
  * all else passes through the ring.  Requests are pushed in order and delivered in order, so a
- * running CRC needs no bookkeeping.
+ * running CRC needs no bookkeeping.  A file that lies in the page cache is not read at all: it is
+ * mapped window by window, and copied and verified from there (io_map.c).
  *
- * Memory: the ring (32 MiB by default), 4 bytes per MiB of the open files, and one record at a time
- * that no ring buffer holds.
- * Threads: the calling thread builds and delivers, one thread that lives as long as the call reads;
- * below INLINE_MOST_BYTES none is started.
+ * Memory: the ring (32 MiB by default) once something is read, 4 bytes per MiB of the open files,
+ * and where nothing can be mapped one record at a time that no ring buffer holds.
+ * Threads: the calling thread builds and delivers; reader_pool.c reads ahead.
  */
 #include "reader.h"
 
@@ -20,6 +20,8 @@
 
 /* Too little to read ahead of. */
 #define INLINE_MOST_BYTES (1u << 20)
+/* Loads from here on push everything out of the cache anyway. */
+#define STREAMING_LEAST_BYTES (32u << 20)
 
 struct visit {
     uint32_t file;
@@ -51,7 +53,7 @@ want_record(struct dcp_reader *reader, const struct dcp_read_item *item, struct 
                                .at_bytes = chunk->offset_bytes,
                                .len_bytes = chunk->length_bytes};
     uint64_t lead = use.at_bytes & (reader->file->align_bytes - 1);
-    if (use.len_bytes > reader->ring->buffer_bytes - lead) {
+    if (use.len_bytes > reader->buffer_bytes - lead) {
         return dcp_read_big(reader, &use, err);
     }
     return dcp_read_through_ring(reader, &use, err);
@@ -78,20 +80,12 @@ read_straight(struct dcp_reader *reader, struct dcp_read_use *use, uint64_t *ret
     if (run == NULL || at % file->align_bytes != 0 || (uintptr_t)run % file->mem_align_bytes != 0) {
         return 0;
     }
-    int rc = dcp_read_request_begin(reader, at, err);
-    if (rc != 0) {
-        return rc;
-    }
-    struct dcp_read_request *request = dcp_read_current(reader);
-    request->in_place = true;
-    request->data = run;
     struct dcp_read_use straight = *use;
     straight.to = to;
     straight.at_bytes = at;
     straight.len_bytes = to - use->from;
-    rc = dcp_read_request_append(reader, &straight, err);
+    int rc = dcp_read_in_place(reader, &straight, run, err);
     if (rc == 0) {
-        dcp_read_request_push(reader);
         *ret_to = to;
     }
     return rc;
@@ -102,13 +96,9 @@ static uint64_t
 ring_piece_end(struct dcp_reader *reader, const struct dcp_read_use *use)
 {
     uint64_t at = use->part->payload_offset_bytes + use->from;
-    uint64_t capacity = reader->ring->buffer_bytes - (at & (reader->file->align_bytes - 1));
-    if (!reader->file->direct) {
-        capacity = dcp_min_u64(capacity, DCP_READ_HOT_REQUEST_BYTES);
-    }
-    const struct dcp_read_request *request = dcp_read_current(reader);
-    if (dcp_read_request_takes(reader, at, DCP_BLOCK_BYTES)) {
-        capacity = request->from_bytes + request->capacity_bytes - at;
+    uint64_t capacity = dcp_read_request_room(reader, at);
+    if (capacity < DCP_BLOCK_BYTES) {
+        capacity = dcp_read_request_bytes(reader) - (at & (reader->file->align_bytes - 1));
     }
     if (use->to - use->from <= capacity) {
         return use->to;
@@ -116,6 +106,16 @@ ring_piece_end(struct dcp_reader *reader, const struct dcp_read_use *use)
     /* Block borders also keep elements whole. */
     uint64_t end = use->from + capacity;
     return end - end % DCP_BLOCK_BYTES;
+}
+
+/* What is hot is best read into a cached buffer and moved from there with the CRC; mapped, it needs
+ * no buffer. */
+static bool
+goes_straight(const struct dcp_reader *reader)
+{
+    enum dcp_read_mode mode = reader->file->mode;
+    return mode == DCP_READ_DIRECT || mode == DCP_READ_BUFFERED ||
+           (mode == DCP_READ_HOT && !reader->options->verify);
 }
 
 /* Reads [from, to) of a payload.  `full`: all of it is wanted. */
@@ -132,10 +132,10 @@ want_range(struct dcp_reader *reader, struct dcp_read_part *part, uint64_t from,
     int rc = 0;
     while (rc == 0 && use.from < to) {
         uint64_t done = use.from;
-        if (full) {
-            uint64_t limit =
-                reader->file->direct ? DCP_RING_BUFFER_BYTES : DCP_READ_HOT_REQUEST_BYTES;
-            use.to = dcp_min_u64(to, use.from - use.from % DCP_BLOCK_BYTES + limit);
+        if (full && goes_straight(reader)) {
+            use.to =
+                dcp_min_u64(to, use.from - use.from % DCP_BLOCK_BYTES +
+                                    dcp_max_u64(dcp_read_request_bytes(reader), DCP_BLOCK_BYTES));
             rc = read_straight(reader, &use, &done, err);
         }
         if (rc == 0 && done == use.from) {
@@ -159,7 +159,8 @@ struct extent {
 };
 
 /* The next piece at or behind `at`: one block, or what of one block a row wants.  False at the
- * end. */
+ * end.  A half of each block, as a tensor divided anew over two ranks leaves it, is not worth twice
+ * the bytes; clearly more than a half is. */
 static bool
 next_extent(const struct dcp_reader *reader, const struct dcp_read_part *part, uint64_t at,
             struct extent *ret)
@@ -172,7 +173,7 @@ next_extent(const struct dcp_reader *reader, const struct dcp_read_part *part, u
     uint64_t end = dcp_min_u64(start + DCP_BLOCK_BYTES, box->payload_bytes);
     uint64_t read = dcp_read_box_spanned(box, end) - dcp_read_box_spanned(box, start);
     ret->verified = reader->options->verify && part->block_crcs != NULL &&
-                    (reader->options->verify_all || read >= (end - start + 1) / 2);
+                    (reader->options->verify_all || read * 16 > (end - start) * 9);
     if (ret->verified) {
         ret->from = start;
         ret->to = end;
@@ -312,8 +313,8 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
                              err);
     }
     /* Quantised tensors have an element size but no record that we could know. */
-    bool opaque = entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0 ||
-                  entry->dtype >= DCP_DTYPE_QINT8;
+    bool opaque = entry->kind == DCP_ITEM_BYTES || chunk->transforms != 0 ||
+                  dcp_dtype_bytes(entry->dtype) == 0 || entry->dtype >= DCP_DTYPE_QINT8;
     if (opaque) {
         return want_record(reader, item, err);
     }
@@ -328,29 +329,18 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
 
 /* ---- the walk ---- */
 
-static uint64_t
-wanted_of(const struct dcp_reader *reader, const struct dcp_read_item *item)
-{
-    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
-    if (entry->kind == DCP_ITEM_BYTES) {
-        return reader->plan->md->chunks[item->chunk].length_bytes;
-    }
-    uint64_t bytes = dcp_dtype_bytes(entry->dtype);
-    for (uint32_t d = 0; d < entry->ndim; d++) {
-        bytes *= reader->plan->dims[item->dims + 2 * (uint64_t)entry->ndim + d];
-    }
-    return bytes;
-}
-
 static int
 enter_file(struct dcp_reader *reader, const struct visit *visits, uint64_t left,
            struct dcp_error *err)
 {
     uint64_t wanted = 0;
     for (uint64_t i = 0; i < left && visits[i].file == visits[0].file; i++) {
-        wanted += wanted_of(reader, &reader->plan->items[visits[i].item]);
+        wanted += dcp_read_item_bytes(reader->plan, &reader->plan->items[visits[i].item]);
     }
-    dcp_read_request_push(reader);
+    int rc = dcp_read_request_push(reader, err);
+    if (rc != 0) {
+        return rc;
+    }
     dcp_read_file_release(reader, reader->file);
     reader->file = NULL;
     return dcp_read_file_open(reader, visits[0].file, wanted, &reader->file, err);
@@ -407,27 +397,24 @@ dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                                 .on_record = on_record,
                                 .on_record_ctx = on_record_ctx};
     struct visit *visits = NULL;
-    uint64_t buffer_bytes =
-        options->ring_buffer_bytes != 0
-            ? dcp_max_u64(options->ring_buffer_bytes, DCP_READ_LEAST_BUFFER_BYTES)
-            : 0;
+    reader.buffers_count = options->ring_buffers != 0 ? options->ring_buffers : DCP_RING_BUFFERS;
+    reader.buffer_bytes = options->ring_buffer_bytes != 0
+                              ? dcp_max_u64(options->ring_buffer_bytes, DCP_READ_LEAST_BUFFER_BYTES)
+                              : DCP_RING_BUFFER_BYTES;
+    reader.ahead = plan->wanted_bytes > INLINE_MOST_BYTES || plan->objects_count > 0;
+    reader.streaming = plan->wanted_bytes >= STREAMING_LEAST_BYTES;
     int rc = sort_items(plan, &visits, err);
     if (rc == 0) {
-        rc = dcp_ring_acquire(options->ring_buffers, buffer_bytes, &reader.ring, err);
+        rc = dcp_read_pool_init(&reader.pool, err);
     }
     if (rc == 0) {
-        rc = dcp_pump_init(&reader.pump, dcp_read_file_job, &reader, err);
-    }
-    if (rc == 0) {
-        if (plan->wanted_bytes > INLINE_MOST_BYTES || plan->objects_count > 0) {
-            dcp_pump_start(&reader.pump);
-        }
         rc = walk(&reader, visits, err);
-        int pump_rc = dcp_pump_clean_up(&reader.pump, err);
-        rc = rc != 0 ? rc : pump_rc;
+        int pool_rc = dcp_read_pool_clean_up(&reader.pool, err);
+        rc = rc != 0 ? rc : pool_rc;
     }
-    for (uint32_t i = 0; i < DCP_PUMP_JOBS; i++) {
+    for (uint32_t i = 0; i < DCP_RING_MOST_BUFFERS; i++) {
         dcp_read_request_clear(&reader, &reader.requests[i]);
+        dcp_free(reader.requests[i].spans);
         dcp_free(reader.requests[i].uses);
     }
     dcp_read_file_release(&reader, reader.file);

@@ -2,12 +2,13 @@
  * reader_file.c: data files of a load: opened and checked once, read in requests.
  *
  * Small reads (header, block table, windows of foreign records) go through the page cache on one
- * descriptor; bulk requests of large cold files on a second one with O_DIRECT.  A file of ours is
- * believed only when its header carries the save id of the metadata, or one that it accepts (of a
- * linked file): overwritten or foreign files are named before a byte of them reaches a tensor.
+ * descriptor; the bulk of large cold files on a second one with O_DIRECT, that of files which lie
+ * in the page cache by mappings where there are any.  A file of ours is believed only when its
+ * header carries the save id of the metadata, or one that it accepts (of a linked file):
+ * overwritten or foreign files are named before a byte of them reaches a tensor.
  *
- * Threads: dcp_read_file_job on the pump's thread, all else on the calling thread; `direct_fd` and
- * `align_bytes` do not change after the open.
+ * Threads: dcp_read_file_span on any, all else on the calling thread; what it looks at does not
+ * change after the open.
  */
 #include "reader.h"
 
@@ -89,42 +90,64 @@ open_fd(const struct dcp_reader *reader, const char *name)
     return fd;
 }
 
-/* Decides how bulk requests are read.  Leaves direct_fd at -1 for the page cache. */
+/* Whether a file's bytes are to be had without its device. */
+static bool
+is_hot(const struct dcp_reader *reader, const struct dcp_read_file *file,
+       const struct dcp_dio_align *align, uint64_t wanted_bytes)
+{
+    const struct dcp_io *io = reader->io;
+    /* Asking takes as long as the file is large, a few reads of it do not. */
+    bool ask = wanted_bytes >= DCP_READ_DIRECT_LEAST_BYTES || file->size_bytes / 16 <= wanted_bytes;
+    return align->in_memory ||
+           (ask && io->cached(io->ctx, file->fd, 0, file->size_bytes) >= DCP_READ_HOT_PERCENT);
+}
+
+static bool
+open_direct(const struct dcp_reader *reader, struct dcp_read_file *file, const char *name,
+            const struct dcp_dio_align *align)
+{
+    const struct dcp_io *io = reader->io;
+    uint64_t step = align->offset_bytes;
+    if (align->mem_bytes == 0 || align->mem_bytes > DCP_DIRECT_ALIGN_BYTES || step == 0 ||
+        (step & (step - 1)) != 0 || step > DCP_DIRECT_ALIGN_BYTES) {
+        return false;
+    }
+    int fd = open_fd(reader, name);
+    if (fd >= 0 && io->set_direct(io->ctx, fd, true) != 0) {
+        io->close(io->ctx, fd);
+        fd = -1;
+    }
+    if (fd >= 0) {
+        file->mode = DCP_READ_DIRECT;
+        file->direct_fd = fd;
+        file->align_bytes = step;
+        file->mem_align_bytes = align->mem_bytes;
+    }
+    return fd >= 0;
+}
+
+/* Decides how the bulk of a file is read. */
 static int
-choose_direct(const struct dcp_reader *reader, struct dcp_read_file *file, const char *name,
-              uint64_t wanted_bytes, struct dcp_error *err)
+choose_mode(const struct dcp_reader *reader, struct dcp_read_file *file, const char *name,
+            uint64_t wanted_bytes, struct dcp_error *err)
 {
     const struct dcp_io *io = reader->io;
     enum dcp_direct wish = reader->options->direct;
     struct dcp_dio_align align = {0};
+    file->mode = DCP_READ_BUFFERED;
+    if (io->dio_align(io->ctx, file->fd, &align) != 0) {
+        align = (struct dcp_dio_align){0};
+    }
+    if (wish != DCP_DIRECT_ON && is_hot(reader, file, &align, wanted_bytes)) {
+        file->hot = true;
+        file->mode = io->map != NULL ? DCP_READ_MAPPED : DCP_READ_HOT;
+        return 0;
+    }
     if (wish == DCP_DIRECT_OFF ||
         (wish == DCP_DIRECT_AUTO && wanted_bytes < DCP_READ_DIRECT_LEAST_BYTES)) {
         return 0;
     }
-    if (io->dio_align(io->ctx, file->fd, &align) != 0) {
-        align.mem_bytes = 0;
-    }
-    if (wish == DCP_DIRECT_AUTO &&
-        (align.in_memory ||
-         io->cached(io->ctx, file->fd, 0, file->size_bytes) >= DCP_READ_HOT_PERCENT)) {
-        return 0;
-    }
-    uint64_t step = align.offset_bytes;
-    if (align.mem_bytes != 0 && align.mem_bytes <= DCP_DIRECT_ALIGN_BYTES && step != 0 &&
-        (step & (step - 1)) == 0 && step <= DCP_DIRECT_ALIGN_BYTES) {
-        int fd = open_fd(reader, name);
-        if (fd >= 0 && io->set_direct(io->ctx, fd, true) == 0) {
-            file->direct_fd = fd;
-            file->direct = true;
-            file->align_bytes = step;
-            file->mem_align_bytes = align.mem_bytes;
-            return 0;
-        }
-        if (fd >= 0) {
-            io->close(io->ctx, fd);
-        }
-    }
-    if (wish == DCP_DIRECT_ON) {
+    if (!open_direct(reader, file, name, &align) && wish == DCP_DIRECT_ON) {
         return dcp_error_set(err, DCP_E_UNSUPPORTED, EINVAL, file->path,
                              "direct I/O was asked for, but the file system of %s does not do it; "
                              "leave the choice to the engine",
@@ -138,6 +161,7 @@ read_small(struct dcp_reader *reader, struct dcp_read_file *file, uint64_t offse
            size_t len, struct dcp_error *err)
 {
     reader->stats.read_bytes += len;
+    reader->stats.hot_bytes += file->hot ? len : 0;
     reader->stats.requests_count++;
     return dcp_io_read_all(reader->io, file->fd, data, len, offset, file->path, err);
 }
@@ -285,7 +309,7 @@ dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_by
     if (rc != 0) {
         goto failed;
     }
-    rc = choose_direct(reader, file, name, wanted_bytes, err);
+    rc = choose_mode(reader, file, name, wanted_bytes, err);
     if (rc != 0) {
         goto failed;
     }
@@ -355,26 +379,23 @@ dcp_read_file_parse(struct dcp_reader *reader, struct dcp_read_file *file,
     return rc;
 }
 
-/* ---- requests ---- */
+/* ---- spans ---- */
 
 int
-dcp_read_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err)
+dcp_read_file_span(const struct dcp_reader *reader, const struct dcp_read_file *file,
+                   const struct dcp_read_span *span, uint8_t *data, struct dcp_error *err)
 {
-    struct dcp_reader *reader = ctx;
     const struct dcp_io *io = reader->io;
-    const struct dcp_read_file *file = job->file;
-    if (failed) {
-        return 0;
-    }
-    int rc = dcp_read_check_cancel(reader, err);
     bool direct = file->direct_fd >= 0;
-    /* Rounding up to the alignment may reach behind the end of the file: by `flags` bytes. */
-    uint64_t need = job->len_bytes - job->flags;
+    uint64_t need = span->to_bytes - span->from_bytes;
+    /* Rounding up to the alignment may reach behind the end of the file. */
+    uint64_t len = dcp_align_up(need, direct ? file->align_bytes : 1);
     uint64_t done = 0;
+    int rc = dcp_read_check_cancel(reader, err);
     while (rc == 0 && done < need) {
-        size_t want = (size_t)dcp_min_u64(job->len_bytes - done, DCP_MAX_REQUEST_BYTES);
-        ssize_t n = io->pread(io->ctx, direct ? file->direct_fd : file->fd, job->data + done, want,
-                              job->offset_bytes + done);
+        size_t want = (size_t)dcp_min_u64(len - done, DCP_MAX_REQUEST_BYTES);
+        ssize_t n = io->pread(io->ctx, direct ? file->direct_fd : file->fd, data + done, want,
+                              span->from_bytes + done);
         if (n == -EINTR) {
             continue;
         }
@@ -383,14 +404,14 @@ dcp_read_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_
             continue;
         }
         if (n < 0) {
-            return fail_io(file, (int)-n, "reading", job->offset_bytes + done, err);
+            return fail_io(file, (int)-n, "reading", span->from_bytes + done, err);
         }
         uint64_t step = (uint64_t)n;
         if (direct && done + step < need) {
             step -= step % file->align_bytes;
         }
         if (n == 0) {
-            return fail_short(file, job->offset_bytes + done, job->offset_bytes + need, err);
+            return fail_short(file, span->from_bytes + done, span->to_bytes, err);
         }
         if (step == 0) {
             /* Less than one aligned unit: the page cache can go on from any byte. */

@@ -14,13 +14,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "box.h"
 #include "dcp_crc32.h"
 #include "le_bytes.h"
 #include "zip_format.h"
-
-/* Targets from here on push everything out of the cache anyway. */
-#define STREAMING_LEAST_BYTES (8u << 20)
 
 int
 dcp_read_fail(const struct dcp_reader *reader, const struct dcp_read_file *file,
@@ -64,14 +60,13 @@ count_done(struct dcp_reader *reader, uint64_t wanted, bool verified)
 
 /* The CRC of [from, to), whose bytes are put where they belong unless they are there already. */
 static uint32_t
-move_with_crc(const struct dcp_read_part *part, const uint8_t *bytes, uint32_t crc, uint64_t from,
-              uint64_t to, bool in_place)
+move_with_crc(const struct dcp_reader *reader, const struct dcp_read_part *part,
+              const uint8_t *bytes, uint32_t crc, uint64_t from, uint64_t to, bool in_place)
 {
     uint64_t len = to - from;
     uint8_t *run = in_place ? NULL : dcp_read_box_run(&part->box, from, to);
     if (run != NULL) {
-        return dcp_crc32_copy(crc, run, bytes, len,
-                              part->box.wanted_bytes >= STREAMING_LEAST_BYTES);
+        return dcp_crc32_copy(crc, run, bytes, len, reader->streaming);
     }
     crc = dcp_crc32(crc, bytes, len);
     if (!in_place) {
@@ -81,7 +76,7 @@ move_with_crc(const struct dcp_read_part *part, const uint8_t *bytes, uint32_t c
 }
 
 static int
-deliver_blocks(struct dcp_reader *reader, const struct dcp_read_request *request,
+deliver_blocks(struct dcp_reader *reader, const struct dcp_read_file *file,
                const struct dcp_read_use *use, const uint8_t *bytes, bool in_place,
                struct dcp_error *err)
 {
@@ -89,9 +84,10 @@ deliver_blocks(struct dcp_reader *reader, const struct dcp_read_request *request
     DCP_ASSERT(use->from % DCP_BLOCK_BYTES == 0);
     for (uint64_t from = use->from; from < use->to; from += DCP_BLOCK_BYTES) {
         uint64_t to = dcp_min_u64(from + DCP_BLOCK_BYTES, use->to);
-        uint32_t crc = move_with_crc(part, bytes + (from - use->from), 0, from, to, in_place);
+        uint32_t crc =
+            move_with_crc(reader, part, bytes + (from - use->from), 0, from, to, in_place);
         if (crc != part->block_crcs[from / DCP_BLOCK_BYTES]) {
-            return dcp_read_fail(reader, request->file, use->item, DCP_E_CHECKSUM,
+            return dcp_read_fail(reader, file, use->item, DCP_E_CHECKSUM,
                                  part->payload_offset_bytes + from,
                                  "the checksum of a block does not match: the file is damaged; "
                                  "load another checkpoint, or with verify off to take it as it is",
@@ -103,19 +99,18 @@ deliver_blocks(struct dcp_reader *reader, const struct dcp_read_request *request
 
 /* One CRC over a payload that arrives in order, piece by piece. */
 static int
-deliver_whole(struct dcp_reader *reader, const struct dcp_read_request *request,
+deliver_whole(struct dcp_reader *reader, const struct dcp_read_file *file,
               const struct dcp_read_use *use, const uint8_t *bytes, bool in_place,
               struct dcp_error *err)
 {
     struct dcp_read_part *part = use->part;
     for (uint64_t from = use->from; from < use->to; from += DCP_BLOCK_BYTES) {
         uint64_t to = dcp_min_u64(from + DCP_BLOCK_BYTES, use->to);
-        part->running_crc =
-            move_with_crc(part, bytes + (from - use->from), part->running_crc, from, to, in_place);
+        part->running_crc = move_with_crc(reader, part, bytes + (from - use->from),
+                                          part->running_crc, from, to, in_place);
     }
     if (use->to == part->box.payload_bytes && part->running_crc != part->whole_crc) {
-        return dcp_read_fail(reader, request->file, use->item, DCP_E_CHECKSUM,
-                             part->payload_offset_bytes,
+        return dcp_read_fail(reader, file, use->item, DCP_E_CHECKSUM, part->payload_offset_bytes,
                              "the checksum of the tensor does not match: the file is damaged; load "
                              "another checkpoint, or with verify off to take it as it is",
                              err);
@@ -123,20 +118,34 @@ deliver_whole(struct dcp_reader *reader, const struct dcp_read_request *request,
     return 0;
 }
 
+/* A copy of a request's size leaves memcpy below the size from which its stores bypass the cache;
+ * ours do, and the CRC that comes with it is free beside the memory. */
+static void
+put_unverified(const struct dcp_reader *reader, const struct dcp_read_box *box,
+               const uint8_t *bytes, uint64_t from, uint64_t to)
+{
+    uint8_t *run = reader->streaming ? dcp_read_box_run(box, from, to) : NULL;
+    if (run != NULL) {
+        (void)dcp_crc32_copy(0, run, bytes, to - from, true);
+    } else {
+        dcp_read_box_put(box, bytes, from, to);
+    }
+}
+
 static int
-deliver_range(struct dcp_reader *reader, const struct dcp_read_request *request,
-              const struct dcp_read_use *use, const uint8_t *bytes, struct dcp_error *err)
+deliver_range(struct dcp_reader *reader, const struct dcp_read_file *file,
+              const struct dcp_read_use *use, const uint8_t *bytes, bool in_place,
+              struct dcp_error *err)
 {
     const struct dcp_read_box *box = &use->part->box;
     uint64_t wanted = dcp_read_box_below(box, use->to) - dcp_read_box_below(box, use->from);
-    bool in_place = request->in_place;
     int rc = 0;
     if (use->verified) {
-        rc = deliver_blocks(reader, request, use, bytes, in_place, err);
+        rc = deliver_blocks(reader, file, use, bytes, in_place, err);
     } else if (use->part->check_whole) {
-        rc = deliver_whole(reader, request, use, bytes, in_place, err);
+        rc = deliver_whole(reader, file, use, bytes, in_place, err);
     } else if (!in_place) {
-        dcp_read_box_put(box, bytes, use->from, use->to);
+        put_unverified(reader, box, bytes, use->from, use->to);
     }
     if (rc == 0) {
         count_done(reader, wanted, use->verified || use->part->check_whole);
@@ -148,21 +157,22 @@ deliver_range(struct dcp_reader *reader, const struct dcp_read_request *request,
 /* ---- whole records ---- */
 
 static int
-hand_over(struct dcp_reader *reader, const struct dcp_read_request *request,
+hand_over(struct dcp_reader *reader, const struct dcp_read_file *file,
           const struct dcp_read_use *use, const uint8_t *record, struct dcp_error *err)
 {
-    bool verify = reader->options->verify;
+    /* Of what transforms made of a record only their own checks know anything. */
+    bool transformed = reader->plan->md->chunks[use->item->chunk].transforms != 0;
+    bool verify = reader->options->verify && !transformed;
     if (verify) {
         struct dcp_error why;
         dcp_error_clear(&why);
         int rc = dcp_record_verify(record, (size_t)use->len_bytes, &why);
         if (rc != 0) {
-            return dcp_read_fail(reader, request->file, use->item, rc, use->at_bytes, why.message,
-                                 err);
+            return dcp_read_fail(reader, file, use->item, rc, use->at_bytes, why.message, err);
         }
     }
     if (reader->on_record == NULL) {
-        return dcp_read_fail(reader, request->file, use->item, DCP_E_UNSUPPORTED, use->at_bytes,
+        return dcp_read_fail(reader, file, use->item, DCP_E_UNSUPPORTED, use->at_bytes,
                              "only Python can read this record", err);
     }
     int rc = reader->on_record(reader->on_record_ctx, reader->plan, use->item, record,
@@ -203,7 +213,7 @@ is_own_record(const struct dcp_reader *reader, const struct dcp_read_item *item,
 }
 
 static int
-deliver_own(struct dcp_reader *reader, const struct dcp_read_request *request,
+deliver_own(struct dcp_reader *reader, const struct dcp_read_file *file,
             const struct dcp_read_use *use, const struct dcp_read_box *box, const uint8_t *record,
             struct dcp_error *err)
 {
@@ -217,13 +227,13 @@ deliver_own(struct dcp_reader *reader, const struct dcp_read_request *request,
     uint8_t *run = dcp_read_box_run(box, 0, len);
     uint32_t crc;
     if (run != NULL) {
-        crc = dcp_crc32_copy(0, run, payload, len, false);
+        crc = dcp_crc32_copy(0, run, payload, len, reader->streaming);
     } else {
         crc = dcp_crc32(0, payload, len);
         dcp_read_box_put(box, payload, 0, len);
     }
     if (crc != le_get32(payload + len + 4)) {
-        return dcp_read_fail(reader, request->file, use->item, DCP_E_CHECKSUM,
+        return dcp_read_fail(reader, file, use->item, DCP_E_CHECKSUM,
                              use->at_bytes + (uint64_t)(payload - record),
                              "the checksum of the tensor does not match: the file is damaged; load "
                              "another checkpoint, or with verify off to take it as it is",
@@ -244,28 +254,8 @@ memory_read(void *ctx, uint64_t offset, size_t len, const uint8_t **ret, struct 
     return 0;
 }
 
-/* Memory of a stored tensor that is no permutation of a dense box. */
-static void
-copy_strided(struct dcp_reader *reader, const struct dcp_read_item *item,
-             const struct dcp_record_view *view, const uint8_t *payload)
-{
-    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
-    const uint64_t *dims = reader->plan->dims + item->dims;
-    uint32_t item_bytes = dcp_dtype_bytes(entry->dtype);
-    uint8_t *target;
-    int64_t target_strides[DCP_MAX_DIMS], strides[DCP_MAX_DIMS];
-    dcp_read_target(reader->plan, item, &target, target_strides);
-    payload += view->storage_offset * item_bytes;
-    for (uint32_t d = 0; d < entry->ndim; d++) {
-        strides[d] = view->strides[d] * (int64_t)item_bytes;
-        payload += (int64_t)dims[d] * strides[d];
-    }
-    dcp_box_copy(target, target_strides, payload, strides, entry->ndim, dims + 2 * entry->ndim,
-                 item_bytes);
-}
-
 static int
-deliver_parsed(struct dcp_reader *reader, const struct dcp_read_request *request,
+deliver_parsed(struct dcp_reader *reader, const struct dcp_read_file *file,
                const struct dcp_read_use *use, struct dcp_read_box *box, const uint8_t *record,
                struct dcp_error *err)
 {
@@ -277,10 +267,10 @@ deliver_parsed(struct dcp_reader *reader, const struct dcp_read_request *request
     dcp_error_clear(&why);
     int rc = dcp_record_parse(&input, &view, &why);
     if (rc == DCP_E_UNSUPPORTED) {
-        return hand_over(reader, request, use, record, err);
+        return hand_over(reader, file, use, record, err);
     }
     if (rc != 0) {
-        return dcp_read_fail(reader, request->file, use->item, rc, use->at_bytes, why.message, err);
+        return dcp_read_fail(reader, file, use->item, rc, use->at_bytes, why.message, err);
     }
     bool dense;
     rc = dcp_read_box_init_view(box, reader->plan, use->item, &view, 0, &dense, err);
@@ -290,26 +280,27 @@ deliver_parsed(struct dcp_reader *reader, const struct dcp_read_request *request
     const uint8_t *payload = record + view.payload_offset_bytes;
     bool verified = reader->options->verify && view.has_crc;
     if (verified && dcp_crc32(0, payload, view.payload_bytes) != view.payload_crc) {
-        return dcp_read_fail(reader, request->file, use->item, DCP_E_CHECKSUM,
+        return dcp_read_fail(reader, file, use->item, DCP_E_CHECKSUM,
                              use->at_bytes + view.payload_offset_bytes,
                              "the checksum of the tensor does not match: the file is damaged", err);
     }
     if (dense) {
         dcp_read_box_put(box, payload, 0, box->payload_bytes);
     } else {
-        copy_strided(reader, use->item, &view, payload);
+        dcp_read_put_strided(reader->plan, use->item, &view, payload);
     }
     count_done(reader, box->wanted_bytes, verified);
     return 0;
 }
 
 static int
-deliver_record(struct dcp_reader *reader, const struct dcp_read_request *request,
+deliver_record(struct dcp_reader *reader, const struct dcp_read_file *file,
                const struct dcp_read_use *use, const uint8_t *record, struct dcp_error *err)
 {
     const struct dcp_md_entry *entry = dcp_read_entry(reader, use->item);
-    if (entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0) {
-        return hand_over(reader, request, use, record, err);
+    if (entry->kind == DCP_ITEM_BYTES || dcp_dtype_bytes(entry->dtype) == 0 ||
+        reader->plan->md->chunks[use->item->chunk].transforms != 0) {
+        return hand_over(reader, file, use, record, err);
     }
     struct dcp_read_box box;
     int rc = dcp_read_box_init(&box, reader->plan, use->item, 0, err);
@@ -317,17 +308,26 @@ deliver_record(struct dcp_reader *reader, const struct dcp_read_request *request
         return rc;
     }
     if (is_own_record(reader, use->item, &box, record, use->len_bytes)) {
-        return deliver_own(reader, request, use, &box, record, err);
+        return deliver_own(reader, file, use, &box, record, err);
     }
-    return deliver_parsed(reader, request, use, &box, record, err);
+    return deliver_parsed(reader, file, use, &box, record, err);
 }
 
 int
-dcp_read_deliver(struct dcp_reader *reader, const struct dcp_read_request *request,
-                 const struct dcp_read_use *use, const uint8_t *bytes, struct dcp_error *err)
+dcp_read_deliver(struct dcp_reader *reader, const struct dcp_read_file *file,
+                 const struct dcp_read_use *use, const uint8_t *bytes, bool in_place,
+                 struct dcp_error *err)
 {
+    const struct dcp_read_plan *plan = reader->plan;
+    uint64_t target = use->item->target;
+    dcp_target_touch(plan, target);
     if (use->kind == DCP_READ_USE_RECORD) {
-        return deliver_record(reader, request, use, bytes, err);
+        int rc = deliver_record(reader, file, use, bytes, err);
+        dcp_target_deliver(plan, target, rc == 0 ? dcp_read_item_bytes(plan, use->item) : 0);
+        return rc;
     }
-    return deliver_range(reader, request, use, bytes, err);
+    uint64_t before = reader->stats.wanted_bytes;
+    int rc = deliver_range(reader, file, use, bytes, in_place, err);
+    dcp_target_deliver(plan, target, reader->stats.wanted_bytes - before);
+    return rc;
 }

@@ -162,15 +162,11 @@ read_unit(struct filler *filler, uint8_t *data, struct dcp_error *err)
     const struct dcp_share_unit *unit = &filler->unit;
     struct dcp_reader *reader = &filler->reader;
     uint64_t len = unit->end_bytes - unit->from_bytes;
-    uint64_t padded = dcp_align_up(len, reader->file->align_bytes);
-    struct dcp_job job = {.file = reader->file,
-                          .data = data,
-                          .offset_bytes = unit->from_bytes,
-                          .len_bytes = padded,
-                          .flags = (uint32_t)(padded - len)};
+    struct dcp_read_span span = {.from_bytes = unit->from_bytes, .to_bytes = unit->end_bytes};
     reader->stats.read_bytes += len;
+    reader->stats.hot_bytes += reader->file->hot ? len : 0;
     reader->stats.requests_count++;
-    return dcp_read_file_job(reader, &job, false, err);
+    return dcp_read_file_span(reader, reader->file, &span, data, err);
 }
 
 static int
@@ -283,9 +279,12 @@ take_piece(struct share_run *run, const struct dcp_share_piece *piece, const uin
         const struct dcp_read_item *item = &run->plan->items[wants->visits[v].item];
         rc = dcp_read_box_init(&box, run->plan, item, 0, err);
         if (rc == 0) {
-            *ret_wanted +=
+            uint64_t wanted =
                 dcp_read_box_below(&box, piece->to) - dcp_read_box_below(&box, piece->from);
+            dcp_target_touch(run->plan, item->target);
             dcp_read_box_put(&box, bytes, piece->from, piece->to);
+            dcp_target_deliver(run->plan, item->target, wanted);
+            *ret_wanted += wanted;
         }
     }
     return rc;

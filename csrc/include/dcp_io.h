@@ -100,6 +100,12 @@ struct dcp_io {
                       struct dcp_io_done *ret);
     void (*queue_close)(void *ctx, struct dcp_io_queue *queue);
 
+    /* Bytes of a file as the page cache has them, without a copy: both, or NULL.  map: brings them
+     * in; whoever is refused reads them.  unmap: by the thread that mapped; -EIO: some could not be
+     * had while they were mapped (cut short, device) and read as zero. */
+    int (*map)(void *ctx, int fd, uint64_t offset, size_t len, const uint8_t **ret);
+    int (*unmap)(void *ctx, const uint8_t *bytes, size_t len);
+
     /* Of the calling thread.  `nice` only ever rises; 0 for either number leaves it. */
     int (*thread_priority)(void *ctx, int nice, unsigned io_priority);
     uint64_t (*now_ns)(void *ctx);            /* monotonic */

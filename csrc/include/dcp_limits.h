@@ -50,6 +50,9 @@
  * MiB budget. */
 #define DCP_RING_BUFFER_BYTES (8u << 20)
 #define DCP_RING_BUFFERS 4
+/* Most bytes that are handed over at once to a target that only torch can write: large enough that
+ * the call costs a tenth of the copy, small enough for the cache. */
+#define DCP_PIECE_BYTES (1u << 20)
 /* Direct I/O needs buffers, offsets and lengths on this multiple where the file system does not say
  * better. */
 #define DCP_DIRECT_ALIGN_BYTES 4096u

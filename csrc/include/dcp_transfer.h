@@ -200,6 +200,8 @@ void dcp_load_destroy(struct dcp_load *load);
 int dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_local_code,
                   struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 const struct dcp_metadata *dcp_load_metadata(const struct dcp_load *load);
+/* What this rank read the metadata from: the file; or, on other ranks than the coordinator, maybe
+ * what stands behind its pickle. */
 struct dcp_span dcp_load_metadata_image(const struct dcp_load *load);
 bool dcp_load_rank_local(const struct dcp_load *load);
 

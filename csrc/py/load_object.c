@@ -2,15 +2,17 @@
  * load_object.c: _native.Load: one load in flight.
  *
  * Order of calls: open (collective), targets, status (collective), read, status (collective).  What
- * only Python can finish is handed over in lists: objects as bytes, records that only torch can
- * parse, temporaries to copy from.  leave makes whichever agreement the other ranks wait in.
+ * only Python can finish is handed over while it is read (load_receive.c).  leave makes whichever
+ * agreement the other ranks wait in.
  */
 #include "module.h"
 
 #include <stdatomic.h>
 
 #include "errors.h"
-#include "load_targets.h"
+#include "key_filter.h"
+#include "load_receive.h"
+#include "load_report.h"
 #include "native_run.h"
 
 /* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
@@ -31,7 +33,7 @@ struct load_object {
     bool strict_coverage;
     uint64_t hole_bytes;
     struct dcp_read_stats stats;
-    PyObject *records; /* list of (target, offsets in chunk, offsets in target, lengths, bytes) */
+    struct load_receiver receiver;
     atomic_int cancel;
     _Atomic uint64_t progress_bytes;
     PyObject *pending;   /* exception of a signal handler, raised at the next local step */
@@ -123,7 +125,6 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     self->group = Py_NewRef(group_arg);
     self->strict_coverage = strict != 0;
-    self->records = PyList_New(0);
     params.rank = rank;
     params.call_hash = call_hash;
     params.verify = verify != 0;
@@ -131,9 +132,9 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     params.direct = (enum dcp_direct)direct;
     params.read_once = (enum dcp_read_once)once;
     dcp_error_clear(&err);
-    if (self->records == NULL || dcp_load_new(group, &params, &self->load, &err) != 0) {
+    if (dcp_load_new(group, &params, &self->load, &err) != 0) {
         Py_DECREF(self);
-        return PyErr_Occurred() != NULL ? NULL : native_set_error(state->error_class, &err);
+        return native_set_error(state->error_class, &err);
     }
     return (PyObject *)self;
 }
@@ -144,10 +145,10 @@ load_dealloc(PyObject *object)
     struct load_object *self = as_load(object);
     PyTypeObject *type = Py_TYPE(object);
 
+    load_receiver_clean_up(&self->receiver);
     load_targets_clean_up(&self->targets);
     dcp_load_destroy(self->load);
     dcp_failure_list_clean_up(&self->failures);
-    Py_XDECREF(self->records);
     Py_XDECREF(self->mine_record);
     Py_XDECREF(self->pending);
     Py_XDECREF(self->interrupt);
@@ -185,46 +186,84 @@ load_open(PyObject *object, PyObject *record)
     return run_collective(object, step_open, record);
 }
 
-PyDoc_STRVAR(targets_doc, "targets(state_dict, *, flatten_state_dict=True, "
-                          "flatten_sharded_tensors=True, allow_partial_load=False)\n--\n\n"
-                          "Plan the reads that fill a state dict.");
+PyDoc_STRVAR(targets_doc,
+             "targets(state_dict, *, flatten_state_dict=True, "
+             "flatten_sharded_tensors=True, allow_partial_load=False, "
+             "names=None, predicate=None)\n--\n\n"
+             "Plan the reads that fill a state dict.  With `names` (tuple of str: keys "
+             "and prefixes of whole components) only the leaves that one of them or "
+             "`predicate` selects; then returns (names that selected nothing, "
+             "top-level keys with selected leaves).");
+
+/* Targets, their overlaps, and the counting of what arrives in them. */
+static int
+plan_targets(struct load_object *self, struct module_state *state, PyObject *state_dict,
+             const struct load_targets_options *options)
+{
+    struct dcp_error err;
+    int rc;
+
+    load_targets_clean_up(&self->targets);
+    if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, options,
+                           &self->targets) != 0) {
+        return -1;
+    }
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc =
+        dcp_read_plan_build(&self->targets.plan, self->strict_coverage, &self->hole_bytes, &err);
+    if (rc == 0) {
+        rc = dcp_read_plan_track(&self->targets.plan, &err);
+    }
+    Py_END_ALLOW_THREADS if (rc != 0)
+    {
+        native_set_error(state->error_class, &err);
+    }
+    return rc;
+}
 
 static PyObject *
 load_set_targets(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"state_dict", "flatten_state_dict", "flatten_sharded_tensors",
-                            "allow_partial_load", NULL};
+    static char *keywords[] = {"state_dict",
+                               "flatten_state_dict",
+                               "flatten_sharded_tensors",
+                               "allow_partial_load",
+                               "names",
+                               "predicate",
+                               NULL};
     struct load_object *self = as_load(object);
     struct module_state *state = module_state_of(Py_TYPE(object));
     struct load_targets_options options = {0};
-    int flatten = 1, flatten_sharded = 1, partial = 0, rc;
-    PyObject *state_dict;
-    struct dcp_error err;
+    struct key_filter filter = {0};
+    int flatten = 1, flatten_sharded = 1, partial = 0;
+    PyObject *state_dict, *names = Py_None, *predicate = Py_None, *result = NULL;
 
     if (state == NULL || native_raise_pending(&self->pending) != 0 ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ppp:targets", names, &state_dict, &flatten,
-                                     &flatten_sharded, &partial)) {
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$pppOO:targets", keywords, &state_dict,
+                                     &flatten, &flatten_sharded, &partial, &names, &predicate)) {
         return NULL;
     }
     if (self->local_code != 0) {
         return native_set_error(state->error_class, &self->local_err);
     }
+    if (names != Py_None) {
+        if (!PyTuple_Check(names)) {
+            PyErr_SetString(PyExc_TypeError, "names must be a tuple of str");
+            return NULL;
+        }
+        if (key_filter_init(&filter, names, predicate == Py_None ? NULL : predicate) != 0) {
+            return NULL;
+        }
+        options.filter = &filter;
+    }
     options.flatten_state_dict = flatten != 0;
     options.flatten_sharded_tensors = flatten_sharded != 0;
     options.allow_partial_load = partial != 0;
-    load_targets_clean_up(&self->targets);
-    if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, &options,
-                           &self->targets) != 0) {
-        return NULL;
+    if (plan_targets(self, state, state_dict, &options) == 0) {
+        result = options.filter != NULL ? key_filter_result(&filter) : Py_NewRef(Py_None);
     }
-    dcp_error_clear(&err);
-    Py_BEGIN_ALLOW_THREADS rc =
-        dcp_read_plan_build(&self->targets.plan, self->strict_coverage, &self->hole_bytes, &err);
-    Py_END_ALLOW_THREADS if (rc != 0)
-    {
-        return native_set_error(state->error_class, &err);
-    }
-    Py_RETURN_NONE;
+    key_filter_clean_up(&filter);
+    return result;
 }
 
 PyDoc_STRVAR(status_doc, "status(failure, /)\n--\n\n"
@@ -280,49 +319,10 @@ load_interrupt(PyObject *object, PyObject *unused)
     return Py_NewRef(self->interrupt == NULL ? Py_None : self->interrupt);
 }
 
-/* Tuple of `count` numbers; returns new. */
-static PyObject *
-numbers_as_tuple(const uint64_t *numbers, uint32_t count)
-{
-    PyObject *tuple = PyTuple_New(count);
-
-    for (uint32_t i = 0; tuple != NULL && i < count; i++) {
-        PyObject *number = PyLong_FromUnsignedLongLong(numbers[i]);
-        if (number == NULL) {
-            Py_CLEAR(tuple);
-        } else {
-            PyTuple_SET_ITEM(tuple, i, number);
-        }
-    }
-    return tuple;
-}
-
-/* On the reading thread: keeps the bytes for Python to finish. */
-static int
-keep_record(void *ctx, const struct dcp_read_plan *plan, const struct dcp_read_item *item,
-            const uint8_t *bytes, size_t len, struct dcp_error *err)
-{
-    struct load_object *self = ctx;
-    uint32_t ndim = plan->md->entries[plan->targets[item->target].entry].ndim;
-    const uint64_t *dims = plan->dims + item->dims;
-    PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *record = Py_BuildValue(
-        "(KNNNy#)", (unsigned long long)item->target, numbers_as_tuple(dims, ndim),
-        numbers_as_tuple(dims + ndim, ndim), numbers_as_tuple(dims + 2 * (size_t)ndim, ndim),
-        (const char *)bytes, (Py_ssize_t)len);
-    int rc = record == NULL || PyList_Append(self->records, record) != 0 ? DCP_E_NOMEM : 0;
-
-    Py_XDECREF(record);
-    if (rc != 0) {
-        PyErr_Clear();
-    }
-    PyGILState_Release(gil);
-    return rc == 0 ? 0
-                   : dcp_error_set(err, rc, 0, NULL, "no memory for a record of %zu bytes", len);
-}
-
-PyDoc_STRVAR(read_doc, "read()\n--\n\n"
-                       "Read and verify everything that was planned.");
+PyDoc_STRVAR(read_doc, "read(receiver, /)\n--\n\n"
+                       "Read and verify everything that was planned.  `receiver` is called by the "
+                       "reading thread with what only Python can finish; what it raises stops the "
+                       "load and is raised here.");
 
 static int
 step_read(void *arg, struct dcp_error *err)
@@ -330,19 +330,28 @@ step_read(void *arg, struct dcp_error *err)
     struct load_object *self = arg;
 
     return dcp_load_read(self->load, &self->targets.plan, &self->cancel, &self->progress_bytes,
-                         keep_record, self, &self->stats, err);
+                         load_receive_record, &self->receiver, &self->stats, err);
 }
 
 static PyObject *
-load_read(PyObject *object, PyObject *unused)
+load_read(PyObject *object, PyObject *receiver)
 {
     struct load_object *self = as_load(object);
+    struct module_state *state = module_state_of(Py_TYPE(object));
     struct dcp_error err;
     int rc = 0;
 
-    (void)unused;
-    if (native_raise_pending(&self->pending) != 0 || !run_step(object, step_read, &rc, &err) ||
-        native_raise_pending(&self->pending) != 0) {
+    if (state == NULL || native_raise_pending(&self->pending) != 0) {
+        return NULL;
+    }
+    load_receiver_init(&self->receiver, &state->native, &self->targets, receiver, &self->cancel);
+    self->targets.plan.on_piece = load_receive_piece;
+    self->targets.plan.on_piece_ctx = &self->receiver;
+    if (!run_step(object, step_read, &rc, &err)) {
+        return NULL;
+    }
+    load_receiver_finish(&self->receiver);
+    if (native_raise_pending(&self->pending) != 0 || load_receiver_raise(&self->receiver) != 0) {
         return NULL;
     }
     if (rc != 0) {
@@ -363,9 +372,9 @@ load_has_meta(PyObject *object, PyObject *state_dict)
     return found < 0 ? NULL : PyBool_FromLong(found);
 }
 
-PyDoc_STRVAR(results_doc,
-             "results()\n--\n\n"
-             "(objects, records, tensors, copies): what Python has to finish after read().");
+PyDoc_STRVAR(results_doc, "results()\n--\n\n"
+                          "(objects, tensors): (target, fqn, path) of every object that is wanted; "
+                          "by target, the tensor that it fills, or None.");
 
 static PyObject *
 load_results(PyObject *object, PyObject *unused)
@@ -373,11 +382,11 @@ load_results(PyObject *object, PyObject *unused)
     struct load_object *self = as_load(object);
 
     (void)unused;
-    return Py_BuildValue("(OOOO)", self->targets.objects, self->records, self->targets.tensors,
-                         self->targets.copies);
+    return Py_BuildValue("(OO)", self->targets.objects, self->targets.tensors);
 }
 
-PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\nThe metadata image that was read, as bytes.");
+PyDoc_STRVAR(metadata_doc,
+             "metadata()\n--\n\nThe metadata image that was read, or its end, as bytes.");
 
 static PyObject *
 load_metadata(PyObject *object, PyObject *unused)
@@ -396,12 +405,13 @@ load_info(PyObject *object, PyObject *unused)
     struct load_object *self = as_load(object);
     const struct dcp_read_stats *stats = &self->stats;
     bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
+    const char *foreign = dcp_load_metadata(self->load)->foreign;
 
     (void)unused;
     return Py_BuildValue(
-        "{szsOsssKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
-        unsupported ? self->local_err.message : NULL, "rank_local",
-        dcp_load_rank_local(self->load) ? Py_True : Py_False, "share_reason",
+        "{szszsOsssKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
+        unsupported ? self->local_err.message : NULL, "foreign", foreign[0] == 0 ? NULL : foreign,
+        "rank_local", dcp_load_rank_local(self->load) ? Py_True : Py_False, "share_reason",
         dcp_load_share_reason(self->load), "read_bytes", (unsigned long long)stats->read_bytes,
         "hot_bytes", (unsigned long long)stats->hot_bytes, "shared_bytes",
         (unsigned long long)stats->shared_bytes, "wanted_bytes",
@@ -411,11 +421,41 @@ load_info(PyObject *object, PyObject *unused)
         (unsigned long long)stats->straight_bytes, "requests_count",
         (unsigned long long)stats->requests_count, "files_count",
         (unsigned long long)stats->files_count, "wall_ns", (unsigned long long)stats->wall_ns,
-        "hole_bytes", (unsigned long long)self->hole_bytes, "cast_count",
-        (unsigned long long)self->targets.cast_count, "copies_count",
-        (unsigned long long)self->targets.copies_count, "missing_count",
-        (unsigned long long)self->targets.missing_count, "replaced_count",
-        (unsigned long long)self->targets.replaced_count);
+        "hole_bytes", (unsigned long long)self->hole_bytes, "progress_bytes",
+        (unsigned long long)atomic_load(&self->progress_bytes), "copies_count",
+        (unsigned long long)self->targets.copies_count, "whole_copies",
+        (unsigned long long)self->receiver.whole_copies);
+}
+
+PyDoc_STRVAR(report_doc, "report()\n--\n\n"
+                         "What became of which name, once targets() has planned; lists of names as "
+                         "bytes (load_report.h).");
+
+static PyObject *
+load_get_report(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return load_report(&as_load(object)->targets);
+}
+
+PyDoc_STRVAR(outcome_doc,
+             "outcome(objects, /)\n--\n\n"
+             "After a failure: the names whose memory was filled, filled partly, or not touched.  "
+             "`objects`: what became of these: 0 untouched, 1 partly, 2 filled.");
+
+static PyObject *
+load_get_outcome(PyObject *object, PyObject *objects)
+{
+    long state = PyLong_AsLong(objects);
+
+    if (state == -1 && PyErr_Occurred() != NULL) {
+        return NULL;
+    }
+    if (state < DCP_TARGET_UNTOUCHED || state > DCP_TARGET_FILLED) {
+        PyErr_SetString(PyExc_ValueError, "objects must be 0, 1 or 2");
+        return NULL;
+    }
+    return load_outcome(&as_load(object)->targets, (enum dcp_target_state)state);
 }
 
 static PyMethodDef load_methods[] = {
@@ -426,10 +466,12 @@ static PyMethodDef load_methods[] = {
     {"status", load_status, METH_O, status_doc},
     {"leave", load_leave, METH_O, leave_doc},
     {"interrupt", load_interrupt, METH_NOARGS, interrupt_doc},
-    {"read", load_read, METH_NOARGS, read_doc},
+    {"read", load_read, METH_O, read_doc},
     {"results", load_results, METH_NOARGS, results_doc},
     {"metadata", load_metadata, METH_NOARGS, metadata_doc},
     {"info", load_info, METH_NOARGS, info_doc},
+    {"report", load_get_report, METH_NOARGS, report_doc},
+    {"outcome", load_get_outcome, METH_O, outcome_doc},
     {NULL, NULL, 0, NULL},
 };
 

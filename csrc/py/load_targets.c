@@ -1,10 +1,12 @@
 /*
  * load_targets.c: one pass from a target state dict and metadata to targets.
  *
- * The checks, their order and their texts are torch's create_default_local_load_plan.  A target is
- * read straight into the caller's memory when that memory is plain, on the CPU, of the saved dtype
- * and does not overlap itself; otherwise a temporary of the saved dtype is read and copied
- * afterwards by the destination's own copy_, which knows about casts, devices and subclasses.
+ * The checks, their order and their texts are torch's create_default_local_load_plan.  The reader
+ * writes the caller's memory itself when that is plain, on the CPU, does not overlap itself and is
+ * of the saved dtype or of one that it can convert to.  Everything else is the work of the
+ * destination's own copy_, which knows about casts, devices and subclasses: in pieces where any
+ * strided view of the destination is its memory, in whole overlaps, as torch does, where that is
+ * not known.
  *
  * A destination that is larger than the box torch computes for it (a padded shard) is narrowed, as
  * torch does; boxes without elements are not read.  All functions need the GIL.
@@ -13,8 +15,10 @@
 
 #include <string.h>
 
+#include "dcp_convert.h"
 #include "errors.h"
 #include "flatten.h"
+#include "key_filter.h"
 #include "load_private.h"
 
 /* ---- leaves ---- */
@@ -176,9 +180,10 @@ add_target(struct load_builder *b, uint8_t *data, const int64_t *strides_bytes,
     return PyList_Append(targets->tensors, tensor);
 }
 
-/* 0 and the strides (NULL when row major), or -1. */
+/* 0 and the strides in `unit_bytes` per element (NULL when row major), or -1. */
 static int
-byte_strides(struct load_builder *b, const struct dcp_tensor_view *view, const int64_t **ret)
+strides_of(struct load_builder *b, const struct dcp_tensor_view *view, uint32_t unit_bytes,
+           const int64_t **ret)
 {
     int64_t *strides = NULL;
 
@@ -190,101 +195,80 @@ byte_strides(struct load_builder *b, const struct dcp_tensor_view *view, const i
             return -1;
         }
         for (uint32_t d = 0; d < view->ndim; d++) {
-            strides[d] = view->strides[d] * (int64_t)view->item_bytes;
+            strides[d] = view->strides[d] * (int64_t)unit_bytes;
         }
     }
     *ret = strides;
     return 0;
 }
 
-/* torch.empty(sizes, dtype=saved dtype, device="cpu"); returns new. */
-static PyObject *
-empty_tensor(const struct load_builder *b, const uint64_t *sizes)
-{
-    PyObject *dtype = b->state->dtypes[b->entry->dtype];
-    PyObject *size, *args = NULL, *kwargs = NULL, *tensor = NULL;
-
-    if (dtype == NULL) {
-        PyErr_Format(PyExc_TypeError, "the checkpoint holds torch.%s, which this torch has not",
-                     dcp_dtype_name(b->entry->dtype));
-        return NULL;
-    }
-    size = native_size_new(b->state, b->entry->ndim, sizes);
-    if (size != NULL) {
-        args = PyTuple_Pack(1, size);
-        kwargs = Py_BuildValue("{sOss}", "dtype", dtype, "device", "cpu");
-    }
-    if (args != NULL && kwargs != NULL) {
-        tensor = PyObject_Call(b->state->torch_empty, args, kwargs);
-    }
-    Py_XDECREF(kwargs);
-    Py_XDECREF(args);
-    Py_XDECREF(size);
-    return tensor;
-}
-
-/* Reads into a temporary and leaves (temporary, destination) for later. */
-static int
-add_copy(struct load_builder *b, const uint64_t *offsets, const uint64_t *sizes, PyObject *dest)
-{
-    struct load_targets *targets = b->targets;
-    PyObject *temporary = empty_tensor(b, sizes);
-    PyObject *pair = NULL;
-    uint64_t target;
-    uint8_t *data;
-    int rc = -1;
-
-    if (temporary != NULL) {
-        data = b->state->bridge->tensor_mutable_data(temporary);
-        if (data == NULL) {
-            PyErr_SetString(PyExc_RuntimeError, "torch.empty gave a tensor without memory: is a "
-                                                "fake tensor mode active?");
-        } else {
-            pair = PyTuple_Pack(2, temporary, dest);
-        }
-    }
-    if (pair != NULL && PyList_Append(targets->copies, pair) == 0) {
-        rc = add_target(b, data, NULL, offsets, sizes, temporary, &target);
-        targets->copies_count++;
-    }
-    Py_XDECREF(pair);
-    Py_XDECREF(temporary);
-    return rc;
-}
-
-/* Quantised tensors: only torch reads such records, straight into the destination; the core gets
- * memory of the right size all the same. */
-static int
-add_scratch(struct load_builder *b, const uint64_t *offsets, const uint64_t *sizes, PyObject *dest)
-{
-    uint64_t bytes = dcp_dtype_bytes(b->entry->dtype), target;
-    PyObject *scratch;
-    int rc = -1;
-
-    for (uint32_t d = 0; d < b->entry->ndim; d++) {
-        if (dcp_mul_overflows_u64(bytes, sizes[d], &bytes) || bytes > DCP_MAX_PAYLOAD_BYTES) {
-            PyErr_NoMemory();
-            return -1;
-        }
-    }
-    scratch = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)bytes);
-    if (scratch != NULL && PyList_Append(b->targets->scratch, scratch) == 0) {
-        rc = add_target(b, (uint8_t *)PyByteArray_AS_STRING(scratch), NULL, offsets, sizes, dest,
-                        &target);
-    }
-    Py_XDECREF(scratch);
-    return rc;
-}
-
+/* Whether the reader can write the tensor's memory itself. */
 static bool
-is_straight(const struct load_builder *b, enum dcp_tensor_class tensor_class,
-            const struct dcp_tensor_view *view)
+is_memory(const struct load_builder *b, enum dcp_tensor_class tensor_class,
+          const struct dcp_tensor_view *view)
 {
     const uint32_t wants = DCP_TENSOR_STRIDED | DCP_TENSOR_CPU | DCP_TENSOR_HAS_MEMORY;
     const uint32_t refuses = DCP_TENSOR_CONJ | DCP_TENSOR_NEG | DCP_TENSOR_OVERLAPS;
 
     return tensor_class == DCP_PLAIN_TENSOR && (view->flags & wants) == wants &&
-           !(view->flags & refuses) && view->dtype == b->entry->dtype;
+           !(view->flags & refuses) &&
+           (view->dtype == b->entry->dtype || dcp_can_convert(b->entry->dtype, view->dtype));
+}
+
+/* Whether every as_strided view of the tensor is its memory, on devices that are known for it. */
+static bool
+takes_pieces(enum dcp_tensor_class tensor_class, const struct dcp_tensor_view *view)
+{
+    const uint32_t wants = DCP_TENSOR_STRIDED | DCP_TENSOR_HAS_MEMORY;
+
+    return tensor_class == DCP_PLAIN_TENSOR && (view->flags & wants) == wants &&
+           (view->flags & (DCP_TENSOR_CPU | DCP_TENSOR_CUDA)) &&
+           !(view->flags & DCP_TENSOR_OVERLAPS);
+}
+
+static int
+add_memory(struct load_builder *b, const struct dcp_tensor_view *view, uint8_t *data,
+           const uint64_t *offsets, const uint64_t *sizes, PyObject *tensor)
+{
+    const int64_t *strides;
+    uint64_t target;
+
+    if (strides_of(b, view, view->item_bytes, &strides) != 0 ||
+        add_target(b, data, strides, offsets, sizes, tensor, &target) != 0) {
+        return -1;
+    }
+    if (view->dtype != b->entry->dtype) {
+        b->targets->plan.targets[target].dtype = (uint8_t)view->dtype;
+    } else {
+        b->targets->straight_count++;
+    }
+    return 0;
+}
+
+/* Adds a target that is filled by the tensor's own copy_. */
+static int
+add_copy(struct load_builder *b, enum dcp_tensor_class tensor_class,
+         const struct dcp_tensor_view *view, const uint64_t *offsets, const uint64_t *sizes,
+         PyObject *tensor)
+{
+    bool in_pieces = takes_pieces(tensor_class, view);
+    PyObject *dest = native_call(tensor, b->state->name_detach);
+    const int64_t *strides = NULL;
+    uint64_t target;
+    int rc = dest == NULL ? -1 : 0;
+
+    if (rc == 0 && in_pieces) {
+        rc = strides_of(b, view, 1, &strides);
+    }
+    if (rc == 0) {
+        rc = add_target(b, NULL, strides, offsets, sizes, dest, &target);
+    }
+    if (rc == 0) {
+        b->targets->plan.targets[target].kind = in_pieces ? DCP_TARGET_PIECES : DCP_TARGET_OVERLAPS;
+        b->targets->copies_count++;
+    }
+    Py_XDECREF(dest);
+    return rc;
 }
 
 /* 1: the view has exactly these sizes. */
@@ -328,9 +312,6 @@ load_add_box(struct load_builder *b, const uint64_t *offsets, const uint64_t *si
     struct dcp_tensor_view view;
     enum dcp_tensor_class tensor_class =
         (enum dcp_tensor_class)b->state->bridge->tensor_view(tensor, &view);
-    const int64_t *strides;
-    PyObject *dest;
-    uint64_t target;
     uint8_t *data;
     int rc;
 
@@ -354,25 +335,17 @@ load_add_box(struct load_builder *b, const uint64_t *offsets, const uint64_t *si
         Py_XDECREF(narrowed);
         return rc;
     }
-    if (is_straight(b, tensor_class, &view)) {
+    if (tensor_class != DCP_NOT_A_TENSOR && view.dtype != b->entry->dtype) {
+        b->targets->cast_count++;
+        load_mark(b, LOAD_CAST);
+    }
+    if (is_memory(b, tensor_class, &view)) {
         data = b->state->bridge->tensor_mutable_data(tensor);
         if (data != NULL) {
-            b->targets->straight_count++;
-            return byte_strides(b, &view, &strides) != 0
-                       ? -1
-                       : add_target(b, data, strides, offsets, sizes, tensor, &target);
+            return add_memory(b, &view, data, offsets, sizes, tensor);
         }
     }
-    dest = native_call(tensor, b->state->name_detach);
-    if (dest == NULL) {
-        return -1;
-    }
-    b->targets->cast_count += tensor_class != DCP_NOT_A_TENSOR && view.dtype != b->entry->dtype;
-    rc = b->entry->dtype >= DCP_DTYPE_QINT8 && b->entry->dtype <= DCP_DTYPE_QINT32
-             ? add_scratch(b, offsets, sizes, dest)
-             : add_copy(b, offsets, sizes, dest);
-    Py_DECREF(dest);
-    return rc;
+    return add_copy(b, tensor_class, &view, offsets, sizes, tensor);
 }
 
 int
@@ -401,31 +374,49 @@ load_add_object(struct load_builder *b)
 
 /* ---- building ---- */
 
+/* 1: the leaf in work is to be loaded; 0: the filter leaves it out, or it is missing and may be;
+ * -1. */
+static int
+is_selected(struct load_builder *b)
+{
+    const struct flatten_leaf *leaf = b->leaf;
+    int selected = b->options->filter == NULL ? 1 : key_filter_selects(b->options->filter, leaf);
+    PyObject *fqn;
+
+    if (b->entry != NULL) {
+        load_mark(b, LOAD_WANTED);
+    }
+    if (selected == 0) {
+        load_names_note(&b->targets->skipped, leaf->fqn, leaf->fqn_len);
+    }
+    if (selected <= 0 || b->entry != NULL) {
+        return selected;
+    }
+    if (b->options->allow_partial_load) {
+        b->targets->missing_count++;
+        load_names_note(&b->targets->missing, leaf->fqn, leaf->fqn_len);
+        return 0;
+    }
+    fqn = load_fqn(b);
+    if (fqn != NULL) {
+        PyErr_Format(PyExc_RuntimeError, "Missing key in checkpoint state_dict: %U.", fqn);
+        Py_DECREF(fqn);
+    }
+    return -1;
+}
+
 static int
 add_leaves(struct load_builder *b)
 {
     const struct load_leaves *leaves = b->targets->is_v_2_3 ? &b->old_leaves : &b->leaves;
 
     for (size_t i = 0; i < leaves->count; i++) {
-        const struct flatten_leaf *leaf = &leaves->items[i];
+        int selected;
 
-        b->leaf = leaf;
-        b->entry = dcp_metadata_find(b->md, leaf->fqn, leaf->fqn_len);
-        if (b->entry == NULL) {
-            PyObject *fqn;
-
-            if (b->options->allow_partial_load) {
-                b->targets->missing_count++;
-                continue;
-            }
-            fqn = load_fqn(b);
-            if (fqn != NULL) {
-                PyErr_Format(PyExc_RuntimeError, "Missing key in checkpoint state_dict: %U.", fqn);
-                Py_DECREF(fqn);
-            }
-            return -1;
-        }
-        if (load_add_leaf(b) != 0) {
+        b->leaf = &leaves->items[i];
+        b->entry = dcp_metadata_find(b->md, b->leaf->fqn, b->leaf->fqn_len);
+        selected = is_selected(b);
+        if (selected < 0 || (selected > 0 && load_add_leaf(b) != 0)) {
             return -1;
         }
     }
@@ -440,15 +431,16 @@ load_targets_build(struct native_state *state, const struct dcp_metadata *md, Py
         .plan = {.md = md},
         .tensors = PyList_New(0),
         .objects = PyList_New(0),
-        .copies = PyList_New(0),
-        .scratch = PyList_New(0),
+        .marks = dcp_calloc(dcp_max_u64(md->entries_count, 1), sizeof(*targets.marks)),
     };
     struct load_builder b = {.state = state, .md = md, .options = options, .targets = &targets};
     int rc = -1;
 
     dcp_error_clear(&b.err);
-    if (targets.tensors != NULL && targets.objects != NULL && targets.copies != NULL &&
-        targets.scratch != NULL && collect_leaves(&b, state_dict) == 0) {
+    if (targets.marks == NULL) {
+        PyErr_NoMemory();
+    } else if (targets.tensors != NULL && targets.objects != NULL &&
+               collect_leaves(&b, state_dict) == 0) {
         rc = add_leaves(&b);
     }
     leaves_clean_up(&b.leaves);
@@ -472,9 +464,10 @@ load_targets_clean_up(struct load_targets *targets)
     }
     dcp_read_plan_clean_up(&targets->plan);
     dcp_bump_clean_up(&targets->strides);
+    dcp_buf_clean_up(&targets->missing.text);
+    dcp_buf_clean_up(&targets->skipped.text);
+    dcp_free(targets->marks);
     Py_XDECREF(targets->tensors);
     Py_XDECREF(targets->objects);
-    Py_XDECREF(targets->copies);
-    Py_XDECREF(targets->scratch);
     memset(targets, 0, sizeof(*targets));
 }

@@ -38,6 +38,7 @@ disk_clean_up(struct disk *disk)
 {
     disk->io->close(disk->io->ctx, disk->dirfd);
     CHECK_EQ(io_memory_open_files(disk->fs), 0);
+    CHECK_EQ(io_memory_lent_maps(disk->fs), 0);
     io_memory_free(disk->fs);
     dcp_engine_trim();
 }

@@ -46,6 +46,7 @@ enum io_call {
     IO_QUEUE_OPEN,
     IO_QUEUE_WRITE,
     IO_QUEUE_REAP,
+    IO_MAP,
     IO_THREAD_PRIORITY,
     IO_CALLS, /* how many kinds there are; as fail_call: any */
 };
@@ -78,6 +79,8 @@ struct io_memory_faults {
     unsigned delay_percent; /* of reaps that find nothing in time; 100: nothing ever ends */
     int queue_errno;        /* of every write in the queue, from now on: it ends with -errno; 0 */
     unsigned oversleep_us;  /* most that a sleep ends late */
+    unsigned cached_percent; /* what the page cache holds of every file */
+    uint64_t lose_map;       /* the n-th map from now on is lost while it is used; 0: none */
 };
 
 struct io_memory;
@@ -120,6 +123,8 @@ int io_memory_rmdir(struct io_memory_process *process, const char *path);
 uint64_t io_memory_now_ns(const struct io_memory *fs);
 uint64_t io_memory_longest_sleep_ns(const struct io_memory *fs);
 unsigned io_memory_open_queues(const struct io_memory *fs);
+/* Bytes of files that were mapped and not given back. */
+unsigned io_memory_lent_maps(const struct io_memory *fs);
 
 uint64_t io_memory_calls(const struct io_memory *fs); /* so far, of all kinds */
 uint64_t io_memory_calls_of(const struct io_memory *fs, enum io_call call);

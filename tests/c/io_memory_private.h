@@ -72,7 +72,8 @@ struct io_memory {
     uint64_t vain_syncs;
     struct io_memory_process processes[IO_MEMORY_PROCESSES];
     uint64_t now_ns, longest_sleep_ns;
-    unsigned open_queues;
+    unsigned open_queues, lent_maps;
+    const uint8_t *lost_map; /* the one that was lost */
 };
 
 /* Descriptors start at 3, so that a forgotten 0 is noticed. */

@@ -3,7 +3,6 @@
  */
 #include "ctest.h"
 
-#include "interval.h"
 #include "plan_maker.h"
 #include "dcp_engine.h"
 
@@ -248,44 +247,7 @@ chunks_without_a_file_or_with_transforms_are_named_when_wanted(void)
     dcp_read_plan_clean_up(&plan);
 }
 
-/* 4096 chunks, 8 shards: the candidates that the index gives are the hits. */
-static void
-the_index_gives_hits_only(void)
-{
-    enum { CHUNKS = 4096 };
-    uint64_t *dims = dcp_calloc(2 + CHUNKS * 4, sizeof *dims);
-    struct dcp_md_chunk *chunks = dcp_calloc(CHUNKS, sizeof *chunks);
-    struct dcp_md_entry entry = {
-        .kind = DCP_ITEM_TENSOR, .dtype = DCP_DTYPE_FLOAT32, .ndim = 2, .chunks_count = CHUNKS};
-    struct dcp_metadata md = {.entries = &entry,
-                              .entries_count = 1,
-                              .chunks = chunks,
-                              .chunks_count = CHUNKS,
-                              .dims = dims};
-    for (uint64_t c = 0; c < CHUNKS; c++) {
-        uint64_t *at = dims + 2 + c * 4;
-        at[1] = (CHUNKS - 1 - c) * 2; /* along dim 1, not sorted */
-        at[2] = 5;
-        at[3] = 2;
-        chunks[c].dims = (uint64_t)(at - dims);
-    }
-    struct dcp_interval_index index = {0};
-    struct dcp_error err = {0};
-    CHECK_OK(dcp_interval_build(&index, &md, 0, &err), &err);
-    CHECK_EQ(index.dim, 1);
-    for (uint64_t shard = 0; shard < 8; shard++) {
-        uint64_t first, last;
-        dcp_interval_query(&index, shard * 1024 + 1, shard * 1024 + 1023, &first, &last);
-        CHECK_EQ(last - first, 512);
-        CHECK_EQ(index.keys[first].start, shard * 1024);
-    }
-    dcp_interval_clean_up(&index);
-    dcp_free(chunks);
-    dcp_free(dims);
-}
-
 CTEST_MAIN(RUN(items_and_holes_equal_a_naive_reference_also_for_chunks_that_overlap);
            RUN(a_grid_is_covered_exactly); RUN(objects_are_one_item_and_targets_come_in_any_order);
            RUN(boxes_outside_the_tensor_are_refused);
-           RUN(chunks_without_a_file_or_with_transforms_are_named_when_wanted);
-           RUN(the_index_gives_hits_only);)
+           RUN(chunks_without_a_file_or_with_transforms_are_named_when_wanted);)

@@ -26,6 +26,9 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_native import _bridge, _native  # noqa: F401
 
+MEMORY, PIECES, OVERLAPS = range(3)
+"""enum dcp_target_kind."""
+
 
 def metadata_of(state_dict: dict, **options: bool) -> Metadata:
     """What a save of `state_dict` by one rank would leave, without storage."""
@@ -71,18 +74,15 @@ def compare_targets(metadata: Metadata, target: dict, **options: bool) -> dict[s
     ours = our_targets(metadata, target, **options)
     planner, items = torch_plan(metadata, target, **options)
     assert [t[:3] for t in ours["targets"]] == boxes_wanted(planner, items)
-    copied = {id(temporary) for temporary, _ in ours["copies"]}
-    for fqn, _, sizes, address, tensor in ours["targets"]:
+    for _, _, sizes, address, tensor, kind in ours["targets"]:
         if tensor is None:
             assert address == 0
             continue
         assert tuple(tensor.shape) == sizes
-        assert address == tensor.detach().data_ptr()
-        if id(tensor) in copied:
-            assert tensor.dtype == metadata.state_dict_metadata[fqn].properties.dtype
-            assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    for temporary, destination in ours["copies"]:
-        assert temporary.shape == destination.shape and not destination.requires_grad
+        if kind == MEMORY:
+            assert address == tensor.detach().data_ptr()
+        else:
+            assert address == 0 and not tensor.requires_grad
     if options.get("flatten_state_dict", True):
         for index, fqn, path in ours["objects"]:
             assert planner.mappings[fqn] == path
@@ -130,7 +130,7 @@ def test_plain_targets_are_the_callers_memory(flatten: bool, flatten_sharded: bo
     source = PLAIN if flatten else {"a": seeded(3, 4), "b": 5, "c": [1], "d": {"x": 1}}
     target = fresh(source)
     ours = compare_targets(metadata_of(source, **options), target, **options)
-    assert ours["copies"] == [] and ours["cast_count"] == 0
+    assert ours["copies_count"] == 0 and ours["cast_count"] == 0
     if flatten:
         assert ours["targets"][0][4] is target["model"]["w"]
         assert [o[1:] for o in ours["objects"]] == [
@@ -152,15 +152,21 @@ def test_views_are_straight_targets_unless_they_overlap_themselves() -> None:
         "expanded": torch.zeros(1, 3).expand(2, 3),
         "conj": torch.zeros(2, dtype=torch.complex64).conj(),
         "cast": torch.zeros(3, dtype=torch.float64),
+        "unknown cast": torch.zeros(3, dtype=torch.uint32),
         "subclass": torch.zeros(2).as_subclass(Sub),
     }
     source = {k: seeded(*v.shape) for k, v in target.items()}
     source["conj"] = torch.zeros(2, dtype=torch.complex64)
     ours = compare_targets(metadata_of(source), target)
-    copied = [t[0] for t in ours["targets"] if any(t[4] is pair[0] for pair in ours["copies"])]
-    assert copied == ["expanded", "conj", "cast", "subclass"]
-    assert (ours["straight_count"], ours["copies_count"], ours["cast_count"]) == (4, 4, 1)
-    assert type(dict((t.shape, d) for t, d in ours["copies"])[torch.Size([2])]) is Sub
+    kinds = {t[0]: t[5] for t in ours["targets"] if t[5] != MEMORY}
+    assert kinds == {
+        "expanded": OVERLAPS,
+        "conj": PIECES,
+        "unknown cast": PIECES,
+        "subclass": OVERLAPS,
+    }
+    assert (ours["straight_count"], ours["copies_count"], ours["cast_count"]) == (4, 4, 2)
+    assert next(type(t[4]) for t in ours["targets"] if t[0] == "subclass") is Sub
 
 
 def test_a_copy_on_write_target_is_materialised_before_it_is_written() -> None:
@@ -336,7 +342,7 @@ def test_dtensor_targets_are_torchs(rank: int) -> None:
         ours = compare_targets(metadata_of(source), target)
         names = [t[0] for t in ours["targets"]]
         assert ("submesh" in names) == (pair.get_coordinate() is not None)
-        assert ours["copies_count"] == ours["cast_count"] == 1
+        assert ours["copies_count"] == 0 and ours["cast_count"] == 1
 
 
 def test_a_dtensor_of_another_size_is_refused_before_its_mesh_is_asked() -> None:
@@ -410,18 +416,19 @@ def test_sharded_tensor_targets_are_torchs(rank: int) -> None:
 def test_quantised_tensors_are_left_to_torch() -> None:
     source = torch.quantize_per_tensor(seeded(4, 3), 0.5, 0, torch.qint8)
     ours = our_targets(metadata_of({"q": source}), {"q": torch.zeros(4, 3)})
-    ((_, _, sizes, address, tensor),) = ours["targets"]
+    ((_, _, sizes, address, tensor, kind),) = ours["targets"]
     assert sizes == (4, 3) and tensor.dtype == torch.float32
-    assert address not in (0, tensor.data_ptr()) and ours["copies"] == []
+    assert address == 0 and kind == PIECES
 
 
-def test_meta_tensors_are_found_where_torch_would_materialise_them() -> None:
+def test_meta_tensors_are_found_in_containers_of_any_kind() -> None:
     meta = torch.empty(2, device="meta")
     assert _native._debug_has_meta({"a": [{"b": (1, meta)}]})
     assert _native._debug_has_meta({"a": OrderedDict(b=torch.nn.Parameter(meta))})
     assert _native._debug_has_meta({"a": meta.as_subclass(Sub)})
+    assert _native._debug_has_meta({"a": UserDict(b=UserDict(c=meta))})
     assert not _native._debug_has_meta(
-        {"a": [seeded(1)], "b": 1, "c": UserDict(d=meta), "e": object()}
+        {"a": [seeded(1)], "b": 1, "c": UserDict(d=seeded(1)), "e": object()}
     )
     with fake_rank(0, 2):
         mesh = init_device_mesh("cpu", (2,))
@@ -429,15 +436,6 @@ def test_meta_tensors_are_found_where_torch_would_materialise_them() -> None:
         assert _native._debug_has_meta(
             {"a": DTensor.from_local(meta, mesh, [Shard(0)], run_check=False)}
         )
-
-
-def test_temporaries_are_on_the_cpu_whatever_the_default_device() -> None:
-    with torch.device("meta"):
-        ours = our_targets(
-            metadata_of({"t": torch.zeros(3, device="cpu")}),
-            {"t": torch.zeros(3, dtype=torch.float64, device="cpu")},
-        )
-    assert ours["copies"][0][0].device.type == "cpu"
 
 
 def test_metadata_of_torch_survives_our_reader() -> None:

@@ -22,6 +22,9 @@ MODULES = {
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
     "cases_read_once": (2, 4),
+    "cases_load_report": (2,),
+    "cases_foreign": (2,),
+    "cases_reshard": (3, 4),
 }
 
 

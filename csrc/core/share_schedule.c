@@ -12,7 +12,7 @@
  * consumed.  In turns the host reads the file from front to back, in requests of slot size.
  *
  * A chunk is shared when its readers would read an eighth more without, or could not verify what
- * they read: pieces of less than half a checksum block.
+ * they read: small pieces of checksum blocks.
  *
  * Threads: a cursor belongs to one; wants do not change while there are cursors.
  */

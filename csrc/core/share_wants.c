@@ -107,8 +107,8 @@ add_box(const struct dcp_read_box *box, const struct dcp_engine_options *options
         uint64_t start = from - from % DCP_BLOCK_BYTES;
         at = dcp_min_u64(start + DCP_BLOCK_BYTES, box->payload_bytes);
         uint64_t read = dcp_read_box_spanned(box, at) - dcp_read_box_spanned(box, start);
-        /* As the reader does: blocks that are read by half are read whole and verified. */
-        bool whole = options->verify && (options->verify_all || read >= (at - start + 1) / 2);
+        /* As the reader does: blocks of which 9/16 are read are read whole and verified. */
+        bool whole = options->verify && (options->verify_all || read * 16 > (at - start) * 9);
         uint64_t block = start / DCP_BLOCK_BYTES;
         detail[DCP_SHARE_DETAIL_READ] += whole ? at - start : read;
         detail[DCP_SHARE_DETAIL_WEAK] += whole || !options->verify ? 0 : read;

@@ -211,6 +211,7 @@ MET_BY = {
     "independent-failure": "ranks/cases_failures.py",
     "base-keyword": "test_incremental.py",
     "nothing-trained": "test_incremental.py",
+    "load-thread": "test_load_records.py",
 }
 
 

@@ -1,9 +1,8 @@
 /*
- * load_meta.c: whether a target state dict holds tensors without data, which torch materialises
- * before it plans.
+ * load_meta.c: whether a target state dict holds tensors without data, which are materialised
+ * before targets are planned.
  *
- * The shim calls torch's _init_state_dict only then, because that also replaces every value it does
- * not know by None.  All functions need the GIL.
+ * That is rare and done in Python, so this look comes first.  All functions need the GIL.
  */
 #include "load_targets.h"
 
@@ -63,7 +62,22 @@ is_meta(const struct native_state *state, PyObject *tensor)
     return rc;
 }
 
-/* torch descends dicts, lists and tuples, nothing else. */
+static int has_meta(const struct native_state *state, PyObject *value, int depth);
+
+static int
+mapping_has_meta(const struct native_state *state, PyObject *mapping, int depth)
+{
+    PyObject *values = PyMapping_Values(mapping);
+    int rc = values == NULL ? -1 : 0;
+
+    for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(values); i++) {
+        rc = has_meta(state, PyList_GET_ITEM(values, i), depth);
+    }
+    Py_XDECREF(values);
+    return rc;
+}
+
+/* Mappings of any class, lists and tuples are descended. */
 static int
 has_meta(const struct native_state *state, PyObject *value, int depth)
 {
@@ -99,7 +113,11 @@ has_meta(const struct native_state *state, PyObject *value, int depth)
         return is_plain_meta(state, value);
     }
     rc = PyObject_IsInstance(value, state->tensor_type);
-    return rc <= 0 ? rc : is_meta(state, value);
+    if (rc != 0) {
+        return rc < 0 ? -1 : is_meta(state, value);
+    }
+    rc = PyObject_IsInstance(value, state->mapping_type);
+    return rc <= 0 ? rc : mapping_has_meta(state, value, depth + 1);
 }
 
 int

@@ -421,13 +421,14 @@ def test_quantised_tensors_are_left_to_torch() -> None:
     assert address == 0 and kind == PIECES
 
 
-def test_meta_tensors_are_found_where_torch_would_materialise_them() -> None:
+def test_meta_tensors_are_found_in_containers_of_any_kind() -> None:
     meta = torch.empty(2, device="meta")
     assert _native._debug_has_meta({"a": [{"b": (1, meta)}]})
     assert _native._debug_has_meta({"a": OrderedDict(b=torch.nn.Parameter(meta))})
     assert _native._debug_has_meta({"a": meta.as_subclass(Sub)})
+    assert _native._debug_has_meta({"a": UserDict(b=UserDict(c=meta))})
     assert not _native._debug_has_meta(
-        {"a": [seeded(1)], "b": 1, "c": UserDict(d=meta), "e": object()}
+        {"a": [seeded(1)], "b": 1, "c": UserDict(d=seeded(1)), "e": object()}
     )
     with fake_rank(0, 2):
         mesh = init_device_mesh("cpu", (2,))

@@ -403,6 +403,8 @@ def test_transforms_are_undone_by_the_readers_extensions(extension, tmp_path):
         assert torch.equal(loaded[0]["w"], loaded[1]["w"])
         assert torch.equal(loaded[1]["w"], source["w"].to(dtype))
         assert loaded[1]["n"] == source["n"]
+    dcp.configure(allow_unsafe_objects=False)
+    dcp.load(target, storage_reader=reader)
     report = dcp.last_report()
     assert report["path"] == "native" and report["verified_bytes"] == 0
     assert report["unverified_bytes"] > 0

@@ -177,8 +177,7 @@ struct builder {
     bool strict;
 };
 
-/* Only a chunk that storage_data knows can be read; what was stored through transforms, Python
- * reads, by what the pickle says of them, which our index does not repeat. */
+/* Only a chunk that storage_data knows can be read. */
 static int
 check_chunk(const struct dcp_metadata *md, const struct dcp_md_entry *entry, uint64_t chunk_index,
             struct dcp_error *err)
@@ -190,12 +189,6 @@ check_chunk(const struct dcp_metadata *md, const struct dcp_md_entry *entry, uin
                              "%" PRIu64 " lies",
                              name_len(entry), md->strings + entry->name,
                              chunk_index - entry->first_chunk);
-    }
-    if (chunk->transforms != 0 && md->is_native) {
-        return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
-                             "%.*s: the index says that it was stored through transforms, which no "
-                             "save of ours does",
-                             name_len(entry), md->strings + entry->name);
     }
     return 0;
 }

@@ -214,6 +214,7 @@ MET_BY = {
     "load-exception": "test_load_report.py",
     "base-keyword": "test_incremental.py",
     "nothing-trained": "test_incremental.py",
+    "load-thread": "test_load_records.py",
 }
 
 

@@ -28,8 +28,8 @@ import sys
 import tempfile
 
 import limits
-from program import WRONG_SHOWN, machine, say, write_json
-from ranks import BenchError, Ranks
+from program import WRONG_SHOWN, BenchError, machine, say, write_json
+from ranks import Ranks
 from report import summarize, table
 
 HERE = pathlib.Path(__file__).resolve().parent

@@ -23,14 +23,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from limits import Limits, drop_page_cache, release_free_memory, settle
+from limits import (
+    Limits,
+    drop_page_cache,
+    release_free_memory,
+    restart_peak,
+    settle,
+    status_bytes,
+    warm_page_cache,
+)
 from states import (
     build,
     change,
+    converted,
     count_tensors,
     digests,
     local_bytes,
     poison,
+    resharded,
 )
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -38,14 +48,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 REPORTED = ["fast", "kept_items", "vote_ns", "metadata_ns"]
 REPORTED += ["hash_ns", "reused_bytes", "base_reason"]  # with a base
+REPORTED += ["read_bytes", "hot_bytes", "shared_bytes", "wanted_bytes", "unverified_bytes"]  # loads
 
 
-def _status_bytes(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as f:
-        for line in f:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
+def _disk_read_bytes() -> int:
+    """What this process had fetched from block devices, into the page cache or around it."""
+    with open("/proc/self/io", encoding="ascii") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("read_bytes:"))
 
 
 def _cpu_s() -> float:
@@ -55,6 +64,12 @@ def _cpu_s() -> float:
         usage = resource.getrusage(who)
         total += usage.ru_utime + usage.ru_stime
     return total
+
+
+def _reported(dcp: ModuleType) -> dict[str, Any]:
+    """What dcp_native says of its last call, as far as the figures need it."""
+    report = (dcp.last_report() or {}) if dcp.__name__ == "dcp_native" else {}
+    return {name: report[name] for name in REPORTED if name in report}
 
 
 def _not_native(dcp: ModuleType) -> list[str]:
@@ -154,7 +169,7 @@ class Worker:
             report = dcp.last_report()
             if plan in ("new", "kept") and report["fast"] != (plan == "kept"):
                 result["wrong"] = [f"with a {plan} plan the vote was fast: {report['fast']}"]
-            result["report"] = {name: report[name] for name in REPORTED if name in report}
+            result["report"] = _reported(dcp)
         return result
 
     def save_steps(self, path: str) -> dict:
@@ -209,17 +224,30 @@ class Worker:
         dcp = importlib.import_module("dcp_native")
         return "base" in inspect.signature(dcp.save).parameters
 
-    def load(self, contender: dict, path: str) -> dict:
+    def reshard(self) -> None:
+        """From now on loads go into DTensors that are sharded by columns."""
+        self._replace(resharded(self._state))
+
+    def convert(self) -> None:
+        """From now on loads go into float32 where bfloat16 was saved."""
+        self._replace(converted(self._state, torch.bfloat16, torch.float32))
+
+    def _replace(self, state: dict) -> None:
+        self._state = state
+        self._expected = digests(state)
+        release_free_memory()
+
+    def load(self, contender: dict, path: str, hot: bool = False) -> dict:
         dcp = importlib.import_module(contender["module"])
         poison(self._state)
         if self._rank == 0:
-            drop_page_cache(path)
+            (warm_page_cache if hot else drop_page_cache)(path)
 
         def work() -> None:
             dcp.load(self._state, storage_reader=dcp.FileSystemReader(path))
 
         result = self._measure(path, work)
-        taken = _not_native(dcp)
+        taken, result["report"] = _not_native(dcp), _reported(dcp)
         got, expected = digests(self._state), self._expected
         result["wrong"] = taken + sorted(
             name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
@@ -243,10 +271,9 @@ class Worker:
         if self._rank == 0:
             settle(os.path.dirname(path))
         dist.barrier()
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
-            f.write("5")  # the peak VmHWM starts again at VmRSS
-        resident_before, anon_before = _status_bytes("VmRSS"), _status_bytes("RssAnon")
-        cpu_before = _cpu_s()
+        restart_peak()
+        resident_before, anon_before = status_bytes("VmRSS"), status_bytes("RssAnon")
+        cpu_before, disk_before = _cpu_s(), _disk_read_bytes()
         start = time.monotonic()
         seconds = work()
         end = time.monotonic()
@@ -255,8 +282,9 @@ class Worker:
             "end": end,
             "wall_s": end - start if seconds is None else seconds,
             "cpu_s": _cpu_s() - cpu_before,
-            "extra_bytes": _status_bytes("VmHWM") - resident_before,
-            "kept_bytes": _status_bytes("RssAnon") - anon_before,
+            "disk_bytes": _disk_read_bytes() - disk_before,
+            "extra_bytes": status_bytes("VmHWM") - resident_before,
+            "kept_bytes": status_bytes("RssAnon") - anon_before,
             "anon_before_bytes": anon_before,
         }
 

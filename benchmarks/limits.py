@@ -38,6 +38,21 @@ def release_free_memory() -> None:
     _libc.malloc_trim(0)
 
 
+def status_bytes(field: str) -> int:
+    """A size that /proc/self/status gives: VmRSS, VmHWM, RssAnon."""
+    with open("/proc/self/status", encoding="ascii") as f:
+        for line in f:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def restart_peak() -> None:
+    """The peak VmHWM of this process starts again at VmRSS."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
+        f.write("5")
+
+
 class Buffer:
     """Touched anonymous memory, aligned to a huge page, in huge pages where the kernel has any."""
 
@@ -153,6 +168,15 @@ def drop_page_cache(directory: str) -> None:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
+
+
+def warm_page_cache(directory: str) -> None:
+    """Reads the files of `directory` through the page cache, so that the next load is a hot one."""
+    for entry in os.scandir(directory):
+        if entry.is_file(follow_symlinks=False):
+            with open(entry.path, "rb", buffering=0) as f:
+                while f.read(REQUEST_BYTES):
+                    pass
 
 
 def directory_bytes(directory: str) -> int:

@@ -20,7 +20,12 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 COLUMNS = ("what", "ours", "torch", "limit", "target", "met")
 C_TIMEOUT_S = 600
+PROGRAM_TIMEOUT_S = 900
 WRONG_SHOWN = 20
+
+
+class BenchError(RuntimeError):
+    """A process of the benchmark failed, died or did not answer."""
 
 
 def say(text: str) -> None:
@@ -91,6 +96,27 @@ def c_program(name: str, *arguments: object, parse: bool = True) -> list[dict] |
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def run_program(
+    name: str, scratch: pathlib.Path, quick: bool, repeats: int, *arguments: str
+) -> dict:
+    """Runs the program of figures `name`.py; returns its JSON.
+
+    A process of its own must not inherit a heap, nor does it leave one behind.
+    """
+    path = scratch / f"{name}.json"
+    argv = [sys.executable, str(HERE / f"{name}.py"), "--repeats", str(repeats)]
+    argv += ["--json", str(path), *(["--quick"] if quick else []), *arguments]
+    say(f"{name} ...")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
+    done = subprocess.run(
+        argv, stdout=subprocess.DEVNULL, stderr=sys.stderr, env=env, timeout=PROGRAM_TIMEOUT_S
+    )
+    if not path.exists():
+        raise BenchError(f"{name} failed with exit status {done.returncode}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def machine() -> dict:
     """What the figures were taken on; the load average tells whether it was quiet."""
     model = "unknown processor"
@@ -119,9 +145,46 @@ def options(doc: str, repeats: int) -> argparse.ArgumentParser:
     return p
 
 
+def options_of_parts(doc: str, repeats: int, names: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The options of a program of many parts, each of which runs alone with --only."""
+
+    def parts(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(names):
+            raise argparse.ArgumentTypeError(f"{unknown}: not of {', '.join(names)}")
+        return text.split(",")
+
+    p = options(doc, repeats)
+    p.add_argument("--only", type=parts, default=list(names), metavar="A,B")
+    p.add_argument(
+        "--dir", type=pathlib.Path, default=ROOT / "build", help="on the disk to measure"
+    )
+    p.add_argument("--tmpfs", type=pathlib.Path, default=pathlib.Path("/dev/shm"))
+    return p
+
+
 def write_json(path: pathlib.Path, results: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def publish(
+    name: str, args: argparse.Namespace, about: dict, rows: list[dict], details: dict, wrong: list
+) -> int:
+    """Prints the table of the program `name` and writes its results, by default to a file of their
+    own; returns the exit status.
+    """
+    print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python", end=" ")
+    print(f"{about['python']}; over gloo; medians of {args.repeats} where a row does not say\n")
+    print(markdown(rows))
+    print(f"\n{len(wrong)} outputs were wrong")
+    for text in wrong[:WRONG_SHOWN]:
+        print(f"  WRONG {text}")
+    about["load_average_after"] = os.getloadavg()
+    file = f"{about['time_utc']}-{name}{'-quick' if args.quick else ''}.json"
+    path = args.json or HERE / "results" / file
+    write_json(path, {"machine": about, "rows": rows, "wrong": wrong, "details": details})
+    print(f"results: {path}")
+    return 1 if wrong else 0
 
 
 def finish(args: argparse.Namespace, rows: list[dict], details: dict, wrong: list[str]) -> int:

@@ -13,15 +13,13 @@ import sys
 import threading
 import time
 
+from program import BenchError
+
 HERE = pathlib.Path(__file__).resolve().parent
 SAMPLE_S = 0.01
 START_TIMEOUT_S = 120
 COMMAND_TIMEOUT_S = 900
 STOP_TIMEOUT_S = 20
-
-
-class BenchError(RuntimeError):
-    """A rank failed, died or did not answer."""
 
 
 class Ranks:
@@ -80,8 +78,8 @@ class Ranks:
         return results
 
     def measure(self, what: str, **arguments) -> dict:
-        """As `do`, for a measured command: the slowest rank's time, the CPU time of all, and the
-        memory of the rank that needed most."""
+        """As `do`, for a measured command: the slowest rank's time, the CPU time and the
+        reads from disk of all, the memory of the rank that needed most, and what each reports."""
         results = self.do(what, **arguments)
         sampled = [
             max((b for t, b in samples if r["start"] <= t <= r["end"]), default=0)
@@ -94,6 +92,8 @@ class Ranks:
             "extra_bytes": max(r["extra_bytes"] for r in results),
             "extra_sampled_bytes": max(0, *sampled),
             "kept_bytes": max(r["kept_bytes"] for r in results),
+            "disk_bytes": sum(r["disk_bytes"] for r in results),
+            "reports": [r.get("report", {}) for r in results],
             "wrong": [f"rank {i}: {w}" for i, r in enumerate(results) for w in r.get("wrong", [])],
         }
 

@@ -13,32 +13,27 @@ target is only shown.
 
 import argparse
 import contextlib
-import json
-import os
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 
 import saving_cases as cases
-from bench import ROOT, run_case
+from bench import run_case
 from program import (
-    HERE,
-    WRONG_SHOWN,
+    BenchError,
     machine,
-    markdown,
-    options,
+    options_of_parts,
+    publish,
     row,
+    run_program,
     say,
     seconds,
     times,
-    write_json,
 )
-from ranks import BenchError, Ranks
+from ranks import Ranks
 
 PARTS = ("llama", "many", "steady", "memory", "incremental", "local_plan", "coordinator")
-PROGRAM_TIMEOUT_S = 900
 LLAMA = ["dcp_native", "torch1", "torch4"]
 SHARE_OF_LIMIT = {"disk": (0.92, "92%"), "tmpfs": (0.90, "90%")}
 CPU_S_PER_GB, CPU_OF_TORCH = 0.2, 3
@@ -218,19 +213,7 @@ class Run:
         self._program("metadata_file", self.args.repeats, "--files", str(files))
 
     def _program(self, name: str, repeats: int, *arguments: str) -> None:
-        """A program of its own process: it must not inherit a heap, nor leave one behind."""
-        path = self.scratch / f"{name}.json"
-        argv = [sys.executable, str(HERE / f"{name}.py"), "--repeats", str(repeats)]
-        argv += ["--json", str(path), *(["--quick"] if self.args.quick else []), *arguments]
-        say(f"{name} ...")
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
-        done = subprocess.run(
-            argv, stdout=subprocess.DEVNULL, stderr=sys.stderr, env=env, timeout=PROGRAM_TIMEOUT_S
-        )
-        if not path.exists():
-            raise BenchError(f"{name} failed with exit status {done.returncode}")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = run_program(name, self.scratch, self.args.quick, repeats, *arguments)
         self.take(name, found["details"], found["rows"], found["wrong"])
 
     def all(self) -> None:
@@ -251,23 +234,8 @@ class Run:
             part()
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    def parts(text: str) -> list[str]:
-        if unknown := set(text.split(",")) - set(PARTS):
-            raise argparse.ArgumentTypeError(f"{unknown}: not of {', '.join(PARTS)}")
-        return text.split(",")
-
-    p = options(__doc__, repeats=5)
-    p.add_argument("--only", type=parts, default=list(PARTS), metavar="A,B")
-    p.add_argument(
-        "--dir", type=pathlib.Path, default=ROOT / "build", help="on the disk to measure"
-    )
-    p.add_argument("--tmpfs", type=pathlib.Path, default=pathlib.Path("/dev/shm"))
-    return p.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args = options_of_parts(__doc__, 5, PARTS).parse_args(argv)
     args.dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
     about = machine()
@@ -284,19 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         except BenchError as e:
             say(f"saving: {e}")
             return 1
-    print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python", end=" ")
-    print(f"{about['python']}; 2 ranks over gloo; medians of {args.repeats}\n")
-    print(markdown(run.rows))
-    print(f"\n{len(run.wrong)} outputs were wrong")
-    for text in run.wrong[:WRONG_SHOWN]:
-        print(f"  WRONG {text}")
-    about["load_average_after"] = os.getloadavg()
-    name = f"{about['time_utc']}-saving{'-quick' if args.quick else ''}.json"
-    path = args.json or HERE / "results" / name
-    results = {"machine": about, "rows": run.rows, "wrong": run.wrong, "details": run.details}
-    write_json(path, results)
-    print(f"results: {path}")
-    return 1 if run.wrong else 0
+    return publish("saving", args, about, run.rows, run.details, run.wrong)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ came back.
 fp32 AdamW moments, DTensors sharded by rows over all ranks, with the scalars and objects an
 optimizer carries: few large tensors. `many_dtensor` and `many_plain`: many small tensors, where the
 cost per tensor is everything. Plain ones are the same on every rank, so a save writes each of them
-once. `objects`: few tensors and some large Python objects.
+once. `objects`: few tensors and some large Python objects. `replicated`: few large plain tensors,
+the same on every rank.
 
 Values are random bits from a fixed seed. Every tensor owns its storage, as those of a real model
 do.
@@ -13,7 +14,7 @@ do.
 
 import ctypes
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,6 +53,7 @@ LLAMA = {
     "small": {"dim": 64, "layers": 2, "ffn": 176, "vocab": 512, "kv_dim": 16},
 }
 MANY = {"full": 20_000, "small": 200}
+REPLICATED = {"full": (8, (4096, 8192)), "small": (2, (64, 32))}  # how many, shape; float32
 OBJECTS = {"full": (4, 32 << 20), "small": (2, 1 << 16)}  # how many, bytes of each
 
 
@@ -81,12 +83,13 @@ def _objects(size: str, generator: torch.Generator) -> dict[str, bytes]:
 
 
 def build(case: str, size: str, mesh: DeviceMesh, count: int | None = None) -> dict:
-    """Returns the state dict of `case` ("llama", "many_dtensor", "many_plain", "objects") in `size`
-    ("full", "small"); `count`: of the small tensors, instead of what `size` says.
+    """Returns the state dict of `case` ("llama", "many_dtensor", "many_plain", "objects",
+    "replicated") in `size` ("full", "small"); `count`: of the small tensors, instead of what `size`
+    says.
     """
     count = MANY[size] if count is None else count
     generator = torch.Generator().manual_seed(
-        1000 if case in ("many_plain", "objects") else 2000 + mesh.get_local_rank()
+        1000 if case in ("many_plain", "objects", "replicated") else 2000 + mesh.get_local_rank()
     )
     if case == "many_plain":
         new = {}
@@ -100,6 +103,15 @@ def build(case: str, size: str, mesh: DeviceMesh, count: int | None = None) -> d
                 f"block.{i}.weight": _sharded(mesh, shape, torch.float32, generator)
                 for i in range(count)
             }
+        }
+    if case == "replicated":
+        tensors_count, shape = REPLICATED[size]
+        return {
+            f"weight.{i}": torch.empty(shape, dtype=torch.float32)
+            .view(torch.int32)
+            .random_(generator=generator)
+            .view(torch.float32)
+            for i in range(tensors_count)
         }
     if case == "objects":
         tensors = {f"{i}": _sharded(mesh, (64, 8), torch.float32, generator) for i in range(16)}
@@ -174,6 +186,35 @@ def poison(tree: dict) -> None:
             container[key] = None
         elif t.nbytes:
             ctypes.memset(t.data_ptr(), POISON, t.nbytes)
+
+
+def _mapped(tree: dict | list, change: Callable[[DTensor], DTensor]) -> dict | list:
+    """The same tree with every DTensor changed."""
+    if isinstance(tree, dict):
+        return {key: _mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_mapped(value, change) for value in tree]
+    return change(tree) if isinstance(tree, DTensor) else tree
+
+
+def resharded(tree: dict) -> dict:
+    """The same values, matrices sharded by columns instead of rows."""
+
+    def by_columns(t: DTensor) -> DTensor:
+        if t.ndim < 2:
+            return t
+        moved = t.redistribute(placements=[Shard(1)])
+        local = moved.to_local().contiguous()
+        return DTensor.from_local(
+            local, t.device_mesh, [Shard(1)], run_check=False, shape=t.shape, stride=t.stride()
+        )
+
+    return _mapped(tree, by_columns)
+
+
+def converted(tree: dict, old: torch.dtype, new: torch.dtype) -> dict:
+    """The same values, DTensors of one dtype as those of another."""
+    return _mapped(tree, lambda t: t.to(new) if t.dtype is old else t)
 
 
 def change(tree: dict, share: float) -> int:

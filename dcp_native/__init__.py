@@ -13,7 +13,6 @@ from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     LoadPlanner,
@@ -38,8 +37,10 @@ if _native.built_for_torch != torch.__version__.split("+")[0]:
     )
 
 from ._config import Config, config, configure
+from ._failures import LoadException
 from ._native import NativeError
 from ._report import last_report
+from .filesystem import FileSystemReader
 from .state_dict_loader import load, load_state_dict
 from .state_dict_saver import (
     AsyncCheckpointerType,
@@ -62,6 +63,7 @@ __all__ = [
     "DefaultSavePlanner",
     "FileSystemReader",
     "FileSystemWriter",
+    "LoadException",
     "LoadPlan",
     "LoadPlanner",
     "Metadata",

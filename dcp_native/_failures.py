@@ -6,10 +6,49 @@ import pickle
 import traceback
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.api import (
+    WRAPPED_EXCEPTION,
+    CheckpointException,
+    _wrap_exception,
+)
 
 RECORD_BYTES = 64 << 10
 """Most bytes of one pickled failure (DCP_MAX_FAILURE_BYTES)."""
+
+
+class LoadException(CheckpointException):
+    """A load that failed after it had begun to write into the memory it was given.
+
+    What is in that memory is neither what was there before nor a checkpoint.
+
+    Attributes:
+        filled: names of this rank's state dict that hold the checkpoint's values.
+        partly: names that may hold some of them.
+        untouched: names that are as they were before the load.
+    """
+
+    def __init__(
+        self,
+        msg: str,
+        failures: dict[int, WRAPPED_EXCEPTION],
+        rank: int = 0,
+        filled: tuple[str, ...] = (),
+        partly: tuple[str, ...] = (),
+        untouched: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(msg, failures)
+        self.rank = rank
+        self.filled = filled
+        self.partly = partly
+        self.untouched = untouched
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}rank {self.rank}: of the state dict's tensors and objects "
+            f"{len(self.filled)} were already overwritten, {len(self.partly)} partly, "
+            f"{len(self.untouched)} not at all: do not train on them, load again or start over "
+            "(last_report() names them)\n"
+        )
 
 
 def as_record(error: BaseException | None) -> bytes | None:
@@ -68,7 +107,9 @@ def raise_failures(
     if isinstance(mine, (KeyboardInterrupt, SystemExit)):
         raise mine
     wrapped = {peer: _from_payload(payload) for peer, payload in failures}
-    if mine is not None:
+    # One that broke off because another rank did adds nothing to that rank's reason.
+    echo = bool(wrapped) and getattr(mine, "dcp_code", None) == "PEER"
+    if mine is not None and not echo:
         wrapped[rank] = _wrap_exception(mine)
     elif not wrapped:
         unknown = RuntimeError("a rank failed that could not say why, for want of memory")

@@ -14,8 +14,10 @@ _lock = fork_safe()
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, _native.Group]] = (
     weakref.WeakKeyDictionary()
 )
-_alone: _native.Group | None = None
-_alone_pid = 0  # a forked child makes its own
+# Made here, so that what the extension borrows from torch is there, or found missing, before any
+# rank waits for this one.
+_alone = _native.Group()
+_alone_pid = os.getpid()  # a forked child makes its own
 
 
 def group_for(
@@ -29,7 +31,7 @@ def group_for(
     global _alone, _alone_pid
     with _lock():
         if no_dist:
-            if _alone is None or _alone_pid != os.getpid():
+            if _alone_pid != os.getpid():
                 _alone, _alone_pid = _native.Group(), os.getpid()
             return _alone
         if process_group is None:

@@ -1,4 +1,4 @@
-"""The Metadata that save returns: read only when somebody looks at it.
+"""The Metadata that save and ``FileSystemReader.read_metadata`` return: read when looked at.
 
 It starts as a LazyMetadata and turns into torch's own class at the first touch, in place: what
 holds afterwards for attributes, equality, pickles and ``dataclasses`` is torch's code.  Until then
@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from . import _native
+from ._config import config
 from ._fork import fork_safe
 
 _lock = fork_safe(threading.RLock)  # a signal handler may look at one while another is read
 
 
 class LazyMetadata(Metadata):
-    """Stands for the Metadata of a committed save, until something of it is asked for.
+    """Stands for the Metadata of a checkpoint, until something of it is asked for.
 
-    A rank that holds the image of ``.metadata`` reads it from memory; another one reads the file,
-    and refuses with RuntimeError when the checkpoint was removed or replaced meanwhile.  Touching
-    it never communicates.
+    Touching it never communicates.  A touch that fails leaves it as it was.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(*args, **kwargs)  # this class has no instances but those of lazy_metadata
+        return Metadata(*args, **kwargs)  # this class has no instances but those of _lazy
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":
@@ -63,9 +63,50 @@ class LazyMetadata(Metadata):
 
 
 def lazy_metadata(image: bytes | None, path: str, save_id: str) -> Metadata:
-    """The Metadata of save `save_id`: of the bytes ``image``, or of what ``path`` then holds."""
+    """The Metadata of save `save_id`: of the bytes ``image``, or of what ``path`` then holds.
+
+    Touching it raises RuntimeError when the checkpoint was removed or replaced meanwhile.
+    """
+    return _lazy(lambda: unpickle(_read(path, save_id) if image is None else image, path))
+
+
+def lazy_read_metadata(image: bytes, path: str, load_id: str) -> Metadata:
+    """The Metadata that ``path`` held, with torch's mark of who read it."""
+
+    def read() -> Metadata:
+        metadata = unpickle(image, path)
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = load_id
+        return metadata
+
+    return _lazy(read)
+
+
+def unpickle(image: bytes, path: str) -> Metadata:
+    """The Metadata of an image, by Python's unpickler.
+
+    Raises:
+        pickle.UnpicklingError: it needs arbitrary code and ``config.allow_unsafe_objects`` is off.
+    """
+    if not config().allow_unsafe_objects:
+        try:
+            foreign = _native.check_metadata(image, pickle=True)
+        except _native.NativeError as error:
+            foreign = str(error)
+        if foreign is not None:
+            raise refusal(f"{path}: {foreign}")
+    return pickle.loads(image)
+
+
+def refusal(what: str) -> pickle.UnpicklingError:
+    """What a `.metadata` meets that only unsafe unpickling can read."""
+    return pickle.UnpicklingError(f"{what}; config.allow_unsafe_objects is off")
+
+
+def _lazy(read: Callable[[], Metadata]) -> Metadata:
     lazy = object.__new__(LazyMetadata)
-    object.__setattr__(lazy, "_source", (image, path, save_id))
+    object.__setattr__(lazy, "_read", read)
     return lazy
 
 
@@ -75,12 +116,11 @@ def _touch(lazy: Metadata) -> None:
         if type(lazy) is not LazyMetadata:
             return
         values = object.__getattribute__(lazy, "__dict__")
-        if "_source" in values:  # an interrupt may have come just before the last line
-            image, path, save_id = values["_source"]
-            metadata = pickle.loads(_read(path, save_id) if image is None else image)
-            if "_source" in values:  # else a signal handler looked at it meanwhile
+        if "_read" in values:  # an interrupt may have come just before the last line
+            metadata = values["_read"]()
+            if "_read" in values:  # else a signal handler looked at it meanwhile
                 values.update(vars(metadata))
-                del values["_source"]
+                del values["_read"]
         object.__setattr__(lazy, "__class__", Metadata)
 
 

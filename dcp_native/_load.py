@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,34 +17,52 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from . import _native
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
-from ._failures import as_record, codes_of, raise_alone, raise_failures
+from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
+from ._filter import KeyFilter
+from ._lazy_metadata import refusal
 from ._receive import Receiver, settle_devices
-from ._report import logger, set_report
+from ._report import LISTED_NAMES, logger, names_of, set_report
 from ._save import hash64
 
 _RETRY_CODES = {"NOENT", "STALE"}
 """What a reader meets when a newer save committed and swept while it was reading."""
 _TRIES = 10
 """How many checkpoints in a row may be replaced under a reader before it gives up."""
+_UNTOUCHED, _PARTLY, _FILLED = 0, 1, 2
+"""Values of enum dcp_target_state (csrc/include/dcp_engine.h)."""
 
 
 class UnsupportedCheckpoint(Exception):
-    """Metadata that only torch's own unpickler understands; every rank of the load raises it."""
+    """Metadata that only torch's own unpickler understands.
+
+    A rank that meets such a file tells the others, and all of them raise this from ``run``.
+    """
 
 
 class NativeLoad:
     """A load by stock roles.  Each step that fails here still takes part in the next agreement."""
 
     def __init__(
-        self, reader: FileSystemReader, planner: LoadPlanner | None, group: _native.Group
+        self,
+        reader: FileSystemReader,
+        planner: LoadPlanner | None,
+        group: _native.Group,
+        keys: KeyFilter | None = None,
+        verify: bool | Literal["strict"] | None = None,
+        top_is_copy: bool = False,
     ) -> None:
         self.reader = reader
         self.group = group
+        self.top_is_copy = top_is_copy  # the caller has another top-level dict than run() gets
+        self.keys = keys
+        self.verify = config().verify if verify is None else verify
         self.flatten = getattr(planner, "flatten_state_dict", True)
         self.flatten_sharded = getattr(planner, "flatten_sharded_tensors", True)
         self.allow_partial = getattr(planner, "allow_partial_load", False)
         self.error: BaseException | None = None
         self.may_be_replaced = False  # says the last agreement, to all ranks alike
+        self.by_python = _UNTOUCHED  # objects
+        self.touched_before: set[str] = set()  # by reads of checkpoints that were replaced
 
     def run(self, state_dict: dict[str, Any]) -> None:
         """Collective.  A checkpoint that was replaced under the reader is read anew."""
@@ -60,27 +77,32 @@ class NativeLoad:
             except BaseException as error:
                 self._leave(native, error)
                 if tries_left == 0 or not self.may_be_replaced:
-                    raise
-                # As the failures, the image that decides now is the same on every rank.
+                    self._fail(native, error)
+                # As the failures, the image that decides now is of the same file on every rank.
                 image = None if native.info()["rank_local"] else native.metadata()
                 if image is not None and image == seen:
-                    raise
+                    self._fail(native, error)
                 seen = image
+                filled, partly, _ = self._outcome(native)
+                self.touched_before.update(filled, partly)
                 self.error = native.interrupt()  # the others hear of it when they try again
             logger.info("the checkpoint was replaced while it was read; reading the new one")
 
     def tell(self, error: BaseException) -> None:
         """Let the other ranks fail by name while this rank raises ``error`` itself."""
-        self._leave(self._start(), error)
+        native = self._start()
+        self._leave(native, error)
+        self._report_failure(native, error)
 
     def _start(self) -> _native.Load:
         settings = config()
+        set_report({**self._report(None), "failed": True, "error": "it did not start"})
         return _native.Load(
             self.group,
             os.fspath(self.reader.path),
             rank=self.group.rank,
             call_hash=hash64("load", os.fspath(self.reader.path)),
-            verify=VERIFY[settings.verify],
+            verify=VERIFY[self.verify],
             strict_coverage=settings.strict_coverage,
             direct=DIRECT_IO[settings.direct_io],
             read_once=READ_ONCE[settings.read_once],
@@ -93,36 +115,83 @@ class NativeLoad:
             logger.warning("the other ranks could not be told of %r: %s", error, exchange_error)
         self.error = None  # its traceback holds this object
 
-    def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
-        settings = config()
-        self._agree("plan", native, native.open)
-        info = native.info()
-        if info["unsupported"] is not None and not info["rank_local"]:
-            if not settings.allow_unsafe_objects:
-                raise CheckpointException(
-                    "plan",
-                    {
-                        self.group.rank: (
-                            pickle.UnpicklingError(
-                                f"{info['unsupported']}; config.allow_unsafe_objects is off"
-                            ),
-                            None,
-                        )
-                    },
-                )
-            raise UnsupportedCheckpoint(info["unsupported"])
+    def _outcome(self, native: _native.Load) -> tuple[tuple[str, ...], ...]:
+        """Names whose memory is filled, partly filled and untouched, over all tries."""
+        outcome = native.outcome(self.by_python)
+        filled, partly, untouched = (
+            names_of(outcome.get(key, b"")) for key in ("filled", "partly", "untouched")
+        )
+        if self.top_is_copy and self.by_python != _UNTOUCHED:
+            objects = native.results()[0]
+            top = {fqn for _, fqn, path in objects if path is None or len(path) == 1}
+            filled, partly = ([n for n in names if n not in top] for names in (filled, partly))
+            untouched += sorted(top.difference(untouched))
+        if self.touched_before:
+            known = {*filled, *partly}
+            partly += sorted(self.touched_before - known)
+            untouched = [n for n in untouched if n not in self.touched_before]
+        return tuple(filled), tuple(partly), tuple(untouched)
+
+    def _report_failure(
+        self, native: _native.Load, error: BaseException
+    ) -> tuple[tuple[str, ...], ...]:
+        outcome = self._outcome(native)
+        lists: dict[str, Any] = {}
+        for key, names in zip(("filled", "partly", "untouched"), outcome, strict=True):
+            lists[key] = list(names[:LISTED_NAMES])
+            lists[f"{key}_count"] = len(names)
+        set_report(
+            {
+                **self._report(native),
+                **lists,
+                "failed": True,
+                "error": _text_of(error),
+            }
+        )
+        return outcome
+
+    def _report(self, native: _native.Load | None) -> dict[str, Any]:
+        facts = {} if native is None else {**native.info(), **native.report()}
+        return {
+            "kind": "load",
+            "path": "native",
+            "reason": None,
+            "failed": False,
+            "error": None,
+            "verify": self.verify,
+            **{key: value for key, value in facts.items() if key != "unsupported"},
+        }
+
+    def _fail(self, native: _native.Load, error: BaseException) -> NoReturn:
+        """Raise ``error``, which says what became of the memory if that was written to."""
+        filled: tuple[str, ...] = ()
+        partly, untouched = filled, filled
         try:
-            if native.has_meta(state_dict):
-                _materialise(state_dict)
-            native.targets(
-                state_dict,
-                flatten_state_dict=self.flatten,
-                flatten_sharded_tensors=self.flatten_sharded,
-                allow_partial_load=self.allow_partial,
-            )
+            filled, partly, untouched = self._report_failure(native, error)
+        except Exception as report_error:
+            logger.warning("no full report of the failed load: %s", report_error)
+            set_report({**self._report(None), "failed": True, "error": _text_of(error)})
+        if isinstance(error, CheckpointException) and (filled or partly):
+            raise LoadException(
+                *error.args, self.group.rank, filled, partly, untouched
+            ) from error.__cause__
+        raise error
+
+    def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
+        self.by_python = _UNTOUCHED
+        self._agree("plan", native, native.open)
+        try:
+            self._check_policy(native.info())
+            self._plan(native, state_dict)
         except BaseException as error:
             self.error = error
-        self._agree("plan", native, native.status)
+        try:
+            self._agree("plan", native, native.status)
+        except CheckpointException as error:
+            reasons = [failure for failure, _ in error.failures.values()]
+            if all(isinstance(reason, UnsupportedCheckpoint) for reason in reasons):
+                raise reasons[0] from None
+            raise
         try:
             self._read(native, state_dict)
         except BaseException as error:
@@ -130,7 +199,37 @@ class NativeLoad:
         self._agree("read", native, native.status)
         if (interrupt := native.interrupt()) is not None:  # it came with the last agreement
             raise interrupt
-        set_report({"kind": "load", "path": "native", "reason": None, **native.info()})
+        set_report(self._report(native))
+
+    def _plan(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
+        keys = self.keys
+        if native.has_meta(state_dict):
+            if keys is None:
+                _materialise(state_dict)
+            else:
+                pruned = keys.prune(state_dict, self.flatten)
+                _materialise(pruned.state_dict)
+                pruned.put_back()
+        selected = native.targets(
+            state_dict,
+            flatten_state_dict=self.flatten,
+            flatten_sharded_tensors=self.flatten_sharded,
+            allow_partial_load=self.allow_partial,
+            names=None if keys is None else keys.names,
+            predicate=None if keys is None else keys.predicate,
+        )
+        if keys is not None:
+            keys.settle(*selected, map(str, state_dict))
+
+    def _check_policy(self, info: dict[str, Any]) -> None:
+        """Of metadata that only Python could rebuild as a whole: is that needed, and allowed?"""
+        if config().allow_unsafe_objects:
+            if info["unsupported"] is not None:
+                raise UnsupportedCheckpoint(info["unsupported"])
+        elif info["unsupported"] is not None:  # which names the file
+            raise refusal(info["unsupported"])
+        elif info["foreign"] is not None:
+            raise refusal(f"the metadata of {self.reader.path}: {info['foreign']}")
 
     def _agree(self, step: str, native: _native.Load, collective: Any) -> None:
         try:
@@ -147,11 +246,17 @@ class NativeLoad:
         if native.info()["copies_count"]:
             settle_devices(tensors)
         native.read(receiver)
+        self.by_python = _PARTLY
         for target, fqn, path in objects:
             if path is None:
                 state_dict[fqn] = receiver.values[target]
             else:
                 set_element(state_dict, path, receiver.values[target])
+        self.by_python = _FILLED
+
+
+def _text_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _materialise(value: Any) -> Any:

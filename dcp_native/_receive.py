@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from ._config import config
+from ._lazy_metadata import unpickle
 
 _COPIED_BYTES = 1 << 20
 """Records up to this are copied, which spares a Python call for each of their many small reads."""
@@ -38,6 +40,7 @@ class Receiver:
 
     def __init__(self, reader: FileSystemReader, metadata: Callable[[], bytes]) -> None:
         self.values: dict[int, Any] = {}  # by target
+        self._path = os.fspath(reader.path)
         self._transforms = reader.transforms
         self._metadata = metadata
         self._storage_data: dict[MetadataIndex, Any] | None = None
@@ -120,8 +123,7 @@ class Receiver:
 
     def _info(self, index: MetadataIndex) -> Any:
         if self._storage_data is None:
-            # Not our index, or it would have refused: the allow-list has been through this pickle.
-            self._storage_data = pickle.loads(self._metadata()).storage_data
+            self._storage_data = unpickle(self._metadata(), self._path).storage_data
         return self._storage_data[index]
 
 

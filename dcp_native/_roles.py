@@ -1,8 +1,8 @@
 """Which implementation runs a call: the native one only when every role is stock.
 
 A role (writer, reader, planner) is native when its class and every hook looked up on the instance
-are torch's own; anything else keeps its Python hooks, through torch's implementation.  Decided at
-every call, never cached by type: tests and users patch instances.
+are torch's own or ours; anything else keeps its Python hooks, through torch's implementation.
+Decided at every call, never cached by type: tests and users patch instances.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import (
 )
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
 
+from . import filesystem
 from ._config import config
 
 _SAVE_PLANNER_HOOKS = (
@@ -69,15 +70,16 @@ _STOCK_FUNCTIONS = {
         (DefaultLoadPlanner, _LOAD_PLANNER_HOOKS),
         (FileSystemWriter, _WRITER_HOOKS),
         (FileSystemReader, _READER_HOOKS),
+        (filesystem.FileSystemReader, _READER_HOOKS),
     )
 }
-"""Torch's functions as they were when this module was imported: a later patch is noticed."""
+"""Torch's functions and ours as they were at the import of this module: a patch is noticed."""
 
 
-def _not_stock(role: Any, cls: type, what: str) -> str | None:
-    if type(role) is not cls:
+def _not_stock(role: Any, what: str, *classes: type) -> str | None:
+    if type(role) not in classes:
         return f"the {what} is a {type(role).__module__}.{type(role).__qualname__}"
-    for name, function in _STOCK_FUNCTIONS[cls].items():
+    for name, function in _STOCK_FUNCTIONS[type(role)].items():
         if getattr(getattr(role, name), "__func__", None) is not function:
             return f"the {what}'s {name} is not torch's"
     return None
@@ -93,13 +95,13 @@ def save_reason(writer: Any, planner: Any) -> str | None:
     """None when a save can run natively, else why not."""
     if not config().native:
         return "config.native is off"
-    reason = _not_stock(writer, FileSystemWriter, "writer") or _storage_not_stock(writer)
+    reason = _not_stock(writer, "writer", FileSystemWriter) or _storage_not_stock(writer)
     if reason is None and writer.transforms.extensions:
         reason = "the writer has stream extensions"
     if reason is None and writer.serialization_format is not SerializationFormat.TORCH_SAVE:
         reason = f"the serialization format is {writer.serialization_format}"
     if reason is None and planner is not None:
-        reason = _not_stock(planner, DefaultSavePlanner, "planner")
+        reason = _not_stock(planner, "planner", DefaultSavePlanner)
     return reason
 
 
@@ -107,9 +109,10 @@ def load_reason(reader: Any, planner: Any) -> str | None:
     """None when a load can run natively, else why not."""
     if not config().native:
         return "config.native is off"
-    reason = _not_stock(reader, FileSystemReader, "reader") or _storage_not_stock(reader)
+    reason = _not_stock(reader, "reader", FileSystemReader, filesystem.FileSystemReader)
+    reason = reason or _storage_not_stock(reader)
     if reason is None and planner is not None:
-        reason = _not_stock(planner, DefaultLoadPlanner, "planner")
+        reason = _not_stock(planner, "planner", DefaultLoadPlanner)
     return reason
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
@@ -22,9 +23,11 @@ from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
 from . import _async, _roles
+from ._config import VERIFY
+from ._filter import KeyFilter, Keys
 from ._groups import group_for
 from ._load import NativeLoad, UnsupportedCheckpoint
-from ._report import note_path
+from ._report import LISTED_NAMES, note_path, set_report
 
 __all__ = ["_load_state_dict_from_keys", "load", "load_state_dict"]
 
@@ -65,11 +68,14 @@ def load(
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    keys: Keys | None = None,
+    verify: bool | Literal["strict"] | None = None,
 ) -> None:
     """Fill a state dict from a checkpoint, in place; mirrors ``torch.distributed.checkpoint.load``.
 
     Tensors are filled where they are (any sharding, any number of ranks, cast to the target's
-    dtype); other leaves are replaced; each ``Stateful`` gets ``load_state_dict``.
+    dtype); other leaves are replaced; each ``Stateful`` gets ``load_state_dict``.  Afterwards
+    :func:`dcp_native.last_report` tells what became of which name.
 
     Args:
         state_dict: what to load, and where to; the same keys on every rank.
@@ -78,10 +84,19 @@ def load(
         planner: default ``DefaultLoadPlanner()``.
         process_group: ranks that load together; default: all.
         no_dist: load into this process alone.
+        keys: load only these leaves; all others keep their value and need not be in the checkpoint.
+            A string, or an iterable of them, names keys of the flattened state dict
+            (``"model.layers.0.weight"``), or what they start with up to a dot (``"model"``,
+            ``"model.layers.0"``); ``*``, ``?`` and ``[...]`` match as in a shell, dots included.
+            A callable gets each flattened key and answers whether to load it.  A ``Stateful`` of
+            which nothing is selected gets no ``load_state_dict``.  Ranks may differ.
+        verify: ``config.verify`` for this call; None: as configured.
 
     Raises:
         CheckpointException: on every rank when any rank failed; ``failures`` maps group ranks to
-            exceptions.
+            exceptions.  A :class:`LoadException`, which names the tensors, once memory has been
+            written to.  ValueError is the cause when a string of ``keys`` selects nothing, or when
+            ``verify`` asks for what torch's own path (custom roles) does not do.
     """
     torch._C._log_api_usage_once("dcp_native.load")
     no_dist = no_dist or (not dist.is_available()) or (not dist.is_initialized())
@@ -89,17 +104,25 @@ def load(
         warnings.warn(_NO_DIST_TEXT, stacklevel=2)
     with _profile():
         reader = cast(StorageReader, _storage_setup(storage_reader, checkpoint_id, reader=True))
-        keys = sorted(state_dict.keys())
+        tops = sorted(state_dict.keys())
         try:
+            selection = None if keys is None else KeyFilter(keys)
+            if verify is not None and verify not in VERIFY:
+                raise ValueError(f"verify must be None or one of {list(VERIFY)}, not {verify!r}")
             loaded = {
                 key: value.state_dict() if isinstance(value, Stateful) else value
-                for key, value in ((key, state_dict[key]) for key in keys)
+                for key, value in ((key, state_dict[key]) for key in tops)
             }
         except BaseException as error:
             _tell(error, reader, planner, process_group, no_dist)
             raise
-        _load_state_dict(loaded, reader, process_group, 0, no_dist, planner)
-        for key in keys:
+        _load_state_dict(
+            loaded, reader, process_group, 0, no_dist, planner,
+            keys=selection, verify=verify, top_is_copy=True,
+        )  # fmt: skip
+        for key in tops:
+            if selection is not None and str(key) not in selection.touched:
+                continue
             if isinstance(value := state_dict[key], Stateful):
                 value.load_state_dict(loaded[key])
             else:
@@ -114,7 +137,10 @@ def _tell(
     no_dist: bool,
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
-    if _roles.load_reason(reader, planner) is None:
+    reason = _roles.load_reason(reader, planner)
+    if reason is not None:
+        set_report(_failed({"kind": "load", "path": "torch", "reason": reason}, error))
+    else:
         _async.wait_for_save_in_flight()
         NativeLoad(reader, planner, group_for(process_group, no_dist)).tell(error)
 
@@ -126,6 +152,10 @@ def _load_state_dict(
     coordinator_rank: int = 0,
     no_dist: bool = False,
     planner: LoadPlanner | None = None,
+    *,
+    keys: KeyFilter | None = None,
+    verify: bool | Literal["strict"] | None = None,
+    top_is_copy: bool = False,
 ) -> None:
     """As torch's private function of this name: no Stateful calls, no reset."""
     torch._C._log_api_usage_once("dcp_native.load_state_dict")
@@ -136,11 +166,66 @@ def _load_state_dict(
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
         group = group_for(process_group, alone, 0 if alone else coordinator_rank)
         try:
-            NativeLoad(storage_reader, planner, group).run(state_dict)
+            NativeLoad(storage_reader, planner, group, keys, verify, top_is_copy).run(state_dict)
         except UnsupportedCheckpoint as error:  # raised on every rank or on none
             reason = str(error)
     note_path("load", reason)
     if reason is not None:
-        _torch._load_state_dict(
-            state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner
-        )
+        report: dict[str, Any] = {"kind": "load", "path": "torch", "reason": reason}
+        try:
+            _load_through_torch(
+                state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner,
+                keys, verify, report,
+            )  # fmt: skip
+        except BaseException as error:
+            set_report(_failed(report, error))
+            raise
+        set_report({**report, "failed": False, "error": None})
+
+
+def _failed(report: dict[str, Any], error: BaseException) -> dict[str, Any]:
+    return {**report, "failed": True, "error": f"{type(error).__name__}: {error}"}
+
+
+class _Refuses(DefaultLoadPlanner):
+    """Raises where torch's load turns an exception of one rank into one on every rank."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def set_up_planner(self, *unused: Any, **unused_too: Any) -> None:
+        raise self.error
+
+
+def _load_through_torch(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None,
+    coordinator_rank: int,
+    no_dist: bool,
+    planner: LoadPlanner | None,
+    keys: KeyFilter | None,
+    verify: bool | Literal["strict"] | None,
+    report: dict[str, Any],
+) -> None:
+    """Torch's implementation, given a state dict of nothing but the selected leaves."""
+    pruned = None
+    try:
+        if verify:
+            raise ValueError(
+                f"verify={verify!r} cannot be had: this load runs through torch's own "
+                f"implementation, which verifies nothing, because {report['reason']}"
+            )
+        if keys is not None:
+            pruned = keys.prune(state_dict, getattr(planner, "flatten_state_dict", True))
+            report["skipped"] = pruned.skipped[:LISTED_NAMES]
+            report["skipped_count"] = len(pruned.skipped)
+    except BaseException as error:
+        planner = _Refuses(error)
+    _torch._load_state_dict(
+        state_dict if pruned is None else pruned.state_dict,
+        storage_reader, process_group, coordinator_rank, no_dist, planner,
+    )  # fmt: skip
+    if pruned is not None:
+        pruned.put_back()

@@ -25,6 +25,8 @@
 
 enum {
     HUGE_PAGE_BYTES = 2 << 20,
+    /* Blocks from here on are advised to lie on huge pages: malloc maps them one by one. */
+    HUGE_BLOCK_BYTES = 4 << 20,
     /* Bump blocks double from the first size to the last: small arenas stay small, large ones make
      * few allocations. */
     BUMP_FIRST_BYTES = 4 << 10,
@@ -43,6 +45,8 @@ struct dcp_bump_block {
 };
 
 static _Atomic uint64_t live_bytes;
+/* The most that was alive since the last reset. */
+static _Atomic uint64_t peak_bytes;
 /* Allocations left before they fail, plus one; 0: never fail. */
 static _Atomic uint64_t fail_countdown;
 
@@ -62,7 +66,27 @@ should_fail(void)
 static void
 count_live(uint64_t delta)
 {
-    atomic_fetch_add_explicit(&live_bytes, delta, memory_order_relaxed);
+    uint64_t live = atomic_fetch_add_explicit(&live_bytes, delta, memory_order_relaxed) + delta;
+    uint64_t peak = atomic_load_explicit(&peak_bytes, memory_order_relaxed);
+    while (live > peak &&
+           !atomic_compare_exchange_weak_explicit(&peak_bytes, &peak, live, memory_order_relaxed,
+                                                  memory_order_relaxed)) {
+    }
+}
+
+/* The first touch of a large block costs as much as using it, on small pages.  Advice only. */
+static void
+advise_huge(void *block, size_t size)
+{
+    if (size < HUGE_BLOCK_BYTES) {
+        return;
+    }
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = dcp_align_up((uintptr_t)block, page);
+    uintptr_t end = ((uintptr_t)block + size) & ~(page - 1);
+    int sys_errno = errno;
+    (void)madvise((void *)first, end - first, MADV_HUGEPAGE);
+    errno = sys_errno;
 }
 
 static void *
@@ -73,6 +97,7 @@ adopt(struct block_header *header, size_t size)
     }
     header->size = size;
     count_live(size);
+    advise_huge(header + 1, size);
     return header + 1;
 }
 
@@ -148,6 +173,18 @@ uint64_t
 dcp_alloc_live_bytes(void)
 {
     return atomic_load_explicit(&live_bytes, memory_order_relaxed);
+}
+
+uint64_t
+dcp_alloc_peak_bytes(void)
+{
+    return atomic_load_explicit(&peak_bytes, memory_order_relaxed);
+}
+
+void
+dcp_alloc_reset_peak(void)
+{
+    atomic_store_explicit(&peak_bytes, dcp_alloc_live_bytes(), memory_order_relaxed);
 }
 
 void
@@ -301,4 +338,22 @@ dcp_unmap_huge(void *block, size_t size)
     if (rc == 0) {
         count_live(0 - (uint64_t)length);
     }
+}
+
+void *
+dcp_remap_huge(void *block, size_t old_size, size_t size, struct dcp_error *err)
+{
+    size_t old_length = mapping_bytes(old_size);
+    size_t length = mapping_bytes(size);
+    if (length == 0 || should_fail()) {
+        (void)map_failed(err, size, ENOMEM);
+        return NULL;
+    }
+    void *moved = mremap(block, old_length, length, MREMAP_MAYMOVE);
+    if (moved == MAP_FAILED) {
+        (void)map_failed(err, size, errno);
+        return NULL;
+    }
+    count_live((uint64_t)length - (uint64_t)old_length);
+    return moved;
 }

@@ -39,13 +39,34 @@ check_record(uint32_t rank, uint32_t kind, size_t len, struct dcp_error *err)
     return 0;
 }
 
+/* Drops those that are only there because another rank failed, unless there are no others. */
+static void
+drop_echoes(struct dcp_failure_list *list)
+{
+    size_t causes = 0, kept = 0;
+
+    for (size_t i = 0; i < list->count; i++) {
+        causes += (list->items[i].kind & DCP_FAILURE_ECHO) == 0;
+    }
+    for (size_t i = 0; i < list->count; i++) {
+        struct dcp_failure *item = &list->items[i];
+        if (causes > 0 && (item->kind & DCP_FAILURE_ECHO) != 0) {
+            dcp_free(item->bytes);
+            continue;
+        }
+        item->kind &= ~(uint32_t)DCP_FAILURE_ECHO;
+        list->items[kept++] = *item;
+    }
+    list->count = kept;
+}
+
 static int
 take_record(uint32_t rank, const struct dcp_span *record, struct dcp_failure *ret_failure,
             struct dcp_error *err)
 {
     size_t len = record->len - KIND_BYTES;
     uint32_t kind = record->data[0];
-    int rc = check_record(rank, kind, len, err);
+    int rc = check_record(rank, kind & ~(uint32_t)DCP_FAILURE_ECHO, len, err);
     if (rc != 0) {
         return rc;
     }
@@ -55,7 +76,7 @@ take_record(uint32_t rank, const struct dcp_span *record, struct dcp_failure *re
                              "no memory for %zu bytes of rank %u's failure", len, rank);
     }
     memcpy(bytes, record->data + KIND_BYTES, len);
-    if (kind == DCP_FAILURE_CORE) {
+    if ((kind & ~(uint32_t)DCP_FAILURE_ECHO) == DCP_FAILURE_CORE) {
         bytes[offsetof(struct dcp_error, path) + DCP_ERROR_PATH_BYTES - 1] = 0;
         bytes[offsetof(struct dcp_error, message) + DCP_ERROR_MESSAGE_BYTES - 1] = 0;
     }
@@ -88,6 +109,7 @@ take_records(const struct dcp_span *records, uint32_t records_count,
         }
         list.count++;
     }
+    drop_echoes(&list);
     *ret_list = list;
     return 0;
 }

@@ -12,8 +12,14 @@
 #include <string.h>
 
 #include "claim_scan.h"
+#include "share.h"
 
-enum image_state { IMAGE_ABSENT = 0, IMAGE_PRESENT = 1 };
+/* First byte of the coordinator's message. */
+enum image_state {
+    IMAGE_ABSENT = 0,
+    IMAGE_PRESENT = 1, /* all of `.metadata` follows */
+    IMAGE_TAIL = 2,    /* what stands behind its pickle; the coordinator checked the whole */
+};
 
 struct dcp_load {
     struct dcp_group *group; /* borrows */
@@ -23,11 +29,16 @@ struct dcp_load {
     uint32_t rank;
     bool verify, verify_all;
     enum dcp_direct direct;
-    enum dcp_read_once read_once;
-    int dirfd; /* -1 when the directory could not be opened */
+    const struct dcp_shm *shm; /* NULL: this rank shares nothing */
+    struct dcp_share share;
+    bool planned; /* the agreement on planning was entered */
+    bool echo;    /* reading ended because another rank's did */
+    int dirfd;    /* -1 when the directory could not be opened */
     int open_errno;
     bool rank_local;
-    struct dcp_buf image; /* what `md` was read from */
+    struct dcp_buf image;   /* a state byte and what `md` was read from */
+    struct dcp_buf message; /* what is sent in its place; empty once sent, or when all is needed */
+    bool parsed;            /* `md` is there before the broadcast */
     struct dcp_metadata md;
 };
 
@@ -53,7 +64,7 @@ dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
     load->verify = params->verify;
     load->verify_all = params->verify_all;
     load->direct = params->direct;
-    load->read_once = params->read_once;
+    load->shm = params->read_once == DCP_READ_ONCE_OFF ? NULL : params->shm;
     load->dirfd = load->io->open_dir(load->io->ctx, load->dir_path);
     if (load->dirfd < 0) {
         load->open_errno = -load->dirfd;
@@ -69,11 +80,13 @@ dcp_load_destroy(struct dcp_load *load)
     if (load == NULL) {
         return;
     }
+    dcp_share_end(&load->share);
     if (load->dirfd >= 0) {
         load->io->close(load->io->ctx, load->dirfd);
     }
     dcp_metadata_clean_up(&load->md);
     dcp_buf_clean_up(&load->image);
+    dcp_buf_clean_up(&load->message);
     dcp_free(load->dir_path);
     dcp_free(load);
 }
@@ -154,13 +167,56 @@ parse_image(struct dcp_load *load, struct dcp_error *err)
     if (load->image.len < 1) {
         return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "an empty metadata message arrived");
     }
-    return name_damage(
-        load, dcp_metadata_read(load->image.data + 1, load->image.len - 1, &load->md, err), err);
+    if (load->parsed) {
+        return 0;
+    }
+    const uint8_t *bytes = load->image.data + 1;
+    size_t len = load->image.len - 1;
+    rc = load->image.data[0] == IMAGE_TAIL ? dcp_metadata_read_tail(bytes, len, &load->md, err)
+                                           : dcp_metadata_read(bytes, len, &load->md, err);
+    return name_damage(load, rc, err);
 }
 
-/* A load's vote: nothing to reuse, so SLOW means "go on". */
+/* Coordinator: what the others need of the image.  Our own file is read before it is sent, which
+ * takes little and spares them the pickle; any other one is parsed by all ranks at the same time,
+ * and so is one that this fails on. */
 static int
-vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_error *err)
+make_message(struct dcp_load *load, struct dcp_error *err)
+{
+    struct dcp_save_id id;
+    const uint8_t *bytes = load->image.data + 1;
+    size_t len = load->image.len - 1;
+
+    if (load->group->comm.size == 1 || load->image.data[0] != IMAGE_PRESENT ||
+        !dcp_metadata_peek_save_id(bytes, len, &id)) {
+        return 0;
+    }
+    load->parsed = dcp_metadata_read(bytes, len, &load->md, NULL) == 0;
+    if (!load->parsed || load->md.tail_at == 0) {
+        return 0;
+    }
+    dcp_buf_put_u8(&load->message, IMAGE_TAIL);
+    dcp_buf_put(&load->message, bytes + load->md.tail_at, len - (size_t)load->md.tail_at);
+    return dcp_buf_check(&load->message, err);
+}
+
+/* Everybody gets the coordinator's image, or as much of it as says all. */
+static int
+share_image(struct dcp_load *load, struct dcp_error *err)
+{
+    struct dcp_group *group = load->group;
+    struct dcp_buf *sent = load->message.len > 0 ? &load->message : &load->image;
+    int rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, sent, err);
+
+    dcp_buf_clean_up(&load->message);
+    return rc;
+}
+
+/* A load's vote: nothing to reuse, so SLOW means "go on".  What tells a save's id in a save is a
+ * random number here, by which the ranks of a host find each other's memory. */
+static int
+vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_save_id *ret_load_id,
+     struct dcp_error *err)
 {
     struct dcp_group *group = load->group;
     struct dcp_vote ballot = {
@@ -171,12 +227,34 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     int rc = dcp_group_check(group, err);
 
     if (rc == 0) {
+        if (ballot.is_coordinator &&
+            dcp_random_bytes(ballot.save_id.bytes, sizeof ballot.save_id.bytes) != 0) {
+            memset(&ballot.save_id, 0, sizeof ballot.save_id);
+        }
         rc = dcp_vote_run(&group->comm, &ballot, ret_verdict, err);
         if (rc != 0) {
             group->poisoned = true;
         }
+        *ret_load_id = ballot.save_id;
     }
     return rc;
+}
+
+/* Before the next agreement, behind which every rank looks for the others of its host. */
+static void
+begin_sharing(struct dcp_load *load, const struct dcp_save_id *load_id)
+{
+    static const struct dcp_save_id none;
+
+    if (load->shm == NULL) {
+        dcp_share_because(&load->share, "read_once is off");
+    } else if (load->group->comm.size < 2) {
+        dcp_share_because(&load->share, "there is one rank");
+    } else if (load->rank_local || memcmp(load_id, &none, sizeof none) == 0) {
+        dcp_share_because(&load->share, "every rank reads metadata of its own");
+    } else {
+        dcp_share_begin(&load->share, load->shm, load_id, load->group->comm.rank);
+    }
 }
 
 int
@@ -185,17 +263,20 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
 {
     struct dcp_group *group = load->group;
     enum dcp_verdict verdict = DCP_VERDICT_FAILED;
+    struct dcp_save_id load_id = {{0}};
     struct dcp_error local;
     struct dcp_failure reading;
     int rc;
 
     dcp_error_clear(&local);
     if (group->comm.rank == group->coordinator &&
-        read_image(load, ".metadata", &load->image, &local) != 0 && mine == NULL) {
+        (read_image(load, ".metadata", &load->image, &local) != 0 ||
+         make_message(load, &local) != 0) &&
+        mine == NULL) {
         reading = dcp_failure_from_error(&local, group->comm.rank);
         mine = &reading;
     }
-    rc = vote(load, mine == NULL, &verdict, err);
+    rc = vote(load, mine == NULL, &verdict, &load_id, err);
     if (rc == 0 && verdict == DCP_VERDICT_FAILED) {
         rc = dcp_failure_exchange(&group->comm, mine, ret_failures, err);
         if (rc == 0) {
@@ -204,12 +285,15 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
         }
     }
     if (rc == 0) {
-        rc = dcp_comm_broadcast_bytes(&group->comm, group->coordinator, &load->image, err);
+        rc = share_image(load, err);
     }
     if (rc != 0) {
         return dcp_group_give_up(group, rc, err);
     }
     *ret_local_code = parse_image(load, err);
+    if (*ret_local_code == 0) {
+        begin_sharing(load, &load_id);
+    }
     return 0;
 }
 
@@ -239,7 +323,19 @@ dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
                 struct dcp_failure_list *ret_failures, struct dcp_error *err)
 {
     struct dcp_save_id any = {{0}};
+    struct dcp_failure echo;
 
+    /* A caller that comes here without having read, or that will not read: the others of its host
+     * must not wait for it. */
+    if (mine != NULL || load->planned) {
+        dcp_share_end(&load->share);
+    }
+    load->planned = true;
+    if (mine != NULL && load->echo) {
+        echo = *mine;
+        echo.kind |= DCP_FAILURE_ECHO;
+        mine = &echo;
+    }
     return dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
 }
 
@@ -255,7 +351,15 @@ dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_in
         .cancel = cancel,
         .progress_bytes = progress_bytes,
     };
+    int rc = dcp_share_read(&load->share, load->io, load->dirfd, load->dir_path, plan, &options,
+                            on_record, on_record_ctx, ret_stats, err);
 
-    return dcp_reader_run(load->io, load->dirfd, load->dir_path, plan, &options, on_record,
-                          on_record_ctx, ret_stats, err);
+    load->echo = rc == DCP_E_PEER;
+    return rc;
+}
+
+const char *
+dcp_load_share_reason(const struct dcp_load *load)
+{
+    return load->share.reason;
 }

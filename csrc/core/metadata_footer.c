@@ -42,8 +42,9 @@ dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *f
     }
 }
 
-bool
-dcp_metadata_footer_parse(const uint8_t *image, size_t len, struct dcp_metadata_footer *ret)
+/* `has_pickle`: the image begins with it; else with the index. */
+static bool
+parse(const uint8_t *image, size_t len, bool has_pickle, struct dcp_metadata_footer *ret)
 {
     if (len < DCP_METADATA_FOOTER_BYTES) {
         return false;
@@ -71,13 +72,26 @@ dcp_metadata_footer_parse(const uint8_t *image, size_t len, struct dcp_metadata_
         return false;
     }
     uint64_t accepted_bytes = (uint64_t)footer.accepted_count * sizeof(struct dcp_save_id);
-    if (footer.pickle_bytes > body_bytes || accepted_bytes > body_bytes - footer.pickle_bytes ||
-        footer.index_bytes != body_bytes - footer.pickle_bytes - accepted_bytes) {
+    uint64_t before_bytes = has_pickle ? footer.pickle_bytes : 0;
+    if (before_bytes > body_bytes || accepted_bytes > body_bytes - before_bytes ||
+        footer.index_bytes != body_bytes - before_bytes - accepted_bytes) {
         return false;
     }
     memcpy(footer.save_id.bytes, save_id, sizeof footer.save_id.bytes);
     *ret = footer;
     return true;
+}
+
+bool
+dcp_metadata_footer_parse(const uint8_t *image, size_t len, struct dcp_metadata_footer *ret)
+{
+    return parse(image, len, true, ret);
+}
+
+bool
+dcp_metadata_footer_parse_tail(const uint8_t *tail, size_t len, struct dcp_metadata_footer *ret)
+{
+    return parse(tail, len, false, ret);
 }
 
 bool

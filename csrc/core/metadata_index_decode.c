@@ -65,6 +65,32 @@ counts_fit(const struct counts *n, uint64_t left)
            n->chunks < UINT32_MAX && n->files < UINT32_MAX;
 }
 
+/* Copies of a constant length are a few moves; a call, or the string instructions that compilers
+ * put in its place, would cost more than all the rest of a chunk. */
+static inline void
+copy_numbers(uint64_t *to, const uint64_t *from, uint32_t count)
+{
+    switch (count) {
+    case 1:
+        memcpy(to, from, 1 * sizeof *to);
+        break;
+    case 2:
+        memcpy(to, from, 2 * sizeof *to);
+        break;
+    case 3:
+        memcpy(to, from, 3 * sizeof *to);
+        break;
+    case 4:
+        memcpy(to, from, 4 * sizeof *to);
+        break;
+    default:
+        for (uint32_t i = 0; i < count; i++) {
+            to[i] = from[i];
+        }
+        break;
+    }
+}
+
 /* Progress through the arrays whose positions are not stored. */
 struct used {
     uint64_t strings, chunks, dims;
@@ -76,11 +102,11 @@ decode_box(struct dcp_cursor *c, unsigned head, const uint64_t *size, const uint
 {
     if ((head & HEAD_WHOLE) != 0) {
         memset(box, 0, ndim * sizeof *box);
-        memcpy(box + ndim, size, ndim * sizeof *box);
+        copy_numbers(box + ndim, size, ndim);
         return;
     }
     if ((head & HEAD_NEXT_ROWS) != 0) {
-        memcpy(box, before, ndim * sizeof *box);
+        copy_numbers(box, before, ndim);
         box[0] += before[ndim];
     } else {
         for (uint32_t d = 0; d < ndim; d++) {
@@ -88,7 +114,7 @@ decode_box(struct dcp_cursor *c, unsigned head, const uint64_t *size, const uint
         }
     }
     if ((head & HEAD_SAME_SIZES) != 0) {
-        memcpy(box + ndim, before + ndim, ndim * sizeof *box);
+        copy_numbers(box + ndim, before + ndim, ndim);
     } else {
         for (uint32_t d = 0; d < ndim; d++) {
             box[ndim + d] = take(c);

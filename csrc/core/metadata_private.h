@@ -100,5 +100,8 @@ struct dcp_metadata_footer {
 void dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *footer);
 /* False when the image does not end with a footer of ours whose lengths fill it. */
 bool dcp_metadata_footer_parse(const uint8_t *image, size_t len, struct dcp_metadata_footer *ret);
+/* The same of an image whose pickle was left out: it begins with the index. */
+bool dcp_metadata_footer_parse_tail(const uint8_t *tail, size_t len,
+                                    struct dcp_metadata_footer *ret);
 
 #endif

@@ -37,18 +37,19 @@ dcp_metadata_read_pickle(const uint8_t *image, size_t len, struct dcp_metadata *
     dcp_pvalue root = DCP_P_UNSET;
     rc = dcp_pickle_vm_run(&vm, &root);
     if (rc == 0) {
+        dcp_pickle_vm_finish(&vm);
         rc = dcp_metadata_from_pickle(&vm, root, ret, err);
     }
     dcp_pickle_vm_clean_up(&vm);
     return rc;
 }
 
-/* The ids of the saves whose files are linked, into *md. */
+/* The ids of the saves whose files are linked, into *md; `tail` begins with the index. */
 static int
-read_accepted(const uint8_t *image, const struct dcp_metadata_footer *footer,
+read_accepted(const uint8_t *tail, const struct dcp_metadata_footer *footer,
               struct dcp_metadata *md, struct dcp_error *err)
 {
-    const uint8_t *ids = image + footer->pickle_bytes + footer->index_bytes;
+    const uint8_t *ids = tail + footer->index_bytes;
     size_t len = footer->accepted_count * sizeof(struct dcp_save_id);
     if (dcp_crc32(0, ids, len) != footer->accepted_crc) {
         return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
@@ -60,10 +61,9 @@ read_accepted(const uint8_t *image, const struct dcp_metadata_footer *footer,
 
 /* The flat form from a whole footer's index; DCP_E_CORRUPT sends the caller to the pickle. */
 static int
-read_index(const uint8_t *image, const struct dcp_metadata_footer *footer, struct dcp_metadata *ret,
+read_index(const uint8_t *index, const struct dcp_metadata_footer *footer, struct dcp_metadata *ret,
            struct dcp_error *err)
 {
-    const uint8_t *index = image + footer->pickle_bytes;
     if (dcp_crc32(0, index, (size_t)footer->index_bytes) != footer->index_crc) {
         return DCP_E_CORRUPT;
     }
@@ -83,6 +83,22 @@ read_index(const uint8_t *image, const struct dcp_metadata_footer *footer, struc
     return rc == DCP_E_NOMEM ? dcp_error_set(err, rc, 0, NULL, "%s", why.message) : DCP_E_CORRUPT;
 }
 
+/* Adds what only the trailer knows, and hands *md over. */
+static int
+finish_native(const uint8_t *tail, const struct dcp_metadata_footer *footer,
+              struct dcp_metadata *md, struct dcp_metadata *ret, struct dcp_error *err)
+{
+    md->is_native = true;
+    md->save_id = footer->save_id;
+    int rc = read_accepted(tail, footer, md, err);
+    if (rc != 0) {
+        dcp_metadata_clean_up(md);
+        return rc;
+    }
+    *ret = *md;
+    return 0;
+}
+
 int
 dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret, struct dcp_error *err)
 {
@@ -95,21 +111,32 @@ dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret, st
                              "reading metadata: the checksum of its pickle does not match; the "
                              "file is damaged, restore it from a copy");
     }
+    const uint8_t *tail = image + footer.pickle_bytes;
     struct dcp_metadata md;
-    int rc = read_index(image, &footer, &md, err);
-    if (rc == DCP_E_CORRUPT) {
+    int rc = read_index(tail, &footer, &md, err);
+    if (rc == 0) {
+        md.tail_at = footer.pickle_bytes;
+    } else if (rc == DCP_E_CORRUPT) {
         rc = dcp_metadata_read_pickle(image, (size_t)footer.pickle_bytes, &md, err);
     }
-    if (rc != 0) {
-        return rc;
+    return rc != 0 ? rc : finish_native(tail, &footer, &md, ret, err);
+}
+
+int
+dcp_metadata_read_tail(const uint8_t *tail, size_t len, struct dcp_metadata *ret,
+                       struct dcp_error *err)
+{
+    struct dcp_metadata_footer footer;
+    struct dcp_metadata md;
+    int rc = DCP_E_CORRUPT;
+    if (check_length(len, NULL) == 0 && dcp_metadata_footer_parse_tail(tail, len, &footer)) {
+        rc = read_index(tail, &footer, &md, err);
     }
-    md.is_native = true;
-    md.save_id = footer.save_id;
-    rc = read_accepted(image, &footer, &md, err);
-    if (rc != 0) {
-        dcp_metadata_clean_up(&md);
-        return rc;
+    if (rc == DCP_E_CORRUPT) {
+        return dcp_error_set(err, rc, 0, NULL,
+                             "reading the trailer of metadata, %zu bytes: it is not what the rank "
+                             "that read the file checked; load again",
+                             len);
     }
-    *ret = md;
-    return 0;
+    return rc != 0 ? rc : finish_native(tail, &footer, &md, ret, err);
 }

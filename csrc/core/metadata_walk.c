@@ -9,11 +9,19 @@
  * Threads: no state.
  */
 #include "metadata_classes.h"
+
+#include <stdio.h>
+
 #include "utf8.h"
 
 enum {
-    /* Numbers per byte of file: a chunk of two dimensions takes at least 17 bytes and 4 numbers. */
-    MAX_DIMS_PER_BYTE = 4,
+    /* What the bytes of a file can hold.  A chunk that is listed and placed takes 50 bytes and
+     * more, or 17 if nothing places it; a key as much.  Offsets and sizes of 64 dimensions, the
+     * sizes shared, take more than one byte for each number. */
+    MIN_CHUNK_BYTES = 8,
+    MIN_ENTRY_BYTES = 8,
+    /* Keys and chunks that any file may have, however short. */
+    ROOM_COUNT = 64,
 };
 
 static const struct dcp_span no_key = {(const uint8_t *)"", 0};
@@ -23,10 +31,13 @@ dcp_md_walk_fail(struct dcp_md_walk *walk, int code, struct dcp_span key, const 
 {
     char quoted[DCP_QUOTE_BYTES];
     (void)dcp_pickle_quote(quoted, 0, key);
-    return dcp_error_set(walk->err, code, 0, NULL, "reading the metadata%s%s: %s; %s",
-                         quoted[0] == 0 ? "" : ", key ", quoted, what,
-                         code == DCP_E_CORRUPT ? "the file is damaged, restore it from a copy"
-                                               : "only Python's own reader may understand it");
+    bool is_corrupt = code == DCP_E_CORRUPT;
+    const char *note = is_corrupt ? "" : walk->vm->note;
+    return dcp_error_set(walk->err, code, 0, NULL, "reading the metadata%s%s: %s%s%s%s; %s",
+                         quoted[0] == 0 ? "" : ", key ", quoted, what, note[0] == 0 ? "" : " (",
+                         note, note[0] == 0 ? "" : ")",
+                         is_corrupt ? "the file is damaged, restore it from a copy"
+                                    : "only Python's own reader may understand it");
 }
 
 static int
@@ -61,17 +72,18 @@ count_tensor(struct dcp_md_walk *walk, struct dcp_span key, dcp_pvalue tensor, s
     dcp_pvalue size = dcp_p_field(vm, tensor, DCP_TENSOR_SIZE);
     dcp_pvalue chunks = dcp_p_field(vm, tensor, DCP_TENSOR_CHUNKS);
     if (!dcp_p_is_object(properties, DCP_CLASS_PROPERTIES) ||
-        dcp_p_field(vm, properties, 0) == DCP_P_UNSET || !dcp_p_is_custom(size, DCP_CUSTOM_SIZE) ||
-        dcp_p_tag(chunks) != DCP_P_LIST) {
+        dcp_p_tag(dcp_p_field(vm, properties, 0)) != DCP_P_INT ||
+        !dcp_p_is_custom(size, DCP_CUSTOM_SIZE) || dcp_p_tag(chunks) != DCP_P_LIST) {
         return dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, key, "a tensor that torch did not write");
     }
     uint64_t count = dcp_p_sequence_count(vm, chunks);
     uint64_t ndim = dcp_md_size_ndim(vm, size);
-    /* No overflow: each list is no longer than the file has bytes, and the sums stay below 5
-     * times that, or this fails. */
+    /* No overflow: each list is no longer than the file has bytes, and the sums stay below 2^42 or
+     * this fails. */
     n->chunks += count;
     n->dims += ndim + 2 * ndim * count;
-    if (n->chunks > vm->len || n->dims > MAX_DIMS_PER_BYTE * (uint64_t)vm->len) {
+    if (n->chunks > ROOM_COUNT + vm->len / MIN_CHUNK_BYTES ||
+        n->dims > ROOM_COUNT * DCP_MAX_DIMS + (uint64_t)vm->len) {
         return dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, key,
                                 "far more chunks than the file's length can hold");
     }
@@ -91,13 +103,14 @@ count(struct dcp_md_walk *walk, dcp_pvalue state, struct totals *n)
         }
         struct dcp_span name = dcp_p_text(vm, key);
         n->name_bytes += name.len;
-        if (n->name_bytes > vm->len) {
+        if (n->name_bytes > vm->len || n->entries > ROOM_COUNT + vm->len / MIN_ENTRY_BYTES) {
             return dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, name, "a name that comes twice");
         }
         int rc = check_text(walk, name);
         if (rc == 0 && dcp_p_is_object(value, DCP_CLASS_TENSOR)) {
             rc = count_tensor(walk, name, value, n);
-        } else if (rc == 0 && dcp_p_is_object(value, DCP_CLASS_BYTES)) {
+        } else if (rc == 0 && dcp_p_is_object(value, DCP_CLASS_BYTES) &&
+                   dcp_p_field(vm, value, 0) == DCP_P_UNSET) {
             n->chunks++;
         } else if (rc == 0) {
             rc = dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, name, "neither a tensor nor an object");
@@ -211,41 +224,50 @@ walk_state(struct dcp_md_walk *walk, dcp_pvalue state)
 
 /* ---- the rest ---- */
 
-/* {name: path}, as flatten_state_dict makes it; the paths are not kept. */
-static int
-check_planner_data(struct dcp_md_walk *walk, dcp_pvalue planner_data)
+static bool
+is_absent(dcp_pvalue v)
 {
-    const struct dcp_pickle_vm *vm = walk->vm;
-    if (planner_data == DCP_P_UNSET || dcp_p_tag(planner_data) == DCP_P_NONE) {
-        return 0;
-    }
-    bool is_torchs = dcp_p_tag(planner_data) == DCP_P_DICT;
-    if (is_torchs) {
-        struct dcp_p_iter it = dcp_p_iter_of(vm, planner_data);
-        dcp_pvalue key;
-        while (is_torchs && (key = dcp_p_next(vm, &it)) != DCP_P_UNSET) {
-            is_torchs = dcp_p_tag(key) == DCP_P_TEXT &&
-                        dcp_p_tuple_has(vm, dcp_p_next(vm, &it), DCP_P_ALL_INTS_OR_TEXTS);
-        }
-    }
-    return is_torchs ? 0
-                     : dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, no_key,
-                                        "planner_data is a program's own");
+    return v == DCP_P_UNSET || dcp_p_tag(v) == DCP_P_NONE;
 }
 
-static int
-check_meta(struct dcp_md_walk *walk, dcp_pvalue root)
+/* {name: path}, as flatten_state_dict makes it; the paths are not kept. */
+static bool
+is_planner_data(const struct dcp_pickle_vm *vm, dcp_pvalue planner_data)
 {
-    dcp_pvalue meta = dcp_p_field(walk->vm, root, DCP_METADATA_META);
-    dcp_pvalue version = dcp_p_field(walk->vm, root, DCP_METADATA_VERSION);
-    bool has_meta = dcp_p_is_object(meta, DCP_CLASS_META);
-    bool has_version = dcp_p_tag(version) == DCP_P_TEXT;
-    if ((!has_meta && meta != DCP_P_UNSET && dcp_p_tag(meta) != DCP_P_NONE) ||
-        (!has_version && version != DCP_P_UNSET && dcp_p_tag(version) != DCP_P_NONE)) {
-        return dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, no_key,
-                                "storage_meta or version is a program's own");
+    if (dcp_p_tag(planner_data) != DCP_P_DICT) {
+        return is_absent(planner_data);
     }
-    return 0;
+    struct dcp_p_iter it = dcp_p_iter_of(vm, planner_data);
+    dcp_pvalue key;
+    while ((key = dcp_p_next(vm, &it)) != DCP_P_UNSET) {
+        if (dcp_p_tag(key) != DCP_P_TEXT ||
+            !dcp_p_tuple_has(vm, dcp_p_next(vm, &it), DCP_P_ALL_INTS_OR_TEXTS)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Notes what is a program's own where a stock load looks for nothing. */
+static void
+note_programs_own(struct dcp_md_walk *walk, dcp_pvalue root)
+{
+    const struct dcp_pickle_vm *vm = walk->vm;
+    dcp_pvalue meta = dcp_p_field(vm, root, DCP_METADATA_META);
+    dcp_pvalue version = dcp_p_field(vm, root, DCP_METADATA_VERSION);
+    const char *what = vm->note;
+    if (what[0] != 0) {
+        (void)snprintf(walk->md.foreign, sizeof walk->md.foreign, "%s", what);
+        return;
+    }
+    if (!is_planner_data(vm, dcp_p_field(vm, root, DCP_METADATA_PLANNER))) {
+        what = "planner_data is a program's own";
+    } else if (!is_absent(meta) && !dcp_p_is_object(meta, DCP_CLASS_META)) {
+        what = "storage_meta is a program's own";
+    } else if (!is_absent(version) && dcp_p_tag(version) != DCP_P_TEXT) {
+        what = "version is a program's own";
+    }
+    (void)snprintf(walk->md.foreign, sizeof walk->md.foreign, "%s", what);
 }
 
 static int
@@ -255,13 +277,8 @@ walk_root(struct dcp_md_walk *walk, dcp_pvalue root)
     if (!dcp_p_is_object(root, DCP_CLASS_METADATA)) {
         return dcp_md_walk_fail(walk, DCP_E_UNSUPPORTED, no_key, "the pickle is no Metadata");
     }
-    int rc = check_planner_data(walk, dcp_p_field(vm, root, DCP_METADATA_PLANNER));
-    if (rc == 0) {
-        rc = check_meta(walk, root);
-    }
-    if (rc == 0) {
-        rc = walk_state(walk, dcp_p_field(vm, root, DCP_METADATA_STATE));
-    }
+    note_programs_own(walk, root);
+    int rc = walk_state(walk, dcp_p_field(vm, root, DCP_METADATA_STATE));
     if (rc == 0) {
         rc = dcp_md_join(walk, dcp_p_field(vm, root, DCP_METADATA_STORAGE));
     }

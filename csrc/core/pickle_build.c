@@ -9,9 +9,9 @@
  * torch.Size's argument, a tuple in a tuple, is one tag more and no memory.
  *
  * Everything lives in one array of cells: tuples as [count << 3 | flags][values], lists and dicts
- * as [first segment][last segment][count][memo], segments as [next][count][values], objects as
- * their attributes.  Cell 0 is the empty tuple, so 0 can mean "none" for all the others.  Cells are
- * named by number, as the array moves when it grows.
+ * as [first segment][last segment, or the memo while it is empty], segments as
+ * [next][count][values], objects as their attributes.  Cell 0 is the empty tuple, so 0 can mean
+ * "none" for all the others.  Cells are named by number, as the array moves when it grows.
  *
  * Threads: a machine belongs to one thread.
  */
@@ -119,13 +119,12 @@ append(struct dcp_pickle_vm *vm, dcp_pvalue sequence, size_t base)
     cells[segment + 1] = count;
     memcpy(cells + segment + SEGMENT_HEAD, vm->stack.data + base, count * sizeof *cells);
     uint64_t *head = cells + dcp_p_payload(sequence);
-    if (head[0] == 0) {
-        head[0] = segment;
+    if (head[DCP_SEQUENCE_FIRST] == 0) {
+        head[DCP_SEQUENCE_FIRST] = segment;
     } else {
-        cells[head[1]] = segment;
+        cells[head[DCP_SEQUENCE_LAST]] = segment;
     }
-    head[1] = segment;
-    head[2] += count;
+    head[DCP_SEQUENCE_LAST] = segment;
     vm->stack.len = base;
     return 0;
 }
@@ -138,6 +137,10 @@ append_items(struct dcp_pickle_vm *vm, size_t base)
         return dcp_pm_underflow(vm);
     }
     dcp_pvalue list = vm->stack.data[base - 1];
+    if (dcp_p_tag(list) == DCP_P_FOREIGN) {
+        vm->stack.len = base;
+        return 0;
+    }
     if (dcp_p_tag(list) != DCP_P_LIST) {
         return dcp_pickle_corrupt(vm, "items are appended to what is no list");
     }
@@ -158,7 +161,22 @@ dcp_op_appends(struct dcp_pickle_vm *vm)
     return rc != 0 ? rc : append_items(vm, base);
 }
 
+int
+dcp_op_frozenset(struct dcp_pickle_vm *vm)
+{
+    size_t base = 0;
+    int rc = dcp_pm_pop_mark(vm, &base);
+    if (rc != 0) {
+        return rc;
+    }
+    vm->stack.len = base;
+    return dcp_pm_push(vm, dcp_p_make(DCP_P_FOREIGN, 0));
+}
+
 /* ---- objects ---- */
+
+/* What an attribute is to an object. */
+enum { FIELD_SET = 0, FIELD_STRANGE = 1 /* the object is not what the dialect knows */ };
 
 /* The first time that a text stands for an attribute of this class. */
 static int __attribute__((noinline))
@@ -173,13 +191,14 @@ set_new_field(struct dcp_pickle_vm *vm, dcp_pvalue object, dcp_pvalue key, dcp_p
         if (dcp_p_text_is(vm, key, class->fields[i])) {
             vm->keys_seen[class_id][i] = key;
             vm->cells.data[dcp_p_arg(object) + i] = value;
-            return 0;
+            return FIELD_SET;
         }
     }
-    return dcp_pickle_unsupported_text(vm, "an attribute that is not torch's own",
-                                       dcp_p_text(vm, key));
+    (void)dcp_pickle_foreign(vm, "an attribute that is not torch's own", dcp_p_text(vm, key));
+    return class->is_open ? FIELD_SET : FIELD_STRANGE;
 }
 
+/* FIELD_SET, FIELD_STRANGE or a negative code. */
 static inline int
 set_field(struct dcp_pickle_vm *vm, dcp_pvalue object, dcp_pvalue key, dcp_pvalue value)
 {
@@ -189,7 +208,7 @@ set_field(struct dcp_pickle_vm *vm, dcp_pvalue object, dcp_pvalue key, dcp_pvalu
     for (uint32_t i = 0; i < count; i++) {
         if (seen[i] == key) {
             vm->cells.data[dcp_p_arg(object) + i] = value;
-            return 0;
+            return FIELD_SET;
         }
     }
     return set_new_field(vm, object, key, value);
@@ -206,7 +225,7 @@ static inline bool
 is_fresh_dict(const struct dcp_pickle_vm *vm, dcp_pvalue dict)
 {
     const uint64_t *head = vm->cells.data + dcp_p_payload(dict);
-    return head[0] == 0 && head[DCP_SEQUENCE_MEMO] != DCP_SHARED;
+    return head[DCP_SEQUENCE_FIRST] == 0 && head[DCP_SEQUENCE_MEMO] != DCP_SHARED;
 }
 
 static inline void
@@ -230,6 +249,10 @@ set_items(struct dcp_pickle_vm *vm, size_t base)
         return dcp_pm_underflow(vm);
     }
     dcp_pvalue dict = vm->stack.data[base - 1];
+    if (dcp_p_tag(dict) == DCP_P_FOREIGN) {
+        vm->stack.len = base;
+        return 0;
+    }
     if (dcp_p_tag(dict) != DCP_P_DICT || ((vm->stack.len - base) & 1) != 0) {
         return dcp_pickle_corrupt(vm, "keys and values are put into what is no dict");
     }
@@ -239,11 +262,16 @@ set_items(struct dcp_pickle_vm *vm, size_t base)
         return append(vm, dict, base);
     }
     dcp_pvalue object = vm->stack.data[base - 2];
+    bool is_strange = false;
     for (size_t i = base; i < vm->stack.len; i += 2) {
         int rc = set_field(vm, object, vm->stack.data[i], vm->stack.data[i + 1]);
-        if (rc != 0) {
+        if (rc < 0) {
             return rc;
         }
+        is_strange = is_strange || rc == FIELD_STRANGE;
+    }
+    if (is_strange) {
+        dcp_pickle_poison(vm, object);
     }
     retire_dict(vm, dict);
     vm->pos++;
@@ -265,6 +293,26 @@ dcp_op_setitems(struct dcp_pickle_vm *vm)
     return rc != 0 ? rc : set_items(vm, base);
 }
 
+/* Attributes from a dict that is more than one object's, or was filled in several steps. */
+static int
+set_fields(struct dcp_pickle_vm *vm, dcp_pvalue object, dcp_pvalue dict)
+{
+    struct dcp_p_iter it = dcp_p_iter_of(vm, dict);
+    bool is_strange = false;
+    dcp_pvalue key;
+    while ((key = dcp_p_next(vm, &it)) != DCP_P_UNSET) {
+        int rc = set_field(vm, object, key, dcp_p_next(vm, &it));
+        if (rc < 0) {
+            return rc;
+        }
+        is_strange = is_strange || rc == FIELD_STRANGE;
+    }
+    if (is_strange) {
+        dcp_pickle_poison(vm, object);
+    }
+    return 0;
+}
+
 int
 dcp_op_build(struct dcp_pickle_vm *vm)
 {
@@ -274,20 +322,32 @@ dcp_op_build(struct dcp_pickle_vm *vm)
     dcp_pvalue state = dcp_pm_top(vm, 0);
     dcp_pvalue object = dcp_pm_top(vm, 1);
     vm->stack.len--;
-    if (!has_fields(vm, object) || dcp_p_tag(state) != DCP_P_DICT) {
-        if (vm->dialect->build == NULL || dcp_p_tag(object) != DCP_P_OBJECT) {
-            return dcp_pickle_unsupported(vm, "a state for what has none");
-        }
-        return vm->dialect->build(vm, object, state);
+    if (dcp_p_tag(object) == DCP_P_FOREIGN) {
+        return 0;
     }
-    struct dcp_p_iter it = dcp_p_iter_of(vm, state);
-    dcp_pvalue key;
-    while ((key = dcp_p_next(vm, &it)) != DCP_P_UNSET) {
-        int rc = set_field(vm, object, key, dcp_p_next(vm, &it));
-        if (rc != 0) {
-            return rc;
-        }
+    if (has_fields(vm, object) && dcp_p_tag(state) == DCP_P_DICT) {
+        return set_fields(vm, object, state);
     }
+    if (vm->dialect->build == NULL || dcp_p_tag(object) != DCP_P_OBJECT) {
+        return dcp_pickle_unsupported(vm, "a state for what has none");
+    }
+    return vm->dialect->build(vm, object, state);
+}
+
+/* Replaces the class and `args_count` values above it by what only Python could make of them. */
+static int
+make_foreign_object(struct dcp_pickle_vm *vm, size_t args_count)
+{
+    dcp_pvalue class = dcp_pm_top(vm, args_count);
+    if (dcp_p_tag(class) == DCP_P_GLOBAL) {
+        const char *name = vm->dialect->classes[dcp_p_class(class)].name;
+        class = dcp_pickle_foreign(vm, "an object made in a way that torch does not use",
+                                   (struct dcp_span){(const uint8_t *)name, strlen(name)});
+    } else if (dcp_p_tag(class) != DCP_P_FOREIGN) {
+        return dcp_pickle_corrupt(vm, "an object of what is no class");
+    }
+    vm->stack.len -= args_count;
+    vm->stack.data[vm->stack.len - 1] = class;
     return 0;
 }
 
@@ -298,16 +358,11 @@ dcp_op_newobj(struct dcp_pickle_vm *vm)
         return dcp_pm_underflow(vm);
     }
     dcp_pvalue class = dcp_pm_top(vm, 1);
-    if (dcp_p_tag(class) != DCP_P_GLOBAL) {
-        return dcp_pickle_corrupt(vm, "an object of what is no class");
+    if (dcp_p_tag(class) != DCP_P_GLOBAL || !vm->dialect->classes[dcp_p_class(class)].is_object ||
+        dcp_pm_top(vm, 0) != dcp_p_make(DCP_P_TUPLE, 0)) {
+        return make_foreign_object(vm, 1);
     }
-    const struct dcp_pclass *known = &vm->dialect->classes[dcp_p_class(class)];
-    if (!known->is_object || dcp_pm_top(vm, 0) != dcp_p_make(DCP_P_TUPLE, 0)) {
-        return dcp_pickle_unsupported_text(
-            vm, "an object made in a way that torch does not use",
-            (struct dcp_span){(const uint8_t *)known->name, strlen(known->name)});
-    }
-    uint32_t count = known->fields_count;
+    uint32_t count = vm->dialect->classes[dcp_p_class(class)].fields_count;
     uint64_t cell = 0;
     int rc = dcp_pm_take_cells(vm, count, &cell);
     if (rc != 0) {
@@ -322,6 +377,12 @@ dcp_op_newobj(struct dcp_pickle_vm *vm)
 }
 
 int
+dcp_op_newobj_ex(struct dcp_pickle_vm *vm)
+{
+    return dcp_pm_lacks(vm, 3) ? dcp_pm_underflow(vm) : make_foreign_object(vm, 2);
+}
+
+int
 dcp_op_reduce(struct dcp_pickle_vm *vm)
 {
     if (dcp_pm_lacks(vm, 2)) {
@@ -329,11 +390,13 @@ dcp_op_reduce(struct dcp_pickle_vm *vm)
     }
     dcp_pvalue args = dcp_pm_top(vm, 0);
     dcp_pvalue callable = dcp_pm_top(vm, 1);
-    if (dcp_p_tag(callable) != DCP_P_GLOBAL || !dcp_p_is_tuple(args)) {
-        return dcp_pickle_corrupt(vm, "a call of what cannot be called");
+    dcp_pvalue result = callable;
+    int rc = 0;
+    if (dcp_p_tag(callable) == DCP_P_GLOBAL && dcp_p_is_tuple(args)) {
+        rc = vm->dialect->reduce(vm, callable, args, &result);
+    } else if (dcp_p_tag(callable) != DCP_P_FOREIGN) {
+        rc = dcp_pickle_corrupt(vm, "a call of what cannot be called");
     }
-    dcp_pvalue result = DCP_P_UNSET;
-    int rc = vm->dialect->reduce(vm, callable, args, &result);
     if (rc == 0) {
         vm->stack.len--;
         vm->stack.data[vm->stack.len - 1] = result;

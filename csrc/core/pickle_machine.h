@@ -10,10 +10,12 @@
 #include "pickle_op.h"
 #include "pickle_vm.h"
 
-/* Cells of a list or dict: first segment, last segment, count of values, memo. */
+/* Cells of a list or dict: the first segment, then the last one; while there is none, the memo. */
 enum {
-    DCP_SEQUENCE_CELLS = 4,
-    DCP_SEQUENCE_MEMO = 3, /* 0: not memoised, number + 1, or DCP_SHARED */
+    DCP_SEQUENCE_FIRST = 0,
+    DCP_SEQUENCE_LAST = 1,
+    DCP_SEQUENCE_MEMO = 1, /* 0: not memoised, number + 1, or DCP_SHARED */
+    DCP_SEQUENCE_CELLS = 2,
 };
 
 #define DCP_SHARED UINT64_MAX
@@ -24,7 +26,7 @@ static inline int
 dcp_pm_push(struct dcp_pickle_vm *vm, dcp_pvalue v)
 {
     if (vm->stack.len == vm->stack.cap) {
-        int rc = dcp_parray_reserve(&vm->stack, vm->stack.len + 1, vm->err);
+        int rc = dcp_pickle_grow(vm, &vm->stack, vm->stack.len + 1);
         if (rc != 0) {
             return rc;
         }
@@ -56,7 +58,7 @@ static inline int
 dcp_pm_take_cells(struct dcp_pickle_vm *vm, size_t count, uint64_t *ret_cell)
 {
     if (vm->cells.cap - vm->cells.len < count) {
-        int rc = dcp_parray_reserve(&vm->cells, vm->cells.len + count, vm->err);
+        int rc = dcp_pickle_grow(vm, &vm->cells, vm->cells.len + count);
         if (rc != 0) {
             return rc;
         }
@@ -76,6 +78,13 @@ dcp_pm_pop_mark(struct dcp_pickle_vm *vm, size_t *ret_base)
     return 0;
 }
 
+/* Whether these opcodes come next. */
+static inline bool
+dcp_pm_follows(const struct dcp_pickle_vm *vm, const void *ops, size_t count)
+{
+    return vm->len - vm->pos >= count && memcmp(vm->data + vm->pos, ops, count) == 0;
+}
+
 /* ---- pickle_build.c: one function per opcode (or family) ---- */
 
 int dcp_op_pop(struct dcp_pickle_vm *vm);
@@ -90,6 +99,9 @@ int dcp_op_setitem(struct dcp_pickle_vm *vm);
 int dcp_op_setitems(struct dcp_pickle_vm *vm);
 int dcp_op_build(struct dcp_pickle_vm *vm);
 int dcp_op_newobj(struct dcp_pickle_vm *vm);
+int dcp_op_newobj_ex(struct dcp_pickle_vm *vm);
+/* FROZENSET: what lies above the mark becomes one foreign value. */
+int dcp_op_frozenset(struct dcp_pickle_vm *vm);
 int dcp_op_reduce(struct dcp_pickle_vm *vm);
 int dcp_op_persistent(struct dcp_pickle_vm *vm);
 

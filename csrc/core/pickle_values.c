@@ -2,15 +2,23 @@
  * pickle_values.c: memory, texts and errors of the pickle machine.
  *
  * The machine's arrays are sized from the length of the input before it starts and live on huge
- * pages when they are large: with 4 KiB pages the first touch of that memory would cost as much as
- * running the whole pickle.
+ * pages where they may become large: with 4 KiB pages the first touch of that memory would cost as
+ * much as running the whole pickle.  Larger ones are moved by their pages, so growing never holds
+ * two.
+ *
+ * Per byte of input, torch's files need about 1.0 bytes of cells and 0.8 of memo.  Pickles can be
+ * made that need forty times that; 8 and 4, and 4 of stack, are where they are refused.
  *
  * Threads: a machine belongs to one thread.
  */
 #include "pickle_vm.h"
 
+#include <stdio.h>
+
 enum {
     FIRST_COUNT = 64,
+    FIRST_STACK = 4096,
+    ROOM_COUNT = 4096, /* values that any pickle may have, however short */
     MAPPED_FROM_BYTES = 1 << 20,
 };
 
@@ -31,36 +39,71 @@ release(struct dcp_parray *array)
     }
 }
 
-int
-dcp_parray_reserve(struct dcp_parray *array, size_t count, struct dcp_error *err)
+/* Gives an array room for `cap` values; false leaves it as it was. */
+static bool
+resize(struct dcp_parray *array, size_t cap, struct dcp_error *err)
 {
-    if (count <= array->cap) {
-        return 0;
-    }
-    size_t cap = array->cap < FIRST_COUNT ? FIRST_COUNT : array->cap;
-    while (cap < count) {
-        if (cap > SIZE_MAX / 4 / sizeof *array->data) {
-            return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "a pickle of %zu values", count);
-        }
-        cap *= 2;
-    }
-    struct dcp_parray grown = {.len = array->len, .cap = cap, .kind = DCP_PARRAY_BLOCK};
-    if (cap * sizeof *grown.data >= MAPPED_FROM_BYTES) {
-        grown.kind = DCP_PARRAY_MAPPED;
-        grown.data = dcp_map_huge(cap * sizeof *grown.data, err);
+    size_t old_bytes = array->cap * sizeof *array->data;
+    size_t bytes = cap * sizeof *array->data;
+    uint64_t *data = NULL;
+    if (array->kind == DCP_PARRAY_MAPPED) {
+        data = dcp_remap_huge(array->data, old_bytes, bytes, err);
+    } else if (array->kind == DCP_PARRAY_BLOCK) {
+        data = dcp_realloc(array->data, bytes);
     } else {
-        grown.data = dcp_malloc_array(cap, sizeof *grown.data);
+        /* Once and for all: what may become large is mapped from the start. */
+        bool is_mapped = array->limit >= MAPPED_FROM_BYTES / sizeof *data;
+        data = is_mapped ? dcp_map_huge(bytes, err) : dcp_malloc(bytes);
+        if (data != NULL) {
+            if (array->len != 0) {
+                memcpy(data, array->data, array->len * sizeof *data);
+            }
+            release(array);
+            array->kind = is_mapped ? DCP_PARRAY_MAPPED : DCP_PARRAY_BLOCK;
+        }
     }
-    if (grown.data == NULL) {
-        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL,
+    if (data == NULL) {
+        return false;
+    }
+    array->data = data;
+    array->cap = cap;
+    return true;
+}
+
+int
+dcp_pickle_grow(struct dcp_pickle_vm *vm, struct dcp_parray *array, size_t count)
+{
+    if (array->limit != 0 && count > array->limit) {
+        return dcp_pickle_unsupported(vm, "far more values than a file of this length has");
+    }
+    size_t cap = array->cap + array->cap / 4;
+    cap = cap < FIRST_COUNT ? FIRST_COUNT : cap;
+    cap = cap < count ? count : cap;
+    if (array->limit != 0 && cap > array->limit) {
+        cap = array->limit;
+    }
+    if (!resize(array, cap, vm->err)) {
+        return dcp_error_set(vm->err, DCP_E_NOMEM, 0, NULL,
                              "reading a pickle: room for %zu values: out of memory", cap);
     }
-    if (array->len != 0) {
-        memcpy(grown.data, array->data, array->len * sizeof *grown.data);
-    }
-    release(array);
-    *array = grown;
     return 0;
+}
+
+int
+dcp_pickle_reserve(struct dcp_pickle_vm *vm)
+{
+    size_t len = vm->len;
+    vm->stack.limit = ROOM_COUNT + len / 2;
+    vm->cells.limit = ROOM_COUNT + len;
+    vm->memo.limit = ROOM_COUNT + len / 2;
+    if (vm->stack.cap != 0) {
+        return 0; /* scratch memory, for small pickles */
+    }
+    int rc = dcp_pickle_grow(vm, &vm->stack, dcp_min_u64(len + 1, FIRST_STACK));
+    if (rc == 0) {
+        rc = dcp_pickle_grow(vm, &vm->cells, len / 8 + len / 128 + 1);
+    }
+    return rc != 0 ? rc : dcp_pickle_grow(vm, &vm->memo, len / 10 + 1);
 }
 
 void
@@ -97,7 +140,12 @@ uint64_t
 dcp_p_sequence_count(const struct dcp_pickle_vm *vm, dcp_pvalue list_or_dict)
 {
     DCP_ASSERT(dcp_p_tag(list_or_dict) == DCP_P_LIST || dcp_p_tag(list_or_dict) == DCP_P_DICT);
-    return vm->cells.data[dcp_p_payload(list_or_dict) + 2];
+    uint64_t count = 0;
+    uint64_t segment = vm->cells.data[dcp_p_payload(list_or_dict)];
+    for (; segment != 0; segment = vm->cells.data[segment]) {
+        count += vm->cells.data[segment + 1];
+    }
+    return count;
 }
 
 /* ---- errors ---- */
@@ -147,12 +195,57 @@ dcp_pickle_unsupported_text(struct dcp_pickle_vm *vm, const char *what, struct d
     return report(vm, DCP_E_UNSUPPORTED, what, quoted);
 }
 
+static const char unknown_global[] = "a global that is not on the list";
+
+static void
+quote_global(char out[DCP_QUOTE_BYTES], struct dcp_span module, struct dcp_span name)
+{
+    size_t used = dcp_pickle_quote(out, 0, module);
+    used = dcp_pickle_quote(out, used, (struct dcp_span){(const uint8_t *)".", 1});
+    (void)dcp_pickle_quote(out, used, name);
+}
+
 int
 dcp_pickle_unknown_global(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name)
 {
     char quoted[DCP_QUOTE_BYTES];
-    size_t used = dcp_pickle_quote(quoted, 0, module);
-    used = dcp_pickle_quote(quoted, used, (struct dcp_span){(const uint8_t *)".", 1});
-    (void)dcp_pickle_quote(quoted, used, name);
-    return report(vm, DCP_E_UNSUPPORTED, "a global that is not on the list", quoted);
+    quote_global(quoted, module, name);
+    return report(vm, DCP_E_UNSUPPORTED, unknown_global, quoted);
+}
+
+/* ---- foreign values ---- */
+
+static dcp_pvalue
+note(struct dcp_pickle_vm *vm, const char *what, const char *quoted)
+{
+    if (vm->note[0] == 0) {
+        (void)snprintf(vm->note, sizeof vm->note, "byte %zu of %zu: %s%s%s", vm->op_pos, vm->len,
+                       what, quoted[0] == 0 ? "" : ": ", quoted);
+    }
+    return dcp_p_make(DCP_P_FOREIGN, 0);
+}
+
+dcp_pvalue
+dcp_pickle_foreign(struct dcp_pickle_vm *vm, const char *what, struct dcp_span text)
+{
+    char quoted[DCP_QUOTE_BYTES];
+    (void)dcp_pickle_quote(quoted, 0, text);
+    return note(vm, what, quoted);
+}
+
+dcp_pvalue
+dcp_pickle_foreign_global(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name)
+{
+    char quoted[DCP_QUOTE_BYTES];
+    quote_global(quoted, module, name);
+    return note(vm, unknown_global, quoted);
+}
+
+void
+dcp_pickle_poison(struct dcp_pickle_vm *vm, dcp_pvalue object)
+{
+    uint32_t count = vm->dialect->classes[dcp_p_class(object)].fields_count;
+    for (uint32_t i = 0; i < count; i++) {
+        vm->cells.data[dcp_p_arg(object) + i] = dcp_p_make(DCP_P_FOREIGN, 0);
+    }
 }

@@ -14,7 +14,6 @@
 #include "pickle_machine.h"
 
 enum {
-    FIRST_STACK = 4096,
     MIN_PROTOCOL = 2,
     MAX_PROTOCOL = 5,
 };
@@ -22,7 +21,7 @@ enum {
 #define INT60_MAX ((INT64_C(1) << 59) - 1)
 
 /* Opcodes of Python's list that no file of torch uses. */
-static const char other_ops[] = "12FILSTUVdgilopP\x82\x83\x84\x8b\x8e\x8f\x90\x91\x92\x96\x97\x98";
+static const char other_ops[] = "2FILSTUVdgilopP\x82\x83\x84\x97\x98";
 
 /* ---- input ---- */
 
@@ -115,10 +114,10 @@ op_uint(struct dcp_pickle_vm *vm, unsigned width)
 }
 
 static int
-op_long1(struct dcp_pickle_vm *vm)
+op_long(struct dcp_pickle_vm *vm, unsigned width_bytes)
 {
     uint64_t width = 0;
-    int rc = take_number(vm, 1, &width);
+    int rc = take_number(vm, width_bytes, &width);
     if (rc != 0) {
         return rc;
     }
@@ -152,9 +151,11 @@ stretch_memo(struct dcp_pickle_vm *vm, uint64_t number)
     if (number > vm->len) {
         return dcp_pickle_corrupt(vm, "a memo number beyond the length of the file");
     }
-    int rc = dcp_parray_reserve(memo, (size_t)number + 1, vm->err);
-    if (rc != 0) {
-        return rc;
+    if (number >= memo->cap) {
+        int rc = dcp_pickle_grow(vm, memo, (size_t)number + 1);
+        if (rc != 0) {
+            return rc;
+        }
     }
     memset(memo->data + memo->len, 0, ((size_t)number + 1 - memo->len) * sizeof *memo->data);
     memo->len = (size_t)number + 1;
@@ -180,8 +181,10 @@ memo_put(struct dcp_pickle_vm *vm, uint64_t number)
     dcp_pvalue v = dcp_pm_top(vm, 0);
     memo->data[number] = v;
     if (dcp_p_tag(v) == DCP_P_DICT) {
-        uint64_t *state = &vm->cells.data[dcp_p_payload(v) + DCP_SEQUENCE_MEMO];
-        *state = *state == 0 ? number + 1 : DCP_SHARED;
+        uint64_t *head = vm->cells.data + dcp_p_payload(v);
+        if (head[DCP_SEQUENCE_FIRST] == 0) {
+            head[DCP_SEQUENCE_MEMO] = head[DCP_SEQUENCE_MEMO] == 0 ? number + 1 : DCP_SHARED;
+        }
     }
     return 0;
 }
@@ -210,7 +213,10 @@ op_get(struct dcp_pickle_vm *vm, unsigned width)
         return dcp_pickle_unsupported(vm, "an object's attributes are used a second time");
     }
     if (dcp_p_tag(v) == DCP_P_DICT) {
-        vm->cells.data[dcp_p_payload(v) + DCP_SEQUENCE_MEMO] = DCP_SHARED;
+        uint64_t *head = vm->cells.data + dcp_p_payload(v);
+        if (head[DCP_SEQUENCE_FIRST] == 0) {
+            head[DCP_SEQUENCE_MEMO] = DCP_SHARED;
+        }
     }
     return dcp_pm_push(vm, v);
 }
@@ -223,6 +229,68 @@ op_mark(struct dcp_pickle_vm *vm)
     }
     vm->marks[vm->marks_count++] = vm->stack.len;
     return 0;
+}
+
+static int
+op_pop_mark(struct dcp_pickle_vm *vm)
+{
+    size_t base = 0;
+    int rc = dcp_pm_pop_mark(vm, &base);
+    if (rc == 0) {
+        vm->stack.len = base;
+    }
+    return rc;
+}
+
+/* ---- runs of opcodes ---- */
+
+/* What torch's own pickler writes for each object and each torch.Size.  Running these opcodes in a
+ * row, each by its own function, saves the loop's branch on five of six. */
+static const uint8_t object_run[] = {DCP_OP_NEWOBJ, DCP_OP_MEMOIZE, DCP_OP_EMPTY_DICT,
+                                     DCP_OP_MEMOIZE, DCP_OP_MARK};
+static const uint8_t size_run[] = {DCP_OP_MEMOIZE, DCP_OP_TUPLE1, DCP_OP_MEMOIZE, DCP_OP_REDUCE,
+                                   DCP_OP_MEMOIZE};
+
+static inline int
+op_empty_tuple(struct dcp_pickle_vm *vm)
+{
+    int rc = dcp_pm_push(vm, dcp_p_make(DCP_P_TUPLE, 0));
+    if (rc != 0 || !dcp_pm_follows(vm, object_run, sizeof object_run)) {
+        return rc;
+    }
+    vm->pos += sizeof object_run;
+    rc = dcp_op_newobj(vm);
+    if (rc == 0) {
+        rc = memo_put(vm, vm->memo_count);
+    }
+    if (rc == 0) {
+        rc = dcp_op_sequence(vm, DCP_P_DICT);
+    }
+    if (rc == 0) {
+        rc = memo_put(vm, vm->memo_count);
+    }
+    return rc != 0 ? rc : op_mark(vm);
+}
+
+static inline int
+op_tuple_of(struct dcp_pickle_vm *vm, size_t count)
+{
+    int rc = dcp_op_tuple_of(vm, count);
+    if (rc != 0 || !dcp_pm_follows(vm, size_run, sizeof size_run)) {
+        return rc;
+    }
+    vm->pos += sizeof size_run;
+    rc = memo_put(vm, vm->memo_count);
+    if (rc == 0) {
+        rc = dcp_op_tuple_of(vm, 1);
+    }
+    if (rc == 0) {
+        rc = memo_put(vm, vm->memo_count);
+    }
+    if (rc == 0) {
+        rc = dcp_op_reduce(vm);
+    }
+    return rc != 0 ? rc : memo_put(vm, vm->memo_count);
 }
 
 /* ---- globals ---- */
@@ -305,13 +373,13 @@ run_op(struct dcp_pickle_vm *vm, uint8_t op)
     case DCP_OP_BININT2:          return op_uint(vm, 2);
     case DCP_OP_BININT:           return op_uint(vm, 4);
     case DCP_OP_MARK:             return op_mark(vm);
-    case DCP_OP_EMPTY_TUPLE:      return dcp_pm_push(vm, dcp_p_make(DCP_P_TUPLE, 0));
+    case DCP_OP_EMPTY_TUPLE:      return op_empty_tuple(vm);
     case DCP_OP_NEWOBJ:           return dcp_op_newobj(vm);
     case DCP_OP_EMPTY_DICT:       return dcp_op_sequence(vm, DCP_P_DICT);
     case DCP_OP_SETITEMS:         return dcp_op_setitems(vm);
-    case DCP_OP_TUPLE1:           return dcp_op_tuple_of(vm, 1);
-    case DCP_OP_TUPLE2:           return dcp_op_tuple_of(vm, 2);
-    case DCP_OP_TUPLE3:           return dcp_op_tuple_of(vm, 3);
+    case DCP_OP_TUPLE1:           return op_tuple_of(vm, 1);
+    case DCP_OP_TUPLE2:           return op_tuple_of(vm, 2);
+    case DCP_OP_TUPLE3:           return op_tuple_of(vm, 3);
     case DCP_OP_REDUCE:           return dcp_op_reduce(vm);
     case DCP_OP_SHORT_BINUNICODE: return op_text(vm, 1, DCP_P_TEXT);
     case DCP_OP_BINUNICODE:       return op_text(vm, 4, DCP_P_TEXT);
@@ -323,7 +391,15 @@ run_op(struct dcp_pickle_vm *vm, uint8_t op)
     case DCP_OP_NONE:             return dcp_pm_push(vm, dcp_p_make(DCP_P_NONE, 0));
     case DCP_OP_NEWTRUE:          return dcp_pm_push(vm, dcp_p_make(DCP_P_BOOL, 1));
     case DCP_OP_NEWFALSE:         return dcp_pm_push(vm, dcp_p_make(DCP_P_BOOL, 0));
-    case DCP_OP_LONG1:            return op_long1(vm);
+    case DCP_OP_LONG1:            return op_long(vm, 1);
+    case DCP_OP_LONG4:            return op_long(vm, 4);
+    case DCP_OP_BINBYTES8:        return op_text(vm, 8, DCP_P_OPAQUE);
+    case DCP_OP_BYTEARRAY8:       return op_text(vm, 8, DCP_P_OPAQUE);
+    case DCP_OP_EMPTY_SET:        return dcp_pm_push(vm, dcp_p_make(DCP_P_FOREIGN, 0));
+    case DCP_OP_ADDITEMS:         return dcp_op_appends(vm);
+    case DCP_OP_FROZENSET:        return dcp_op_frozenset(vm);
+    case DCP_OP_NEWOBJ_EX:        return dcp_op_newobj_ex(vm);
+    case DCP_OP_POP_MARK:         return op_pop_mark(vm);
     case DCP_OP_BINFLOAT:         return op_float(vm);
     case DCP_OP_EMPTY_LIST:       return dcp_op_sequence(vm, DCP_P_LIST);
     case DCP_OP_TUPLE:            return dcp_op_tuple(vm);
@@ -358,21 +434,6 @@ dcp_pickle_vm_init(struct dcp_pickle_vm *vm, const uint8_t *data, size_t len,
     }
 }
 
-/* Torch's own files need about 1.25 bytes of cells and 0.9 of memo per byte; what is not used is
- * never touched. */
-static int
-reserve(struct dcp_pickle_vm *vm)
-{
-    if (vm->stack.cap != 0) {
-        return 0; /* scratch memory, for small pickles */
-    }
-    int rc = dcp_parray_reserve(&vm->stack, dcp_min_u64(vm->len, FIRST_STACK), vm->err);
-    if (rc == 0) {
-        rc = dcp_parray_reserve(&vm->cells, vm->len / 8 + vm->len / 16 + 1, vm->err);
-    }
-    return rc != 0 ? rc : dcp_parray_reserve(&vm->memo, vm->len / 8, vm->err);
-}
-
 int
 dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value)
 {
@@ -380,7 +441,7 @@ dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value)
         return dcp_pickle_corrupt(vm, "this is no pickle of protocol 2 or later");
     }
     uint64_t cell_0;
-    int rc = reserve(vm);
+    int rc = dcp_pickle_reserve(vm);
     if (rc == 0) {
         rc = dcp_pm_take_cells(vm, 1, &cell_0);
     }
@@ -403,12 +464,18 @@ dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value)
 }
 
 void
+dcp_pickle_vm_finish(struct dcp_pickle_vm *vm)
+{
+    dcp_parray_clean_up(&vm->stack);
+    dcp_parray_clean_up(&vm->memo);
+}
+
+void
 dcp_pickle_vm_clean_up(struct dcp_pickle_vm *vm)
 {
     if (vm == NULL) {
         return;
     }
-    dcp_parray_clean_up(&vm->stack);
-    dcp_parray_clean_up(&vm->memo);
+    dcp_pickle_vm_finish(vm);
     dcp_parray_clean_up(&vm->cells);
 }

@@ -2,12 +2,14 @@
  * pickle_vm.h: a machine that runs the pickles of torch, and no others.
  *
  * A pickle is a program; Python's machine calls whatever it names.  This one calls nothing: a
- * dialect lists the globals it knows and says what calling or filling them means, everything else
- * is refused by name.  The result is a graph of tagged 64-bit values that the caller walks.
+ * dialect lists the globals it knows and says what calling or filling them means.  What it does not
+ * know it refuses by name, or lets stand as a FOREIGN value: calls of it, its items and its state
+ * are stepped over, and the first such thing is noted.  The result is a graph of tagged 64-bit
+ * values that the caller walks; it decides where a foreign value is in the way.
  *
- * Time is linear in the input, memory at most a few dozen bytes per input byte, nothing recurses.
- * DCP_E_CORRUPT: no pickle, or a damaged one.  DCP_E_UNSUPPORTED: a pickle that Python may still
- * read.  Both give the byte offset.  Threads: a machine belongs to one thread.
+ * Time is linear in the input, nothing recurses, and the arrays are bounded by the input's length
+ * (pickle_values.c).  DCP_E_CORRUPT: no pickle, or a damaged one.  DCP_E_UNSUPPORTED: a pickle that
+ * Python may still read.  Both give the byte offset.  Threads: a machine belongs to one thread.
  */
 #ifndef DCP_PICKLE_VM_H
 #define DCP_PICKLE_VM_H
@@ -35,6 +37,7 @@ enum dcp_ptag {
     DCP_P_OBJECT = 11,  /* payload: cell of its attributes << 8 | class */
     DCP_P_CUSTOM = 12,  /* the dialect's own: argument << 8 | kind */
     DCP_P_RETIRED = 13, /* the memo of a dict that became an object's attributes */
+    DCP_P_FOREIGN = 14, /* only Python could make it: absorbs whatever is put into it */
 };
 
 static inline enum dcp_ptag
@@ -80,14 +83,17 @@ dcp_p_make_class(enum dcp_ptag tag, uint32_t class_id, uint64_t arg)
     return dcp_p_make(tag, arg << 8 | class_id);
 }
 
+enum dcp_parray_kind { DCP_PARRAY_BORROWED, DCP_PARRAY_BLOCK, DCP_PARRAY_MAPPED };
+
 /* A growing array of values. */
 struct dcp_parray {
     uint64_t *data;
     size_t len, cap;
-    enum { DCP_PARRAY_BORROWED, DCP_PARRAY_BLOCK, DCP_PARRAY_MAPPED } kind;
+    size_t limit; /* values that the input's length allows; 0: any number */
+    enum dcp_parray_kind kind;
 };
 
-enum { DCP_P_MAX_CLASSES = 16, DCP_P_MAX_FIELDS = 8 };
+enum { DCP_P_MAX_CLASSES = 16, DCP_P_MAX_FIELDS = 8, DCP_P_NOTE_BYTES = 256 };
 
 /* A global that the dialect knows, by its class number. */
 struct dcp_pclass {
@@ -95,18 +101,19 @@ struct dcp_pclass {
     const char *const *fields; /* attributes, in the order of an object's cells */
     uint8_t fields_count;      /* cells of an object; the dialect's own when `fields` is NULL */
     bool is_object;            /* NEWOBJ makes one */
+    bool is_open; /* attributes of others are stepped over, not a reason to refuse it */
 };
 
 struct dcp_pickle_vm;
 struct dcp_pdialect {
     const struct dcp_pclass *classes; /* DCP_P_MAX_CLASSES at most */
     uint32_t classes_count;
-    /* module.name as a GLOBAL; refuses what is not allowed. */
+    /* module.name as a GLOBAL; refuses what is not allowed, or makes it FOREIGN. */
     int (*find_global)(struct dcp_pickle_vm *vm, struct dcp_span module, struct dcp_span name,
                        dcp_pvalue *ret);
-    /* Calls a GLOBAL with a tuple. */
+    /* Calls a GLOBAL with a tuple; FOREIGN when the dialect does not know such a call. */
     int (*reduce)(struct dcp_pickle_vm *vm, dcp_pvalue callable, dcp_pvalue args, dcp_pvalue *ret);
-    /* Fills an object from a state that is no dict; NULL when there are none. */
+    /* Fills an object from a state that is no dict, or poisons it; NULL when there are none. */
     int (*build)(struct dcp_pickle_vm *vm, dcp_pvalue object, dcp_pvalue state);
     /* What a persistent id stands for; NULL when there are none. */
     int (*persistent)(struct dcp_pickle_vm *vm, dcp_pvalue id, dcp_pvalue *ret);
@@ -124,7 +131,8 @@ struct dcp_pickle_vm {
     uint32_t marks_count;
     bool done;
     const struct dcp_pdialect *dialect;
-    void *ctx; /* the dialect's */
+    void *ctx;                   /* the dialect's */
+    char note[DCP_P_NOTE_BYTES]; /* the first foreign thing and where it is; "": there is none */
     struct dcp_error *err;
     /* The text that last stood for an attribute: the same memoised one nearly always comes again.
      */
@@ -138,6 +146,8 @@ void dcp_pickle_vm_init(struct dcp_pickle_vm *vm, const uint8_t *data, size_t le
                         size_t scratch_count, struct dcp_error *err);
 /* Runs until STOP; what follows it is not looked at. */
 int dcp_pickle_vm_run(struct dcp_pickle_vm *vm, dcp_pvalue *ret_value) DCP_MUST_CHECK;
+/* Frees what only a running machine needs; the values stay. */
+void dcp_pickle_vm_finish(struct dcp_pickle_vm *vm);
 void dcp_pickle_vm_clean_up(struct dcp_pickle_vm *vm);
 
 /* Errors of the machine and its dialects: the position is added. */
@@ -152,9 +162,23 @@ size_t dcp_pickle_quote(char out[DCP_QUOTE_BYTES], size_t used, struct dcp_span 
 int dcp_pickle_unknown_global(struct dcp_pickle_vm *vm, struct dcp_span module,
                               struct dcp_span name);
 
-/* Room for `count` values in all; for the machine. */
-int dcp_parray_reserve(struct dcp_parray *array, size_t count,
-                       struct dcp_error *err) DCP_MUST_CHECK;
+/* ---- foreign values ---- */
+
+/* Notes something that only Python could make, unless something was noted before; returns the value
+ * that stands for it.  `text` (of the file) may be empty. */
+dcp_pvalue dcp_pickle_foreign(struct dcp_pickle_vm *vm, const char *what, struct dcp_span text);
+dcp_pvalue dcp_pickle_foreign_global(struct dcp_pickle_vm *vm, struct dcp_span module,
+                                     struct dcp_span name);
+/* Makes every attribute of an object FOREIGN: whoever needs one sees that it cannot be had. */
+void dcp_pickle_poison(struct dcp_pickle_vm *vm, dcp_pvalue object);
+
+/* ---- memory, for the machine ---- */
+
+/* Limits and first sizes of the arrays, by the input's length. */
+int dcp_pickle_reserve(struct dcp_pickle_vm *vm) DCP_MUST_CHECK;
+/* Room for `count` values in all; DCP_E_UNSUPPORTED beyond the limit. */
+int dcp_pickle_grow(struct dcp_pickle_vm *vm, struct dcp_parray *array,
+                    size_t count) DCP_MUST_CHECK;
 void dcp_parray_clean_up(struct dcp_parray *array);
 
 static inline bool

@@ -2,9 +2,10 @@
  * read_plan.c: which parts of which saved chunks fill which parts of which targets.
  *
  * Targets are visited grouped by tensor, so the index over a tensor's chunks is built once however
- * many targets it has, and only one exists at a time.  Coverage is proven by volume: overlaps that
- * do not meet each other add up to the target exactly when there is no hole; when saved chunks do
- * overlap, the volume of their union is computed instead.
+ * many targets it has, and only one exists at a time.  Overlaps come in the order in which a grid
+ * is laid, so that they cover the target is mostly proven as they are found, each beginning where
+ * the one before it ended.  Where they do not come so (irregular pieces, saved chunks that overlap,
+ * or a hole), the volume of their union tells.
  *
  * Threads: a plan belongs to its caller.
  */
@@ -15,7 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "interval.h"
+#include "box_cover.h"
+#include "chunk_index.h"
 
 static int
 out_of_memory(struct dcp_error *err)
@@ -81,6 +83,7 @@ dcp_read_plan_clean_up(struct dcp_read_plan *plan)
     dcp_free(plan->targets);
     dcp_free(plan->items);
     dcp_free(plan->dims);
+    dcp_free(plan->delivered);
     memset(plan, 0, sizeof *plan);
 }
 
@@ -166,16 +169,15 @@ dcp_read_plan_add(struct dcp_read_plan *plan, uint64_t entry_index, uint8_t *dat
 
 struct builder {
     struct dcp_read_plan *plan;
-    struct dcp_interval_index index;
-    uint64_t *boxes; /* of the current target: 2 * ndim numbers per overlap, in the target */
-    uint64_t boxes_count;
+    struct dcp_chunk_index index;
+    struct dcp_tiling tiling; /* of the current target by its overlaps */
+    uint64_t *boxes;    /* of the current target: 2 * ndim numbers per overlap, in the target */
     uint64_t boxes_cap; /* numbers */
     uint64_t hole_bytes;
     bool strict;
 };
 
-/* Only a chunk that storage_data knows can be read; what was stored through transforms, Python
- * reads, by what the pickle says of them, which our index does not repeat. */
+/* Only a chunk that storage_data knows can be read. */
 static int
 check_chunk(const struct dcp_metadata *md, const struct dcp_md_entry *entry, uint64_t chunk_index,
             struct dcp_error *err)
@@ -188,19 +190,13 @@ check_chunk(const struct dcp_metadata *md, const struct dcp_md_entry *entry, uin
                              name_len(entry), md->strings + entry->name,
                              chunk_index - entry->first_chunk);
     }
-    if (chunk->transforms != 0 && md->is_native) {
-        return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
-                             "%.*s: the index says that it was stored through transforms, which no "
-                             "save of ours does",
-                             name_len(entry), md->strings + entry->name);
-    }
     return 0;
 }
 
 static int
 add_item(struct dcp_read_plan *plan, uint64_t target, uint64_t chunk, struct dcp_error *err)
 {
-    int rc = grow_items(plan, err);
+    int rc = plan->items_count < plan->items_cap ? 0 : grow_items(plan, err);
     if (rc == 0) {
         plan->items[plan->items_count++] =
             (struct dcp_read_item){.chunk = chunk, .target = target, .dims = plan->dims_count};
@@ -208,58 +204,38 @@ add_item(struct dcp_read_plan *plan, uint64_t target, uint64_t chunk, struct dcp
     return rc;
 }
 
-/* Adds the overlap of a chunk with a target as an item, if there is one.  *ret_volume is in
- * elements. */
+/* Adds the overlap of a chunk with a target as an item, if there is one. */
 static int
-add_overlap(struct builder *builder, uint64_t target_index, uint64_t chunk_index,
-            uint64_t *ret_volume, struct dcp_error *err)
+add_overlap(struct builder *builder, const struct dcp_md_entry *entry, uint64_t target_index,
+            uint64_t chunk_index, struct dcp_error *err)
 {
     struct dcp_read_plan *plan = builder->plan;
     const struct dcp_metadata *md = plan->md;
-    uint64_t entry_index = plan->targets[target_index].entry;
-    const struct dcp_md_entry *entry = &md->entries[entry_index];
-    uint32_t ndim = entry->ndim;
+    const uint64_t ndim = entry->ndim;
     const uint64_t *chunk = md->dims + md->chunks[chunk_index].dims;
-    *ret_volume = 0;
-    int rc = grow_dims(plan, 3 * (uint64_t)ndim, err);
+    int rc = plan->dims_cap - plan->dims_count >= 3 * ndim ? 0 : grow_dims(plan, 3 * ndim, err);
     if (rc != 0) {
         return rc;
     }
     const uint64_t *target = plan->dims + plan->targets[target_index].dims;
     uint64_t *overlap = plan->dims + plan->dims_count;
-    uint64_t volume = 1;
-    for (uint32_t d = 0; d < ndim; d++) {
-        uint64_t chunk_end;
-        if (dcp_add_overflows_u64(chunk[d], chunk[ndim + d], &chunk_end)) {
-            chunk_end = UINT64_MAX;
-        }
+    for (uint64_t d = 0; d < ndim; d++) {
         uint64_t start = dcp_max_u64(chunk[d], target[d]);
-        uint64_t end = dcp_min_u64(chunk_end, target[d] + target[ndim + d]);
+        uint64_t end = dcp_min_u64(chunk[d] + chunk[ndim + d], target[d] + target[ndim + d]);
         if (start >= end) {
             return 0;
         }
         overlap[d] = start - chunk[d];
         overlap[ndim + d] = start - target[d];
         overlap[2 * ndim + d] = end - start;
-        volume *= end - start;
     }
     rc = check_chunk(md, entry, chunk_index, err);
     if (rc == 0) {
         rc = add_item(plan, target_index, chunk_index, err);
     }
     if (rc == 0) {
-        plan->dims_count += 3 * (uint64_t)ndim;
-        void *boxes = builder->boxes;
-        rc = grow(&boxes, builder->boxes_count * 2 * ndim, &builder->boxes_cap, 2 * (uint64_t)ndim,
-                  sizeof *builder->boxes, err);
-        builder->boxes = boxes;
-    }
-    if (rc == 0) {
-        for (uint32_t i = 0; i < 2 * ndim; i++) {
-            builder->boxes[builder->boxes_count * 2 * ndim + i] = overlap[ndim + i];
-        }
-        builder->boxes_count++;
-        *ret_volume = volume;
+        plan->dims_count += 3 * ndim;
+        dcp_tiling_add(&builder->tiling, overlap + ndim, overlap + 2 * ndim);
     }
     return rc;
 }
@@ -277,34 +253,62 @@ box_text(const uint64_t *box, uint32_t ndim, char *text, size_t cap)
     }
 }
 
-/* Compares what the overlaps cover with what the target asks for. */
+/* Elements of a target that the items from `first_item` on cover. */
 static int
-check_coverage(struct builder *builder, uint64_t target_index, uint64_t target_volume,
-               uint64_t overlaps_volume, struct dcp_error *err)
+covered_volume(struct builder *builder, uint32_t ndim, uint64_t first_item, uint64_t *ret_volume,
+               struct dcp_error *err)
 {
-    struct dcp_read_plan *plan = builder->plan;
-    const struct dcp_target *target = &plan->targets[target_index];
-    const struct dcp_md_entry *entry = &plan->md->entries[target->entry];
-    struct dcp_box_list list = {builder->boxes, builder->boxes_count, entry->ndim};
-    uint64_t covered = overlaps_volume;
-    if (list.boxes_count > 1 && !dcp_boxes_are_disjoint(&list, builder->index.dim)) {
-        int rc = dcp_boxes_union_volume(&list, &covered, err);
-        if (rc != 0) {
-            return rc;
+    const struct dcp_read_plan *plan = builder->plan;
+    uint64_t count = plan->items_count - first_item;
+    void *boxes = builder->boxes;
+    int rc = grow(&boxes, 0, &builder->boxes_cap, dcp_max_u64(count * 2 * ndim, 1),
+                  sizeof *builder->boxes, err);
+    builder->boxes = boxes;
+    if (rc != 0) {
+        return rc;
+    }
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t *in_target = plan->dims + plan->items[first_item + i].dims + ndim;
+        for (uint64_t n = 0; n < 2 * (uint64_t)ndim; n++) {
+            builder->boxes[i * 2 * ndim + n] = in_target[n];
         }
     }
-    DCP_ASSERT(covered <= target_volume);
-    uint64_t hole_bytes = (target_volume - covered) * dcp_dtype_bytes(entry->dtype);
+    struct dcp_box_list list = {builder->boxes, count, ndim};
+    return dcp_boxes_union_volume(&list, ret_volume, err);
+}
+
+/* Compares what the overlaps, the items from `first_item` on, cover with what the target asks for.
+ */
+static int
+check_coverage(struct builder *builder, const struct dcp_md_entry *entry, uint64_t target_index,
+               uint64_t first_item, struct dcp_error *err)
+{
+    struct dcp_read_plan *plan = builder->plan;
+    const uint64_t *target = plan->dims + plan->targets[target_index].dims;
+    uint64_t covered, volume = 1;
+    if (dcp_tiling_holds(&builder->tiling)) {
+        return 0;
+    }
+    int rc = covered_volume(builder, entry->ndim, first_item, &covered, err);
+    if (rc != 0) {
+        return rc;
+    }
+    for (uint32_t d = 0; d < entry->ndim; d++) {
+        volume *= target[entry->ndim + d];
+    }
+    DCP_ASSERT(covered <= volume);
+    uint64_t hole_bytes = (volume - covered) * dcp_dtype_bytes(entry->dtype);
     builder->hole_bytes += hole_bytes;
+    plan->targets[target_index].hole_bytes = hole_bytes;
     if (hole_bytes > 0 && builder->strict) {
         char text[256];
-        box_text(plan->dims + target->dims, entry->ndim, text, sizeof text);
+        box_text(target, entry->ndim, text, sizeof text);
         return dcp_error_set(err, DCP_E_HOLE, 0, NULL,
                              "%.*s: the saved chunks lack %" PRIu64 " of the %" PRIu64
                              " bytes of the target box %s; save it again, or load with "
                              "strict_coverage off to keep what is in memory there",
                              name_len(entry), plan->md->strings + entry->name, hole_bytes,
-                             target_volume * dcp_dtype_bytes(entry->dtype), text);
+                             volume * dcp_dtype_bytes(entry->dtype), text);
     }
     return 0;
 }
@@ -313,41 +317,37 @@ static int
 build_target(struct builder *builder, uint64_t target_index, struct dcp_error *err)
 {
     struct dcp_read_plan *plan = builder->plan;
+    struct dcp_chunk_index *index = &builder->index;
     uint64_t entry_index = plan->targets[target_index].entry;
     const struct dcp_md_entry *entry = &plan->md->entries[entry_index];
     if (entry->kind == DCP_ITEM_BYTES) {
         int rc = check_chunk(plan->md, entry, entry->first_chunk, err);
         return rc == 0 ? add_item(plan, target_index, entry->first_chunk, err) : rc;
     }
-    uint64_t volume = 1;
+    uint64_t starts[DCP_MAX_DIMS], ends[DCP_MAX_DIMS], sizes[DCP_MAX_DIMS];
+    const uint64_t *box = plan->dims + plan->targets[target_index].dims;
     for (uint32_t d = 0; d < entry->ndim; d++) {
-        volume *= plan->dims[plan->targets[target_index].dims + entry->ndim + d];
+        starts[d] = box[d];
+        sizes[d] = box[entry->ndim + d];
+        ends[d] = starts[d] + sizes[d];
+        if (sizes[d] == 0) {
+            return 0;
+        }
     }
-    if (volume == 0) {
-        return 0;
-    }
-    int rc = dcp_interval_build(&builder->index, plan->md, entry_index, err);
+    int rc = dcp_chunk_index_build(index, plan->md, entry_index, err);
     if (rc != 0) {
         return rc;
     }
-    uint64_t start = 0, end = 1, first, last;
-    if (entry->ndim > 0) {
-        const uint64_t *box = plan->dims + plan->targets[target_index].dims + builder->index.dim;
-        start = box[0];
-        end = box[0] + box[entry->ndim];
-    }
-    dcp_interval_query(&builder->index, start, end, &first, &last);
-    builder->boxes_count = 0;
-    uint64_t overlaps_volume = 0;
-    for (uint64_t i = first; i < last; i++) {
-        uint64_t overlap;
-        rc = add_overlap(builder, target_index, builder->index.keys[i].chunk, &overlap, err);
+    uint64_t first_item = plan->items_count;
+    dcp_tiling_init(&builder->tiling, entry->ndim, sizes);
+    for (uint64_t at = dcp_chunk_index_next(index, starts, ends, 0); at < index->chunks_count;
+         at = dcp_chunk_index_next(index, starts, ends, at + 1)) {
+        rc = add_overlap(builder, entry, target_index, dcp_chunk_index_at(index, at), err);
         if (rc != 0) {
             return rc;
         }
-        overlaps_volume += overlap;
     }
-    return check_coverage(builder, target_index, volume, overlaps_volume, err);
+    return check_coverage(builder, entry, target_index, first_item, err);
 }
 
 struct visit {
@@ -389,7 +389,7 @@ dcp_read_plan_build(struct dcp_read_plan *plan, bool strict, uint64_t *ret_hole_
     if (rc == 0 && ret_hole_bytes != NULL) {
         *ret_hole_bytes = builder.hole_bytes;
     }
-    dcp_interval_clean_up(&builder.index);
+    dcp_chunk_index_clean_up(&builder.index);
     dcp_free(builder.boxes);
     dcp_free(visits);
     return rc;

@@ -15,8 +15,9 @@
 #include "dcp_convert.h"
 #include "read_box.h"
 
-/* Elements converted at a time when one side is no run: two buffers of 16 KiB at most. */
-enum { CONVERT_ITEMS = 2048, CONVERT_ITEM_BYTES = 8 };
+/* Each of two buffers on the stack, for when one side is no run.  Several rows fit, so that a
+ * transposed target is written in runs; both stay in the second level of the cache. */
+enum { CONVERT_BYTES = 32 << 10 };
 
 /* Where the elements of an overlap come from. */
 struct source {
@@ -36,12 +37,12 @@ convert_elements(const struct dcp_read_box *box, const struct source *source, ui
         dcp_convert(run, box->target_dtype, source->run, box->dtype, count);
         return;
     }
-    uint8_t saved[CONVERT_ITEMS * CONVERT_ITEM_BYTES], made[CONVERT_ITEMS * CONVERT_ITEM_BYTES];
-    DCP_ASSERT(box->item_bytes <= CONVERT_ITEM_BYTES &&
-               box->target_item_bytes <= CONVERT_ITEM_BYTES);
+    uint8_t saved[CONVERT_BYTES], made[CONVERT_BYTES];
+    uint64_t step = CONVERT_BYTES / dcp_max_u64(source->run != NULL ? 1 : box->item_bytes,
+                                                run != NULL ? 1 : box->target_item_bytes);
     int64_t dense[DCP_MAX_DIMS];
-    for (uint64_t done = 0; done < count; done += CONVERT_ITEMS) {
-        uint64_t n = dcp_min_u64(CONVERT_ITEMS, count - done), at = first + done;
+    for (uint64_t done = 0; done < count; done += step) {
+        uint64_t n = dcp_min_u64(step, count - done), at = first + done;
         const uint8_t *from = saved;
         uint8_t *to = run != NULL ? run + done * box->target_item_bytes : made;
         if (source->run != NULL) {

@@ -333,27 +333,13 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
 
 /* ---- the walk ---- */
 
-static uint64_t
-wanted_of(const struct dcp_reader *reader, const struct dcp_read_item *item)
-{
-    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
-    if (entry->kind == DCP_ITEM_BYTES) {
-        return reader->plan->md->chunks[item->chunk].length_bytes;
-    }
-    uint64_t bytes = dcp_dtype_bytes(entry->dtype);
-    for (uint32_t d = 0; d < entry->ndim; d++) {
-        bytes *= reader->plan->dims[item->dims + 2 * (uint64_t)entry->ndim + d];
-    }
-    return bytes;
-}
-
 static int
 enter_file(struct dcp_reader *reader, const struct visit *visits, uint64_t left,
            struct dcp_error *err)
 {
     uint64_t wanted = 0;
     for (uint64_t i = 0; i < left && visits[i].file == visits[0].file; i++) {
-        wanted += wanted_of(reader, &reader->plan->items[visits[i].item]);
+        wanted += dcp_read_item_bytes(reader->plan, &reader->plan->items[visits[i].item]);
     }
     int rc = dcp_read_request_push(reader, err);
     if (rc != 0) {

@@ -318,8 +318,16 @@ dcp_read_deliver(struct dcp_reader *reader, const struct dcp_read_file *file,
                  const struct dcp_read_use *use, const uint8_t *bytes, bool in_place,
                  struct dcp_error *err)
 {
+    const struct dcp_read_plan *plan = reader->plan;
+    uint64_t target = use->item->target;
+    dcp_target_touch(plan, target);
     if (use->kind == DCP_READ_USE_RECORD) {
-        return deliver_record(reader, file, use, bytes, err);
+        int rc = deliver_record(reader, file, use, bytes, err);
+        dcp_target_deliver(plan, target, rc == 0 ? dcp_read_item_bytes(plan, use->item) : 0);
+        return rc;
     }
-    return deliver_range(reader, file, use, bytes, in_place, err);
+    uint64_t before = reader->stats.wanted_bytes;
+    int rc = deliver_range(reader, file, use, bytes, in_place, err);
+    dcp_target_deliver(plan, target, reader->stats.wanted_bytes - before);
+    return rc;
 }

@@ -113,6 +113,9 @@ deliver_mapped(struct dcp_reader *reader, struct dcp_read_request *request, bool
                            ": it was cut short while it was loaded, or its device failed",
                            request->file->path, span->from_bytes, span->to_bytes);
         err->offset_bytes = span->from_bytes;
+        for (uint32_t i = 0; i < request->uses_count; i++) {
+            dcp_target_spoil(reader->plan, request->uses[i].item->target);
+        }
     }
     return rc;
 }
@@ -325,7 +328,8 @@ int
 dcp_read_through_ring(struct dcp_reader *reader, const struct dcp_read_use *use,
                       struct dcp_error *err)
 {
-    if (dcp_read_request_room(reader, use->at_bytes) < use->len_bytes) {
+    uint64_t room = dcp_read_request_room(reader, use->at_bytes);
+    if (room == 0 || room < use->len_bytes) {
         int rc = request_begin(reader, err);
         if (rc != 0) {
             return rc;
@@ -349,6 +353,7 @@ dcp_read_in_place(struct dcp_reader *reader, const struct dcp_read_use *use, uin
         return rc;
     }
     struct dcp_read_request *request = dcp_read_current(reader);
+    dcp_target_touch(reader->plan, use->item->target);
     request->in_place = true;
     request->data = target;
     request->capacity_bytes = use->len_bytes;

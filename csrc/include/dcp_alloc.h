@@ -24,6 +24,9 @@ void dcp_free(void *block);                         /* NULL is fine */
 
 /* Bytes that are allocated now, mappings included.  Tests compare before and after. */
 uint64_t dcp_alloc_live_bytes(void);
+/* The most bytes that were allocated at a time since the last reset. */
+uint64_t dcp_alloc_peak_bytes(void);
+void dcp_alloc_reset_peak(void);
 /* Tests: the allocation number `n` from now on fails, and all after it; 0 switches it off. */
 void dcp_alloc_fail_after(uint64_t n);
 
@@ -80,6 +83,10 @@ void dcp_bump_clean_up(struct dcp_bump *bump);
  * fork, not dumped. */
 void *dcp_map_huge(size_t size, struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_unmap_huge(void *block, size_t size);
+/* Grows or shrinks such a block, by moving its pages and not their bytes; the old one stays valid
+ * on failure. */
+void *dcp_remap_huge(void *block, size_t old_size, size_t size,
+                     struct dcp_error *err) DCP_MUST_CHECK;
 
 #ifdef __cplusplus
 }

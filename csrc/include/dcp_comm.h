@@ -88,6 +88,9 @@ enum dcp_failure_kind {
     DCP_FAILURE_NONE = 0,
     DCP_FAILURE_CORE = 1,   /* bytes are a struct dcp_error */
     DCP_FAILURE_PYTHON = 2, /* bytes are a pickled (exception, StackSummary) */
+    /* With one of them, when it is sent: this rank failed only because another one did.  Such
+     * records reach nobody where there is a cause. */
+    DCP_FAILURE_ECHO = 0x80,
 };
 
 struct dcp_failure {

@@ -106,6 +106,7 @@ struct dcp_target {
     uint64_t dims; /* index in dcp_read_plan.dims of 2 * ndim numbers: box offsets, box sizes */
     uint8_t kind;  /* enum dcp_target_kind */
     uint8_t dtype; /* of the memory, when it is another than saved (dcp_can_convert), else 0 */
+    uint64_t hole_bytes; /* that no saved chunk covers; known once the plan is built */
 };
 
 /* One overlap of a saved chunk with a target. */
@@ -142,6 +143,9 @@ struct dcp_read_plan {
     uint64_t dims_count, dims_cap;
     uint64_t wanted_bytes; /* payload bytes that targets ask for */
     uint64_t objects_count;
+    /* Owned, one word per target: DCP_TARGET_ bits and the bytes delivered.  NULL: nobody counts.
+     */
+    _Atomic uint64_t *delivered;
     dcp_piece_fn on_piece; /* set by the caller before reading; NULL without targets that need it */
     void *on_piece_ctx;
 };
@@ -152,10 +156,65 @@ void dcp_read_plan_clean_up(struct dcp_read_plan *plan);
 int dcp_read_plan_add(struct dcp_read_plan *plan, uint64_t entry, uint8_t *data,
                       const int64_t *strides_bytes, const uint64_t *offsets, const uint64_t *sizes,
                       uint64_t *ret_target, struct dcp_error *err) DCP_MUST_CHECK;
-/* Finds the overlaps: interval index per entry, O(hits).  A target that saved chunks do not cover
- * is DCP_E_HOLE, named by tensor and box, or with `strict` false counted in *ret_holes (bytes). */
+/* Finds the overlaps: a tree of boxes per entry, O(log n + hits).  A target that saved chunks do
+ * not cover is DCP_E_HOLE, named by tensor and box, or with `strict` false counted in *ret_holes
+ * (bytes). */
 int dcp_read_plan_build(struct dcp_read_plan *plan, bool strict, uint64_t *ret_hole_bytes,
                         struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- what has arrived ---- */
+
+/* Bits of dcp_read_plan.delivered: the target's memory may have been written to; something that
+ * counts as delivered did not reach it. */
+#define DCP_TARGET_TOUCHED (1ull << 63)
+#define DCP_TARGET_SPOILED (1ull << 62)
+
+enum dcp_target_state {
+    DCP_TARGET_UNTOUCHED = 0, /* certainly as it was before the load */
+    DCP_TARGET_PARTLY = 1,    /* some of its bytes may be new */
+    DCP_TARGET_FILLED = 2,    /* all bytes that the checkpoint has are there */
+};
+
+/* Counts from now on what arrives in the targets of a plan that is built. */
+int dcp_read_plan_track(struct dcp_read_plan *plan, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Whoever fills targets calls this before the first byte of a target's memory can change. */
+static inline void
+dcp_target_touch(const struct dcp_read_plan *plan, uint64_t target)
+{
+    if (plan->delivered != NULL) {
+        atomic_fetch_or_explicit(&plan->delivered[target], DCP_TARGET_TOUCHED,
+                                 memory_order_relaxed);
+    }
+}
+
+/* And this when bytes are in place and, where they are verified at all, verified. */
+static inline void
+dcp_target_deliver(const struct dcp_read_plan *plan, uint64_t target, uint64_t bytes)
+{
+    if (plan->delivered != NULL) {
+        atomic_fetch_add_explicit(&plan->delivered[target], bytes, memory_order_relaxed);
+    }
+}
+
+/* Whoever takes pieces calls this for one that it could not put into place. */
+static inline void
+dcp_target_spoil(const struct dcp_read_plan *plan, uint64_t target)
+{
+    if (plan->delivered != NULL) {
+        atomic_fetch_or_explicit(&plan->delivered[target], DCP_TARGET_TOUCHED | DCP_TARGET_SPOILED,
+                                 memory_order_relaxed);
+    }
+}
+
+/* One enum dcp_target_state per target; `objects` stands for all objects, which have no memory
+ * here. */
+int dcp_read_plan_states(const struct dcp_read_plan *plan, enum dcp_target_state objects,
+                         uint8_t *ret_states, struct dcp_error *err) DCP_MUST_CHECK;
+/* Payload bytes of an overlap; of an object, its record's. */
+uint64_t dcp_read_item_bytes(const struct dcp_read_plan *plan, const struct dcp_read_item *item);
+/* The overlap is all of its chunk and all of its target: nothing is resharded. */
+bool dcp_read_item_is_whole(const struct dcp_read_plan *plan, const struct dcp_read_item *item);
 
 struct dcp_read_stats {
     uint64_t read_bytes; /* by this rank, from storage or the page cache */

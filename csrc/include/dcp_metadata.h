@@ -91,6 +91,8 @@ struct dcp_md_file {
     uint32_t reserved;
 };
 
+enum { DCP_FOREIGN_BYTES = 256 };
+
 /* Flat arrays, owned (or borrowed from a mapped image; `owned` says which).  Read only once built.
  */
 struct dcp_metadata {
@@ -105,19 +107,29 @@ struct dcp_metadata {
     struct dcp_md_file *files;
     uint32_t files_count;
     bool owned;
-    bool is_native;               /* written by us: footer present and valid */
+    bool is_native;   /* written by us: footer present and valid */
+    uint64_t tail_at; /* where dcp_metadata_read_tail can begin; 0: only the whole helps */
     struct dcp_save_id save_id;   /* of the footer; zero when stock */
     struct dcp_save_id *accepted; /* owned, ascending: other saves whose data files are linked */
     uint32_t accepted_count;
+    /* The first thing that only Python could rebuild (an unknown global, an attribute of others)
+     * and where it is; "": nothing.  The flat form does not depend on it. */
+    char foreign[DCP_FOREIGN_BYTES];
     uint32_t *name_index;    /* hash table of entries by name, owned */
     uint64_t name_index_cap; /* power of two */
 };
 
 /* Reads an image: our index when the footer holds, else the pickle by an allow-listed reader.
- * DCP_E_UNSUPPORTED: unknown globals or extra attributes (the caller may let torch unpickle it);
- * DCP_E_CORRUPT: damaged, with what and where.  Time and memory are bounded by `len`. */
+ * Unknown globals and attributes of others are stepped over and named in `foreign`.
+ * DCP_E_UNSUPPORTED: they are where the loader needs to look (the caller may let torch unpickle
+ * it); DCP_E_CORRUPT: damaged, with what and where.  Time is linear in `len`; beyond the image,
+ * memory is 2 times `len` for torch's files, 16 times and 256 KiB at most. */
 int dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret,
                       struct dcp_error *err) DCP_MUST_CHECK;
+/* The same of an image's bytes from `tail_at` on, for those whom somebody sends them that has read
+ * and checked the whole: a pickle is 20 times as long as what follows it. */
+int dcp_metadata_read_tail(const uint8_t *tail, size_t len, struct dcp_metadata *ret,
+                           struct dcp_error *err) DCP_MUST_CHECK;
 /* The same from the pickle alone (tests compare the two). */
 int dcp_metadata_read_pickle(const uint8_t *image, size_t len, struct dcp_metadata *ret,
                              struct dcp_error *err) DCP_MUST_CHECK;

@@ -20,6 +20,7 @@
 #include "dcp_comm.h"
 #include "dcp_commit.h"
 #include "dcp_engine.h"
+#include "dcp_shm.h"
 
 /* ---- group ---- */
 struct dcp_group;
@@ -186,6 +187,7 @@ struct dcp_load_params {
     bool verify, verify_all; /* as of struct dcp_engine_options */
     enum dcp_direct direct;
     enum dcp_read_once read_once;
+    const struct dcp_shm *shm; /* for what is read once; NULL: this rank reads for itself */
 };
 
 int dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
@@ -198,6 +200,8 @@ void dcp_load_destroy(struct dcp_load *load);
 int dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_local_code,
                   struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 const struct dcp_metadata *dcp_load_metadata(const struct dcp_load *load);
+/* What this rank read the metadata from: the file; or, on other ranks than the coordinator, maybe
+ * what stands behind its pickle. */
 struct dcp_span dcp_load_metadata_image(const struct dcp_load *load);
 bool dcp_load_rank_local(const struct dcp_load *load);
 
@@ -205,8 +209,13 @@ bool dcp_load_rank_local(const struct dcp_load *load);
 int dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
                     struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
 
+/* Not collective, but ranks of one host wait for each other while they read what several of them
+ * want: after the agreement on planning every rank calls this or dcp_load_status.  DCP_E_PEER: it
+ * broke off because another rank did, which the next dcp_load_status names. */
 int dcp_load_read(struct dcp_load *load, const struct dcp_read_plan *plan, atomic_int *cancel,
                   _Atomic uint64_t *progress_bytes, dcp_record_fn on_record, void *on_record_ctx,
                   struct dcp_read_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;
+/* Why this rank shared nothing of what it read with others of its host; "" when it did. */
+const char *dcp_load_share_reason(const struct dcp_load *load);
 
 #endif

@@ -204,20 +204,70 @@ show_targets(const struct load_targets *targets)
                          targets->is_v_2_3 ? Py_True : Py_False);
 }
 
+/* (target, number of the chunk in its tensor, offsets in the chunk, in the target, lengths). */
+static PyObject *
+show_read_item(const struct dcp_read_plan *plan, const struct dcp_read_item *item)
+{
+    const struct dcp_md_entry *entry = &plan->md->entries[plan->targets[item->target].entry];
+    uint32_t ndim = entry->kind == DCP_ITEM_BYTES ? 0 : entry->ndim;
+    const uint64_t *dims = plan->dims + item->dims;
+
+    return Py_BuildValue("(KKNNN)", (unsigned long long)item->target,
+                         (unsigned long long)(item->chunk - entry->first_chunk),
+                         numbers_as_tuple(dims, ndim), numbers_as_tuple(dims + ndim, ndim),
+                         numbers_as_tuple(dims + 2 * (size_t)ndim, ndim));
+}
+
+/* Finds the overlaps and adds them as "items", and "hole_bytes", to what is shown. */
+static int
+show_read_items(const struct native_state *state, struct dcp_read_plan *plan, PyObject *shown)
+{
+    uint64_t hole_bytes;
+    struct dcp_error err;
+    PyObject *items;
+    int rc = 0;
+
+    dcp_error_clear(&err);
+    if (dcp_read_plan_build(plan, false, &hole_bytes, &err) != 0) {
+        native_set_error(state->error_class, &err);
+        return -1;
+    }
+    items = PyList_New(0);
+    for (uint64_t i = 0; items != NULL && rc == 0 && i < plan->items_count; i++) {
+        rc = append(items, show_read_item(plan, &plan->items[i]));
+    }
+    if (items == NULL || rc != 0) {
+        Py_XDECREF(items);
+        return -1;
+    }
+    rc = PyDict_SetItemString(shown, "items", items);
+    Py_DECREF(items);
+    if (rc == 0) {
+        PyObject *holes = PyLong_FromUnsignedLongLong(hole_bytes);
+        rc = holes == NULL ? -1 : PyDict_SetItemString(shown, "hole_bytes", holes);
+        Py_XDECREF(holes);
+    }
+    return rc;
+}
+
 PyDoc_STRVAR(debug_targets_doc,
              "_debug_targets(metadata, state_dict, *, flatten_state_dict=True, "
-             "flatten_sharded_tensors=True, allow_partial_load=False)\n--\n\n"
-             "Where a load of a `.metadata` image into a state dict would put what it reads, for "
-             "tests.");
+             "flatten_sharded_tensors=True, allow_partial_load=False, items=False)\n--\n\n"
+             "Where a load of a `.metadata` image into a state dict would put what it reads, and "
+             "with `items` from which chunks, for tests.");
 
 static PyObject *
 debug_targets(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"metadata",           "state_dict",
-                               "flatten_state_dict", "flatten_sharded_tensors",
-                               "allow_partial_load", NULL};
-    int flatten = 1, flatten_sharded = 1, partial = 0;
-    struct load_targets_options options;
+    static char *keywords[] = {"metadata",
+                               "state_dict",
+                               "flatten_state_dict",
+                               "flatten_sharded_tensors",
+                               "allow_partial_load",
+                               "items",
+                               NULL};
+    int flatten = 1, flatten_sharded = 1, partial = 0, items = 0;
+    struct load_targets_options options = {0};
     struct load_targets targets = {0};
     struct dcp_metadata md = {0};
     struct native_state *state = PyModule_GetState(module);
@@ -226,8 +276,9 @@ debug_targets(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_ssize_t len;
     struct dcp_error err;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#O|$ppp:_debug_targets", keywords, &image,
-                                     &len, &state_dict, &flatten, &flatten_sharded, &partial) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#O|$pppp:_debug_targets", keywords, &image,
+                                     &len, &state_dict, &flatten, &flatten_sharded, &partial,
+                                     &items) ||
         native_state_load(module) != 0) {
         return NULL;
     }
@@ -241,6 +292,9 @@ debug_targets(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     if (load_targets_build(state, &md, state_dict, &options, &targets) == 0) {
         result = show_targets(&targets);
+    }
+    if (result != NULL && items && show_read_items(state, &targets.plan, result) != 0) {
+        Py_CLEAR(result);
     }
     load_targets_clean_up(&targets);
     dcp_metadata_clean_up(&md);

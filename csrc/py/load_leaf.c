@@ -278,6 +278,7 @@ add_dtensor(struct load_builder *b, PyObject *dtensor)
     }
     if (b->entry->kind == DCP_ITEM_BYTES) {
         b->targets->replaced_count++;
+        load_mark(b, LOAD_REPLACED);
         rc = load_add_object(b);
     } else {
         rc = answer == DTENSOR_ASK_TORCH ? 1
@@ -312,7 +313,10 @@ add_other(struct load_builder *b, PyObject *value)
     }
     if (b->entry->kind == DCP_ITEM_BYTES) {
         is = PyObject_IsInstance(value, b->state->tensor_type);
-        b->targets->replaced_count += is > 0;
+        if (is > 0) {
+            b->targets->replaced_count++;
+            load_mark(b, LOAD_REPLACED);
+        }
         return is < 0 ? -1 : load_add_object(b);
     }
     return add_through_torch(b, value);
@@ -341,6 +345,7 @@ load_add_leaf(struct load_builder *b)
     }
     if (b->entry->kind == DCP_ITEM_BYTES) {
         b->targets->replaced_count++;
+        load_mark(b, LOAD_REPLACED);
         return load_add_object(b);
     }
     return add_plain_tensor(b, value, &view);

@@ -10,7 +10,9 @@
 #include <stdatomic.h>
 
 #include "errors.h"
+#include "key_filter.h"
 #include "load_receive.h"
+#include "load_report.h"
 #include "native_run.h"
 
 /* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
@@ -98,7 +100,7 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     static char *names[] = {"group",           "path",   "rank",      "call_hash", "verify",
                             "strict_coverage", "direct", "read_once", NULL};
     struct module_state *state = module_state_of(type);
-    struct dcp_load_params params = {.io = dcp_io_posix()};
+    struct dcp_load_params params = {.io = dcp_io_posix(), .shm = dcp_shm_posix()};
     unsigned long long call_hash = 0;
     unsigned int rank = 0;
     int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO, once = DCP_READ_ONCE_HOST;
@@ -184,46 +186,84 @@ load_open(PyObject *object, PyObject *record)
     return run_collective(object, step_open, record);
 }
 
-PyDoc_STRVAR(targets_doc, "targets(state_dict, *, flatten_state_dict=True, "
-                          "flatten_sharded_tensors=True, allow_partial_load=False)\n--\n\n"
-                          "Plan the reads that fill a state dict.");
+PyDoc_STRVAR(targets_doc,
+             "targets(state_dict, *, flatten_state_dict=True, "
+             "flatten_sharded_tensors=True, allow_partial_load=False, "
+             "names=None, predicate=None)\n--\n\n"
+             "Plan the reads that fill a state dict.  With `names` (tuple of str: keys "
+             "and prefixes of whole components) only the leaves that one of them or "
+             "`predicate` selects; then returns (names that selected nothing, "
+             "top-level keys with selected leaves).");
+
+/* Targets, their overlaps, and the counting of what arrives in them. */
+static int
+plan_targets(struct load_object *self, struct module_state *state, PyObject *state_dict,
+             const struct load_targets_options *options)
+{
+    struct dcp_error err;
+    int rc;
+
+    load_targets_clean_up(&self->targets);
+    if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, options,
+                           &self->targets) != 0) {
+        return -1;
+    }
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc =
+        dcp_read_plan_build(&self->targets.plan, self->strict_coverage, &self->hole_bytes, &err);
+    if (rc == 0) {
+        rc = dcp_read_plan_track(&self->targets.plan, &err);
+    }
+    Py_END_ALLOW_THREADS if (rc != 0)
+    {
+        native_set_error(state->error_class, &err);
+    }
+    return rc;
+}
 
 static PyObject *
 load_set_targets(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"state_dict", "flatten_state_dict", "flatten_sharded_tensors",
-                            "allow_partial_load", NULL};
+    static char *keywords[] = {"state_dict",
+                               "flatten_state_dict",
+                               "flatten_sharded_tensors",
+                               "allow_partial_load",
+                               "names",
+                               "predicate",
+                               NULL};
     struct load_object *self = as_load(object);
     struct module_state *state = module_state_of(Py_TYPE(object));
     struct load_targets_options options = {0};
-    int flatten = 1, flatten_sharded = 1, partial = 0, rc;
-    PyObject *state_dict;
-    struct dcp_error err;
+    struct key_filter filter = {0};
+    int flatten = 1, flatten_sharded = 1, partial = 0;
+    PyObject *state_dict, *names = Py_None, *predicate = Py_None, *result = NULL;
 
     if (state == NULL || native_raise_pending(&self->pending) != 0 ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ppp:targets", names, &state_dict, &flatten,
-                                     &flatten_sharded, &partial)) {
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$pppOO:targets", keywords, &state_dict,
+                                     &flatten, &flatten_sharded, &partial, &names, &predicate)) {
         return NULL;
     }
     if (self->local_code != 0) {
         return native_set_error(state->error_class, &self->local_err);
     }
+    if (names != Py_None) {
+        if (!PyTuple_Check(names)) {
+            PyErr_SetString(PyExc_TypeError, "names must be a tuple of str");
+            return NULL;
+        }
+        if (key_filter_init(&filter, names, predicate == Py_None ? NULL : predicate) != 0) {
+            return NULL;
+        }
+        options.filter = &filter;
+    }
     options.flatten_state_dict = flatten != 0;
     options.flatten_sharded_tensors = flatten_sharded != 0;
     options.allow_partial_load = partial != 0;
-    load_targets_clean_up(&self->targets);
-    if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, &options,
-                           &self->targets) != 0) {
-        return NULL;
+    if (plan_targets(self, state, state_dict, &options) == 0) {
+        result = options.filter != NULL ? key_filter_result(&filter) : Py_NewRef(Py_None);
     }
-    dcp_error_clear(&err);
-    Py_BEGIN_ALLOW_THREADS rc =
-        dcp_read_plan_build(&self->targets.plan, self->strict_coverage, &self->hole_bytes, &err);
-    Py_END_ALLOW_THREADS if (rc != 0)
-    {
-        return native_set_error(state->error_class, &err);
-    }
-    Py_RETURN_NONE;
+    key_filter_clean_up(&filter);
+    return result;
 }
 
 PyDoc_STRVAR(status_doc, "status(failure, /)\n--\n\n"
@@ -345,7 +385,8 @@ load_results(PyObject *object, PyObject *unused)
     return Py_BuildValue("(OO)", self->targets.objects, self->targets.tensors);
 }
 
-PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\nThe metadata image that was read, as bytes.");
+PyDoc_STRVAR(metadata_doc,
+             "metadata()\n--\n\nThe metadata image that was read, or its end, as bytes.");
 
 static PyObject *
 load_metadata(PyObject *object, PyObject *unused)
@@ -364,26 +405,57 @@ load_info(PyObject *object, PyObject *unused)
     struct load_object *self = as_load(object);
     const struct dcp_read_stats *stats = &self->stats;
     bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
+    const char *foreign = dcp_load_metadata(self->load)->foreign;
 
     (void)unused;
     return Py_BuildValue(
-        "{szsOsKsKsKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
-        unsupported ? self->local_err.message : NULL, "rank_local",
-        dcp_load_rank_local(self->load) ? Py_True : Py_False, "read_bytes",
-        (unsigned long long)stats->read_bytes, "hot_bytes", (unsigned long long)stats->hot_bytes,
-        "shared_bytes", (unsigned long long)stats->shared_bytes, "wanted_bytes",
+        "{szszsOsssKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
+        unsupported ? self->local_err.message : NULL, "foreign", foreign[0] == 0 ? NULL : foreign,
+        "rank_local", dcp_load_rank_local(self->load) ? Py_True : Py_False, "share_reason",
+        dcp_load_share_reason(self->load), "read_bytes", (unsigned long long)stats->read_bytes,
+        "hot_bytes", (unsigned long long)stats->hot_bytes, "shared_bytes",
+        (unsigned long long)stats->shared_bytes, "wanted_bytes",
         (unsigned long long)stats->wanted_bytes, "verified_bytes",
         (unsigned long long)stats->verified_bytes, "unverified_bytes",
         (unsigned long long)stats->unverified_bytes, "straight_bytes",
         (unsigned long long)stats->straight_bytes, "requests_count",
         (unsigned long long)stats->requests_count, "files_count",
         (unsigned long long)stats->files_count, "wall_ns", (unsigned long long)stats->wall_ns,
-        "hole_bytes", (unsigned long long)self->hole_bytes, "cast_count",
-        (unsigned long long)self->targets.cast_count, "copies_count",
+        "hole_bytes", (unsigned long long)self->hole_bytes, "progress_bytes",
+        (unsigned long long)atomic_load(&self->progress_bytes), "copies_count",
         (unsigned long long)self->targets.copies_count, "whole_copies",
-        (unsigned long long)self->receiver.whole_copies, "missing_count",
-        (unsigned long long)self->targets.missing_count, "replaced_count",
-        (unsigned long long)self->targets.replaced_count);
+        (unsigned long long)self->receiver.whole_copies);
+}
+
+PyDoc_STRVAR(report_doc, "report()\n--\n\n"
+                         "What became of which name, once targets() has planned; lists of names as "
+                         "bytes (load_report.h).");
+
+static PyObject *
+load_get_report(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return load_report(&as_load(object)->targets);
+}
+
+PyDoc_STRVAR(outcome_doc,
+             "outcome(objects, /)\n--\n\n"
+             "After a failure: the names whose memory was filled, filled partly, or not touched.  "
+             "`objects`: what became of these: 0 untouched, 1 partly, 2 filled.");
+
+static PyObject *
+load_get_outcome(PyObject *object, PyObject *objects)
+{
+    long state = PyLong_AsLong(objects);
+
+    if (state == -1 && PyErr_Occurred() != NULL) {
+        return NULL;
+    }
+    if (state < DCP_TARGET_UNTOUCHED || state > DCP_TARGET_FILLED) {
+        PyErr_SetString(PyExc_ValueError, "objects must be 0, 1 or 2");
+        return NULL;
+    }
+    return load_outcome(&as_load(object)->targets, (enum dcp_target_state)state);
 }
 
 static PyMethodDef load_methods[] = {
@@ -398,6 +470,8 @@ static PyMethodDef load_methods[] = {
     {"results", load_results, METH_NOARGS, results_doc},
     {"metadata", load_metadata, METH_NOARGS, metadata_doc},
     {"info", load_info, METH_NOARGS, info_doc},
+    {"report", load_get_report, METH_NOARGS, report_doc},
+    {"outcome", load_get_outcome, METH_O, outcome_doc},
     {NULL, NULL, 0, NULL},
 };
 

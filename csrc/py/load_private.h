@@ -33,6 +33,13 @@ struct load_builder {
     struct dcp_error err;
 };
 
+/* Notes for the report what becomes of the entry in work. */
+static inline void
+load_mark(struct load_builder *b, enum load_mark mark)
+{
+    b->targets->marks[b->entry - b->md->entries] |= (uint16_t)mark;
+}
+
 /* Name of the leaf in work; returns new. */
 PyObject *load_fqn(const struct load_builder *b);
 /* What the leaf wants of its entry. */

@@ -294,6 +294,9 @@ load_receive_piece(void *ctx, const struct dcp_piece *piece)
         (kind == DCP_TARGET_PIECES ? hand_piece : gather_overlap)(self, piece) != 0) {
         keep_error(self);
     }
+    if (self->error != NULL) {
+        dcp_target_spoil(&self->targets->plan, piece->item->target);
+    }
     PyGILState_Release(gil);
 }
 

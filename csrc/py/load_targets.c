@@ -18,6 +18,7 @@
 #include "dcp_convert.h"
 #include "errors.h"
 #include "flatten.h"
+#include "key_filter.h"
 #include "load_private.h"
 
 /* ---- leaves ---- */
@@ -334,7 +335,10 @@ load_add_box(struct load_builder *b, const uint64_t *offsets, const uint64_t *si
         Py_XDECREF(narrowed);
         return rc;
     }
-    b->targets->cast_count += tensor_class != DCP_NOT_A_TENSOR && view.dtype != b->entry->dtype;
+    if (tensor_class != DCP_NOT_A_TENSOR && view.dtype != b->entry->dtype) {
+        b->targets->cast_count++;
+        load_mark(b, LOAD_CAST);
+    }
     if (is_memory(b, tensor_class, &view)) {
         data = b->state->bridge->tensor_mutable_data(tensor);
         if (data != NULL) {
@@ -370,31 +374,49 @@ load_add_object(struct load_builder *b)
 
 /* ---- building ---- */
 
+/* 1: the leaf in work is to be loaded; 0: the filter leaves it out, or it is missing and may be;
+ * -1. */
+static int
+is_selected(struct load_builder *b)
+{
+    const struct flatten_leaf *leaf = b->leaf;
+    int selected = b->options->filter == NULL ? 1 : key_filter_selects(b->options->filter, leaf);
+    PyObject *fqn;
+
+    if (b->entry != NULL) {
+        load_mark(b, LOAD_WANTED);
+    }
+    if (selected == 0) {
+        load_names_note(&b->targets->skipped, leaf->fqn, leaf->fqn_len);
+    }
+    if (selected <= 0 || b->entry != NULL) {
+        return selected;
+    }
+    if (b->options->allow_partial_load) {
+        b->targets->missing_count++;
+        load_names_note(&b->targets->missing, leaf->fqn, leaf->fqn_len);
+        return 0;
+    }
+    fqn = load_fqn(b);
+    if (fqn != NULL) {
+        PyErr_Format(PyExc_RuntimeError, "Missing key in checkpoint state_dict: %U.", fqn);
+        Py_DECREF(fqn);
+    }
+    return -1;
+}
+
 static int
 add_leaves(struct load_builder *b)
 {
     const struct load_leaves *leaves = b->targets->is_v_2_3 ? &b->old_leaves : &b->leaves;
 
     for (size_t i = 0; i < leaves->count; i++) {
-        const struct flatten_leaf *leaf = &leaves->items[i];
+        int selected;
 
-        b->leaf = leaf;
-        b->entry = dcp_metadata_find(b->md, leaf->fqn, leaf->fqn_len);
-        if (b->entry == NULL) {
-            PyObject *fqn;
-
-            if (b->options->allow_partial_load) {
-                b->targets->missing_count++;
-                continue;
-            }
-            fqn = load_fqn(b);
-            if (fqn != NULL) {
-                PyErr_Format(PyExc_RuntimeError, "Missing key in checkpoint state_dict: %U.", fqn);
-                Py_DECREF(fqn);
-            }
-            return -1;
-        }
-        if (load_add_leaf(b) != 0) {
+        b->leaf = &leaves->items[i];
+        b->entry = dcp_metadata_find(b->md, b->leaf->fqn, b->leaf->fqn_len);
+        selected = is_selected(b);
+        if (selected < 0 || (selected > 0 && load_add_leaf(b) != 0)) {
             return -1;
         }
     }
@@ -409,12 +431,16 @@ load_targets_build(struct native_state *state, const struct dcp_metadata *md, Py
         .plan = {.md = md},
         .tensors = PyList_New(0),
         .objects = PyList_New(0),
+        .marks = dcp_calloc(dcp_max_u64(md->entries_count, 1), sizeof(*targets.marks)),
     };
     struct load_builder b = {.state = state, .md = md, .options = options, .targets = &targets};
     int rc = -1;
 
     dcp_error_clear(&b.err);
-    if (targets.tensors != NULL && targets.objects != NULL && collect_leaves(&b, state_dict) == 0) {
+    if (targets.marks == NULL) {
+        PyErr_NoMemory();
+    } else if (targets.tensors != NULL && targets.objects != NULL &&
+               collect_leaves(&b, state_dict) == 0) {
         rc = add_leaves(&b);
     }
     leaves_clean_up(&b.leaves);
@@ -438,6 +464,9 @@ load_targets_clean_up(struct load_targets *targets)
     }
     dcp_read_plan_clean_up(&targets->plan);
     dcp_bump_clean_up(&targets->strides);
+    dcp_buf_clean_up(&targets->missing.text);
+    dcp_buf_clean_up(&targets->skipped.text);
+    dcp_free(targets->marks);
     Py_XDECREF(targets->tensors);
     Py_XDECREF(targets->objects);
     memset(targets, 0, sizeof(*targets));

@@ -9,11 +9,35 @@
 
 #include "dcp_engine.h"
 
+struct key_filter;
+
 struct load_targets_options {
     bool flatten_state_dict;
     bool flatten_sharded_tensors;
     bool allow_partial_load;
+    struct key_filter *filter; /* borrows; NULL: every leaf is loaded */
 };
+
+/* What a load wants of an entry of the metadata; bits of load_targets.marks. */
+enum load_mark {
+    LOAD_WANTED = 1, /* a leaf has its name, be it selected or not */
+    LOAD_CAST = 2,
+    LOAD_REPLACED = 4, /* a tensor target that a saved object replaces */
+    LOAD_RESHARDED = 8,
+    LOAD_TRANSFORMED = 16,
+    LOAD_HOLED = 32,
+};
+
+/* Names for a report: the first ones, u32 length and UTF-8 each, and how many there are. */
+struct load_names {
+    struct dcp_buf text;
+    uint64_t count;
+};
+
+/* Failure to find memory stays in text.failed. */
+void load_names_add(struct load_names *names, const char *name, size_t len, uint64_t limit);
+/* The same with the limit of reports. */
+void load_names_note(struct load_names *names, const char *name, size_t len);
 
 /* Zero-initialised is valid. */
 struct load_targets {
@@ -29,7 +53,10 @@ struct load_targets {
     uint64_t copies_count;   /* targets filled by torch's copy_ */
     uint64_t missing_count;  /* wanted, not in the checkpoint (allow_partial_load) */
     uint64_t replaced_count; /* tensor targets that a saved object replaces */
-    bool is_v_2_3;           /* the checkpoint's keys are those of torch 2.3's flattening */
+    uint16_t *marks;         /* owned: enum load_mark bits of each entry */
+    struct load_names missing;
+    struct load_names skipped; /* leaves that the filter did not select */
+    bool is_v_2_3;             /* the checkpoint's keys are those of torch 2.3's flattening */
 };
 
 /* As torch's create_default_local_load_plan, with its exceptions and texts.  Meta tensors have been

@@ -120,11 +120,49 @@ module_peek_save_id(PyObject *module, PyObject *image)
     return PyUnicode_FromString(text);
 }
 
+PyDoc_STRVAR(check_metadata_doc,
+             "check_metadata(image, /, *, pickle=False)\n--\n\n"
+             "Read a `.metadata` image without making Python objects; with `pickle`, its pickle "
+             "even where the index would do. None, or what of it only Python could rebuild "
+             "(unknown globals, attributes of others). NativeError when it is damaged "
+             "(dcp_code CORRUPT) or foreign where a load needs it (UNSUPPORTED).");
+
+static PyObject *
+module_check_metadata(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"", "pickle", NULL};
+    struct module_state *state = PyModule_GetState(module);
+    struct dcp_metadata md = {0};
+    struct dcp_error err;
+    const char *image;
+    Py_ssize_t len;
+    int pickle = 0, rc;
+    PyObject *result;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#|$p:check_metadata", names, &image, &len,
+                                     &pickle)) {
+        return NULL;
+    }
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc =
+        pickle ? dcp_metadata_read_pickle((const uint8_t *)image, (size_t)len, &md, &err)
+               : dcp_metadata_read((const uint8_t *)image, (size_t)len, &md, &err);
+    Py_END_ALLOW_THREADS if (rc != 0)
+    {
+        return native_set_error(state->error_class, &err);
+    }
+    result = md.foreign[0] == 0 ? Py_NewRef(Py_None) : PyUnicode_FromString(md.foreign);
+    dcp_metadata_clean_up(&md);
+    return result;
+}
+
 static PyMethodDef module_methods[] = {
     {"crc32", module_crc32, METH_VARARGS, crc32_doc},
     {"trim", module_trim, METH_NOARGS, trim_doc},
     {"live_bytes", module_live_bytes, METH_NOARGS, live_bytes_doc},
     {"peek_save_id", module_peek_save_id, METH_O, peek_save_id_doc},
+    {"check_metadata", (PyCFunction)(void (*)(void))module_check_metadata,
+     METH_VARARGS | METH_KEYWORDS, check_metadata_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -462,6 +462,7 @@ run_load(struct dcp_load *load, struct load_world *world, const struct dcp_comm 
     if (ret->rc != 0) {
         return;
     }
+    ret->image_bytes = dcp_load_metadata_image(load).len;
     local.failed = local_code != 0;
     local.err = ret->err;
     dcp_error_clear(&ret->err);

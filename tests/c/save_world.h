@@ -83,6 +83,7 @@ struct load_result {
     int rc, read_code; /* read_code: what dcp_load_read gave on this rank */
     struct dcp_error err;
     struct dcp_failure_list failures;
+    size_t image_bytes; /* of the metadata that came to this rank */
     int generation; /* that all bytes are of; -1: of none, or of several.  0: nothing was read */
 };
 

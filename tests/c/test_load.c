@@ -93,9 +93,8 @@ describe(const struct load_case *load)
             load->comm.mode, load->comm.nth, load->io.mode, load->io.nth);
     for (uint32_t r = 0; r < RANKS; r++) {
         const struct load_result *result = &load->results[r];
-        fprintf(stderr, "  rank %u: %s, read %s, generation %d: %s\n", r,
-                dcp_code_name(result->rc), dcp_code_name(result->read_code), result->generation,
-                result->err.message);
+        fprintf(stderr, "  rank %u: %s, read %s, generation %d: %s\n", r, dcp_code_name(result->rc),
+                dcp_code_name(result->read_code), result->generation, result->err.message);
         for (size_t i = 0; i < result->failures.count; i++) {
             fprintf(stderr, "    rank %u failed: %s\n", result->failures.items[i].rank,
                     ((struct dcp_error *)result->failures.items[i].bytes)->message);
@@ -170,6 +169,33 @@ a_load_of_nothing_tells_every_rank_what_is_absent(void)
         load_clean_up(&load);
         io_memory_free(fs);
     }
+}
+
+/* One rank reads and checks the file; a file of ours is sent without its pickle. */
+static void
+other_ranks_get_no_more_of_our_metadata_than_they_need(void)
+{
+    struct io_memory *fs = io_memory_new(1);
+    size_t len;
+    save(fs, 1);
+    const uint8_t *image = io_memory_file(fs, SAVE_DIR, ".metadata", &len);
+    uint8_t *stock = dcp_malloc(len);
+    memcpy(stock, image, len);
+    for (int is_stock = 0; is_stock < 2; is_stock++) {
+        struct load_case load = {.victim = UINT32_MAX};
+        io_memory_put_file(fs, SAVE_DIR, ".metadata", stock, len - (is_stock ? 1 : 0));
+        run_load(fs, &load);
+        for (uint32_t r = 0; r < RANKS; r++) {
+            size_t bytes = load.results[r].image_bytes;
+            bool is_whole = is_stock || r == COORDINATOR;
+            CHECK_EQ(load.results[r].rc, 0);
+            CHECK(is_whole ? bytes == len - (is_stock ? 1 : 0) : bytes > 64 && bytes < len / 2);
+        }
+        load_clean_up(&load);
+    }
+    dcp_free(stock);
+    io_memory_free(fs);
+    dcp_engine_trim();
 }
 
 /* An image that was cut or changed anywhere is an error, or shows the checkpoint it was. */
@@ -307,6 +333,7 @@ a_failing_call_of_any_rank_never_gives_wrong_bytes(void)
 }
 
 CTEST_MAIN(RUN(a_load_of_nothing_tells_every_rank_what_is_absent);
+           RUN(other_ranks_get_no_more_of_our_metadata_than_they_need);
            RUN(damaged_metadata_never_gives_wrong_bytes);
            RUN(a_checkpoint_that_is_replaced_during_a_load_is_noticed);
            RUN(a_caller_that_raises_at_any_step_fails_the_load_everywhere);

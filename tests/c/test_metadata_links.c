@@ -367,6 +367,48 @@ a_lying_list_is_refused(void)
     }
 }
 
+/* What the coordinator of a load sends in place of the file. */
+static void
+the_end_of_an_image_says_what_the_whole_says(void)
+{
+    for (unsigned linked = 0; linked < 2; linked++) {
+        struct subject s;
+        make_subject(&s, 18 + linked, linked == 1);
+        CHECK_EQ(s.md.tail_at, s.footer.pickle_bytes);
+        size_t len = s.image.len - (size_t)s.md.tail_at;
+        uint8_t *tail = dcp_malloc(len);
+        memcpy(tail, s.image.data + s.md.tail_at, len);
+        struct dcp_metadata md = {0};
+        dcp_error_clear(&err);
+        CHECK_OK(dcp_metadata_read_tail(tail, len, &md, &err), &err);
+        CHECK(metadata_is_same(&md, &s.md) && md.is_native);
+        CHECK(memcmp(&md.save_id, &s.md.save_id, sizeof md.save_id) == 0);
+        CHECK_EQ(md.accepted_count, s.md.accepted_count);
+        dcp_metadata_clean_up(&md);
+        for (size_t bit = 0; bit < 8 * len; bit += 3) {
+            tail[bit / 8] ^= (uint8_t)(1u << bit % 8);
+            dcp_error_clear(&err);
+            CHECK_EQ(dcp_metadata_read_tail(tail, len, &md, &err), DCP_E_CORRUPT);
+            CHECK_EQ(err.code, DCP_E_CORRUPT);
+            tail[bit / 8] ^= (uint8_t)(1u << bit % 8);
+        }
+        for (size_t cut = 1; cut <= len; cut++) {
+            dcp_error_clear(&err);
+            CHECK_EQ(dcp_metadata_read_tail(tail, len - cut, &md, &err), DCP_E_CORRUPT);
+        }
+        dcp_error_clear(&err); /* the whole is no end */
+        CHECK_EQ(dcp_metadata_read_tail(s.image.data, s.image.len, &md, &err), DCP_E_CORRUPT);
+        /* Without a good index only the whole helps. */
+        s.image.data[s.footer.pickle_bytes + 2] ^= 0x40;
+        dcp_error_clear(&err);
+        CHECK_OK(dcp_metadata_read(s.image.data, s.image.len, &md, &err), &err);
+        CHECK_EQ(md.tail_at, 0);
+        dcp_metadata_clean_up(&md);
+        dcp_free(tail);
+        clean_up_subject(&s);
+    }
+}
+
 static void
 running_out_of_memory_is_an_error_and_leaks_nothing(void)
 {
@@ -399,4 +441,5 @@ CTEST_MAIN(RUN(index_and_pickle_say_the_same);
            RUN(the_saves_of_linked_files_are_accepted_and_no_others); RUN(no_links_leave_no_trace);
            RUN(a_save_that_writes_nothing_links_everything); RUN(links_that_do_not_fit_are_refused);
            RUN(files_of_too_many_saves_are_refused); RUN(every_flipped_bit_of_the_list_is_found);
-           RUN(a_lying_list_is_refused); RUN(running_out_of_memory_is_an_error_and_leaks_nothing);)
+           RUN(a_lying_list_is_refused); RUN(the_end_of_an_image_says_what_the_whole_says);
+           RUN(running_out_of_memory_is_an_error_and_leaks_nothing);)

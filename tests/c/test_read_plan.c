@@ -3,7 +3,6 @@
  */
 #include "ctest.h"
 
-#include "interval.h"
 #include "plan_maker.h"
 #include "dcp_engine.h"
 
@@ -222,7 +221,7 @@ boxes_outside_the_tensor_are_refused(void)
 }
 
 static void
-chunks_without_a_file_are_named_when_wanted_and_transforms_are_stock_torchs(void)
+chunks_without_a_file_are_named_when_wanted(void)
 {
     uint64_t size[1] = {8}, left[1] = {0}, right[1] = {4}, half[1] = {4};
     struct fixture f;
@@ -239,56 +238,9 @@ chunks_without_a_file_are_named_when_wanted_and_transforms_are_stock_torchs(void
         CHECK_EQ(dcp_read_plan_build(&plan, true, NULL, &err), wanted ? DCP_E_MISSING : 0);
         dcp_read_plan_clean_up(&plan);
     }
-    f.chunks[1].file = 0;
-    f.chunks[1].transforms = 1;
-    for (int native = 0; native < 2; native++) {
-        struct dcp_read_plan plan = {.md = &f.md};
-        f.md.is_native = native != 0;
-        dcp_error_clear(&err);
-        CHECK_OK(dcp_read_plan_add(&plan, 0, memory, NULL, right, half, NULL, &err), &err);
-        CHECK_EQ(dcp_read_plan_build(&plan, true, NULL, &err), native ? DCP_E_CORRUPT : 0);
-        dcp_read_plan_clean_up(&plan);
-    }
-}
-
-/* 4096 chunks, 8 shards: the candidates that the index gives are the hits. */
-static void
-the_index_gives_hits_only(void)
-{
-    enum { CHUNKS = 4096 };
-    uint64_t *dims = dcp_calloc(2 + CHUNKS * 4, sizeof *dims);
-    struct dcp_md_chunk *chunks = dcp_calloc(CHUNKS, sizeof *chunks);
-    struct dcp_md_entry entry = {
-        .kind = DCP_ITEM_TENSOR, .dtype = DCP_DTYPE_FLOAT32, .ndim = 2, .chunks_count = CHUNKS};
-    struct dcp_metadata md = {.entries = &entry,
-                              .entries_count = 1,
-                              .chunks = chunks,
-                              .chunks_count = CHUNKS,
-                              .dims = dims};
-    for (uint64_t c = 0; c < CHUNKS; c++) {
-        uint64_t *at = dims + 2 + c * 4;
-        at[1] = (CHUNKS - 1 - c) * 2; /* along dim 1, not sorted */
-        at[2] = 5;
-        at[3] = 2;
-        chunks[c].dims = (uint64_t)(at - dims);
-    }
-    struct dcp_interval_index index = {0};
-    struct dcp_error err = {0};
-    CHECK_OK(dcp_interval_build(&index, &md, 0, &err), &err);
-    CHECK_EQ(index.dim, 1);
-    for (uint64_t shard = 0; shard < 8; shard++) {
-        uint64_t first, last;
-        dcp_interval_query(&index, shard * 1024 + 1, shard * 1024 + 1023, &first, &last);
-        CHECK_EQ(last - first, 512);
-        CHECK_EQ(index.keys[first].start, shard * 1024);
-    }
-    dcp_interval_clean_up(&index);
-    dcp_free(chunks);
-    dcp_free(dims);
 }
 
 CTEST_MAIN(RUN(items_and_holes_equal_a_naive_reference_also_for_chunks_that_overlap);
            RUN(a_grid_is_covered_exactly); RUN(objects_are_one_item_and_targets_come_in_any_order);
            RUN(boxes_outside_the_tensor_are_refused);
-           RUN(chunks_without_a_file_are_named_when_wanted_and_transforms_are_stock_torchs);
-           RUN(the_index_gives_hits_only);)
+           RUN(chunks_without_a_file_are_named_when_wanted);)

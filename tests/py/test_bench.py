@@ -86,6 +86,17 @@ def run_figures(program, tmp_path, *arguments, environment=None):
         ("local_plan", ["200 DTensors", "200 HSDP DTensors", "200 plain tensors"]),
         ("coordinator", ["8 x 100, all steps", "16 x 64 simulated", "growth"]),
         ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "our reader"]),
+        (
+            "load_planning",
+            [
+                "64 chunks of a tensor -> 1 of 8 shards",
+                "100 tensors x 8 -> 1 rank",
+                "grid -> 64 slabs of columns",
+                "stock file -> ready to plan",
+                "our own file -> ready to plan",
+                "peak memory",
+            ],
+        ),
     ],
 )
 def test_a_program_of_figures_checks_its_own_output(program, figures, tmp_path):
@@ -134,6 +145,35 @@ def test_saving_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
         "`.metadata`",
     ):
         assert figure in what, figure
+
+
+def test_loading_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
+    disk, tmpfs = tmp_path / "disk", tmp_path / "tmpfs"
+    tmpfs.mkdir()
+    parts = "llama,hot,cast,reshard,many,replicated"  # planning is a program of its own, above
+    arguments = ("--dir", disk, "--tmpfs", tmpfs, "--only", parts)
+    status, result = run_figures("loading", tmp_path, *arguments)
+    assert (status, result["wrong"]) == (0, [])
+    assert os.listdir(disk) == os.listdir(tmpfs) == [], "the benchmark left files behind"
+    what = "\n".join(row["what"] for row in result["rows"])
+    for figure in (
+        "Llama-shaped, 2 ranks, cold, verified",
+        "- CPU",
+        "- verification",
+        "page cache hot",
+        "Shard(0) of 2 -> Shard(1) of 2, cold",
+        "- bytes read",
+        "dtensor tensors, 2 ranks",
+        "plain tensors, 2 ranks",
+        "wanted by 4 ranks, cold",
+        "extra memory of a load, llama, cold",
+        "extra memory of a load, llama, bf16 -> f32",
+    ):
+        assert figure in what, figure
+    for found in result["details"].values():
+        assert all(n["wall_s"] > 0 for n in found.values())
+        ours = found["dcp_native"]
+        assert ours["read_bytes"] + ours["shared_bytes"] >= ours["wanted_bytes"] > 0
 
 
 def run_c(program, *arguments):

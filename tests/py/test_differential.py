@@ -209,8 +209,11 @@ MET_BY = {
     "async-in-flight": "ranks/cases_async.py",
     "async-process": "test_differences.py",
     "independent-failure": "ranks/cases_failures.py",
+    "keys-keyword": "test_load_filter.py",
+    "load-exception": "test_load_report.py",
     "base-keyword": "test_incremental.py",
     "nothing-trained": "test_incremental.py",
+    "load-thread": "test_load_records.py",
 }
 
 

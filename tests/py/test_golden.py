@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import datetime
+import enum
+import pathlib
 import pickle
 import sys
 
@@ -10,9 +15,11 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from common import assert_equal
 from conftest import GOLDEN
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import dcp_native as dcp
+from dcp_native import _native
 
 CHECKPOINTS = sorted(GOLDEN.glob("2.*/*")) if GOLDEN.exists() else []
 SHARDED_KEYS = {"even", "uneven", "cols", "one", "repl", "plain"}
@@ -70,6 +77,21 @@ def test_every_value_of_a_golden_checkpoint(path):
             assert_equal(got.contiguous(), want.contiguous(), key)
         elif key in OBJECTS:
             assert got in OBJECTS[key], key
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_metadata_of_a_golden_checkpoint_reads_as_torchs(path):
+    reader, torchs_reader = dcp.FileSystemReader(path), torch_dcp.FileSystemReader(path)
+    torchs_reader.load_id = reader.load_id
+    ours, torchs = (vars(r.read_metadata()) for r in (reader, torchs_reader))
+    # Torch 2.6 and before wrote a StorageMeta that its successors can not compare.
+    assert vars(ours.pop("storage_meta")) == vars(torchs.pop("storage_meta"))
+    assert ours == torchs and [*ours] == [*torchs]
+    image = (path / ".metadata").read_bytes()
+    assert _native.check_metadata(image) is None
+    for size in range(0, len(image), 7):
+        with pytest.raises(dcp.NativeError, match="damaged"):
+            _native.check_metadata(image[:size])
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: f"{p.parent.name}-{p.name}")
@@ -147,16 +169,71 @@ class Extra:
         self.hello = 1
 
 
-def test_extra_attributes_go_through_torch_or_are_refused(tmp_path):
+class Kind(enum.Enum):
+    SMALL = 1
+
+
+def hang_extra(metadata):
+    metadata.mcore_data = Extra()
+
+
+def hang_many(metadata):
+    """As NVRx does with plans, and everything that a pickle has opcodes for."""
+    metadata.all_local_plans = [
+        Extra(), Kind.SMALL, {1, 2}, frozenset({3}), bytearray(b"x"), 1 << 2000, b"y" * 300, 1.5,
+        collections.OrderedDict(a=[Extra()]), collections.defaultdict(list, b=[1]), Extra, (),
+        pathlib.PurePosixPath("a/b"), torch.Size([1, 2]), torch.float32, datetime.date(2026, 1, 1),
+        dataclasses.replace(next(iter(metadata.storage_data))), metadata.state_dict_metadata,
+    ]  # fmt: skip
+
+
+def own_planner_data(metadata):
+    metadata.planner_data = [Extra(), dict(metadata.planner_data)]
+
+
+def own_storage_meta(metadata):
+    metadata.storage_meta = Extra()
+
+
+FOREIGN = (hang_extra, hang_many, own_planner_data, own_storage_meta)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("change", FOREIGN, ids=lambda change: change.__name__)
+def test_what_others_hang_onto_metadata_is_stepped_over_or_refused(tmp_path, change, protocol):
     sys.modules.setdefault("test_golden", sys.modules[__name__])
     sd = stock(tmp_path)
-    rewrite(tmp_path, lambda metadata: setattr(metadata, "mcore_data", Extra()))
+    rewrite(tmp_path, change, protocol)
+    target = {"w": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16), "n": None}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert dcp.last_report()["path"] == "native"
+    assert "test_golden.Extra" in dcp.last_report()["foreign"]
+    assert_equal(target, sd)
+    dcp.configure(allow_unsafe_objects=False)
+    with pytest.raises(dcp.CheckpointException, match=r"test_golden\.Extra.*allow_unsafe_objects"):
+        dcp.load(target, checkpoint_id=tmp_path)
+
+
+class Info(_StorageInfo):
+    """Where the loader needs the data."""
+
+
+def test_foreign_classes_that_the_loader_needs_go_through_torch_or_are_refused(tmp_path):
+    sys.modules.setdefault("test_golden", sys.modules[__name__])
+    sd = stock(tmp_path)
+
+    def change(metadata):
+        for key, info in metadata.storage_data.items():
+            metadata.storage_data[key] = Info(**vars(info))
+
+    rewrite(tmp_path, change)
     target = {"w": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16), "n": None}
     dcp.load(target, checkpoint_id=tmp_path)
     assert dcp.last_report()["path"] == "torch"
+    assert "test_golden.Info" in dcp.last_report()["reason"]
     assert_equal(target, sd)
     dcp.configure(allow_unsafe_objects=False)
-    with pytest.raises(dcp.CheckpointException, match="allow_unsafe_objects"):
+    with pytest.raises(dcp.CheckpointException, match=r"test_golden\.Info.*allow_unsafe_objects"):
         dcp.load(target, checkpoint_id=tmp_path)
 
 

@@ -27,8 +27,8 @@ FILE_CALLS = {
     "renameat", "unlink", "unlinkat", "mkdir", "ftruncate", "fallocate", "fopen", "fread", "fwrite",
     "syscall", "setpriority", "nanosleep",
 }  # fmt: skip
-SYSTEM_FILES = {"io_posix.c", "io_uring.c"}
-"""The table of system calls and its queue."""
+SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c"}
+"""The table of system calls, its queue, and the table of shared memory."""
 
 
 def code_of(path: Path) -> str:

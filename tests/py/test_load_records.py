@@ -125,6 +125,7 @@ def test_tensors_of_inference_mode_are_loaded_in_it(tmp_path):
 
 
 def test_the_callers_default_device_and_modes_are_not_the_loads(tmp_path):
+    """[load-thread]"""
     dcp.save({"w": value("w", (30,)), "n": [1, 2]}, checkpoint_id=tmp_path)
     target = {"w": torch.zeros(30, dtype=torch.complex64), "n": [0, 0]}
     with torch.device("meta"):
@@ -209,6 +210,7 @@ def test_an_error_of_copy_is_the_loads_and_names_the_tensor(tmp_path):
 
 
 def test_a_load_that_fails_sets_no_object(tmp_path):
+    """[load-thread]"""
     dcp.save({"n": 1, "w": value("w", (600, 700))}, checkpoint_id=tmp_path)
     target = {"n": 0, "w": torch.zeros(1, 700).expand(600, 700)}
     with pytest.raises(dcp.CheckpointException):

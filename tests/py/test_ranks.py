@@ -21,6 +21,8 @@ MODULES = {
     "cases_split": (2, 4),
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
+    "cases_load_report": (2,),
+    "cases_foreign": (2,),
     "cases_reshard": (4,),
 }
 

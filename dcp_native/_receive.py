@@ -27,6 +27,9 @@ _NAMED = (
     ValueError,
     AssertionError,
     pickle.UnpicklingError,
+    EOFError,
+    IndexError,
+    KeyError,
 )
 """Errors that can be raised anew with the tensor's name before their text."""
 

@@ -378,7 +378,11 @@ dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
         echo.kind |= DCP_FAILURE_ECHO;
         mine = &echo;
     }
-    return dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
+    int rc = dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
+    if (rc != 0) {
+        dcp_share_end(&load->share); /* nobody will read; an exception may keep `load` for long */
+    }
+    return rc;
 }
 
 /* First what all ranks of the group want, if they ask for that; then the rest, with those of this

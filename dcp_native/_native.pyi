@@ -1,7 +1,7 @@
 """Types of the C extension (csrc/py)."""
 
-from collections.abc import Callable
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch

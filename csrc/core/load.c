@@ -16,6 +16,9 @@
 #include "share.h"
 
 /* First byte of the coordinator's message. */
+/* How often an absent file is looked for, each time in the directory that the path then names. */
+enum { OPEN_TRIES = 3 };
+
 enum image_state {
     IMAGE_ABSENT = 0,
     IMAGE_PRESENT = 1, /* all of `.metadata` follows */
@@ -101,6 +104,20 @@ dcp_load_destroy(struct dcp_load *load)
     dcp_free(load);
 }
 
+/* What the path leads to now: somebody may have moved a link and be deleting what it named. */
+static bool
+reopen(struct dcp_load *load)
+{
+    int fd = load->io->open_dir(load->io->ctx, load->dir_path);
+
+    if (fd < 0) {
+        return false;
+    }
+    load->io->close(load->io->ctx, load->dirfd);
+    load->dirfd = fd;
+    return true;
+}
+
 /* Appends a state byte and the file. Absent (the file or its directory) is not an error. */
 static int
 read_image(struct dcp_load *load, const char *name, struct dcp_buf *buf, struct dcp_error *err)
@@ -119,7 +136,11 @@ read_image(struct dcp_load *load, const char *name, struct dcp_buf *buf, struct 
         }
         rc = DCP_E_NOENT;
     } else {
-        rc = dcp_io_read_file(load->io, load->dirfd, name, DCP_MAX_METADATA_BYTES, buf, err);
+        int tries = 0;
+        do {
+            dcp_error_clear(err);
+            rc = dcp_io_read_file(load->io, load->dirfd, name, DCP_MAX_METADATA_BYTES, buf, err);
+        } while (rc == DCP_E_NOENT && ++tries < OPEN_TRIES && reopen(load));
     }
     if (rc == DCP_E_NOENT) {
         dcp_error_clear(err);
@@ -378,8 +399,8 @@ dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,
         echo.kind |= DCP_FAILURE_ECHO;
         mine = &echo;
     }
-    int rc = dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
-    if (rc != 0) {
+    rc = dcp_group_settle_failures(load->group, &any, mine, ret_failures, err);
+    if (rc != 0 && !atomic_load(&load->reading)) {
         dcp_share_end(&load->share); /* nobody will read; an exception may keep `load` for long */
     }
     return rc;

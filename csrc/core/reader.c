@@ -23,6 +23,10 @@
 /* Loads from here on push everything out of the cache anyway. */
 #define STREAMING_LEAST_BYTES (32u << 20)
 
+/* Below this a load does with little memory. */
+#define SMALL_LOAD_BYTES (64u << 20)
+enum { SMALL_LOAD_BUFFERS = 4, LARGE_LOAD_BUFFERS = 3 };
+
 struct visit {
     uint32_t file;
     uint64_t offset_bytes;
@@ -386,6 +390,23 @@ sort_items(const struct dcp_read_plan *plan, struct visit **ret_visits, struct d
     return 0;
 }
 
+/* How much of the ring is used: what is not touched takes no memory.  With everything else that it
+ * needs a load stays below 32 MiB. */
+static void
+choose_buffers(struct dcp_reader *reader)
+{
+    const struct dcp_engine_options *options = reader->options;
+    bool small = reader->plan->wanted_bytes < SMALL_LOAD_BYTES;
+    reader->buffers_count = options->ring_buffers != 0 ? options->ring_buffers
+                            : small                    ? SMALL_LOAD_BUFFERS
+                                                       : LARGE_LOAD_BUFFERS;
+    reader->buffer_bytes =
+        options->ring_buffer_bytes != 0
+            ? dcp_max_u64(options->ring_buffer_bytes, DCP_READ_LEAST_BUFFER_BYTES)
+        : small ? DCP_READ_LEAST_BUFFER_BYTES
+                : DCP_RING_BUFFER_BYTES;
+}
+
 int
 dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
@@ -401,10 +422,7 @@ dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                                 .on_record = on_record,
                                 .on_record_ctx = on_record_ctx};
     struct visit *visits = NULL;
-    reader.buffers_count = options->ring_buffers != 0 ? options->ring_buffers : DCP_RING_BUFFERS;
-    reader.buffer_bytes = options->ring_buffer_bytes != 0
-                              ? dcp_max_u64(options->ring_buffer_bytes, DCP_READ_LEAST_BUFFER_BYTES)
-                              : DCP_RING_BUFFER_BYTES;
+    choose_buffers(&reader);
     reader.ahead = plan->wanted_bytes > INLINE_MOST_BYTES || plan->objects_count > 0;
     reader.streaming = plan->wanted_bytes >= STREAMING_LEAST_BYTES;
     int rc = sort_items(plan, &visits, err);

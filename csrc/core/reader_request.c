@@ -125,9 +125,14 @@ deliver_mapped(struct dcp_reader *reader, struct dcp_read_request *request, bool
 static int
 take_ring(struct dcp_reader *reader, struct dcp_error *err)
 {
-    return reader->ring != NULL
-               ? 0
-               : dcp_ring_acquire(reader->buffers_count, reader->buffer_bytes, &reader->ring, err);
+    const struct dcp_engine_options *options = reader->options;
+    if (reader->ring != NULL) {
+        return 0;
+    }
+    /* That of the last save or load, of which this one may use less. */
+    bool usual = options->ring_buffers == 0 && options->ring_buffer_bytes == 0;
+    return dcp_ring_acquire(usual ? 0 : reader->buffers_count, usual ? 0 : reader->buffer_bytes,
+                            &reader->ring, err);
 }
 
 /* A mapped file that cannot be: read it from now on. */

@@ -73,6 +73,7 @@ struct dcp_share_header {
     uint32_t rank;
     struct dcp_shm_host host;
     uint32_t options; /* share_options; equal among ranks that share */
+    uint32_t hot;     /* what the rank wants lies in the page cache, where copies are cheap */
     uint32_t slots_count, slot_bytes;
     uint64_t segment_bytes, wants_count, details_count, details_offset, slots_offset;
     struct dcp_share_slot slots[DCP_SHARE_MOST_SLOTS];

@@ -369,6 +369,30 @@ choose_slots(const struct share_run *run, uint32_t *ret_count, uint32_t *ret_byt
     *ret_count = run->share->self < DCP_SHARE_MOST_READERS ? (uint32_t)count : 0;
 }
 
+/* Whether the first, the middle and the last of what this rank wants lie in the page cache. */
+static bool
+is_hot(const struct share_run *run)
+{
+    const struct dcp_share_wants *wants = &run->wants;
+    struct dcp_reader reader = {.io = run->io,
+                                .dirfd = run->dirfd,
+                                .dir_path = run->dir_path,
+                                .plan = run->plan,
+                                .options = run->options};
+    bool hot = true;
+    for (uint64_t i = 0; hot && i < 3; i++) {
+        struct dcp_error err;
+        struct dcp_read_file *file = NULL;
+        dcp_error_clear(&err);
+        uint32_t index = wants->visits[(wants->visits_count - 1) * i / 2].file;
+        /* A file that cannot be opened fails where it is read. */
+        hot =
+            dcp_read_file_open(&reader, index, wants->wanted_bytes, &file, &err) == 0 && file->hot;
+        dcp_read_file_release(&reader, file);
+    }
+    return hot;
+}
+
 /* Finds the ranks of the host, and puts what this one wants into its segment.  False: it reads for
  * itself. */
 static bool
@@ -407,6 +431,7 @@ prepare(struct share_run *run)
     if (!dcp_share_grow(share, wants->wants_count, details_count, slots_count, slot_bytes)) {
         return false;
     }
+    share->own.header->hot = is_hot(run);
     memcpy(dcp_share_own_wants(share), wants->wants, wants->wants_count * sizeof *wants->wants);
     if (wants->details.len > 0) {
         memcpy(dcp_share_own_details(share), wants->details.data, wants->details.len);

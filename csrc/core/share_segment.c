@@ -438,7 +438,7 @@ wait_for_all(const struct dcp_share *share, enum dcp_share_state state, const at
 static bool
 keep_joined(struct dcp_share *share)
 {
-    bool alike = true;
+    bool alike = true, hot = false, refused = false;
     uint32_t kept = 0;
 
     for (uint32_t i = 0; i < share->members_count; i++) {
@@ -448,8 +448,9 @@ keep_joined(struct dcp_share *share)
             member_release(share, member);
             continue;
         }
-        alike = alike && state != DCP_SHARE_REFUSED &&
-                member->header->options == share->own.header->options;
+        hot = hot || member->header->hot != 0;
+        refused = refused || state == DCP_SHARE_REFUSED;
+        alike = alike && member->header->options == share->own.header->options;
         if (i == share->self) {
             share->self = kept;
         }
@@ -458,10 +459,14 @@ keep_joined(struct dcp_share *share)
     share->members_count = kept;
     if (kept < 2) {
         dcp_share_because(share, "no other rank of this host has data to share");
+    } else if (hot) {
+        dcp_share_because(share, "it lies in the page cache, from where every rank takes its own");
     } else if (!alike) {
         dcp_share_because(share, "ranks of this host load with different settings");
+    } else if (refused) {
+        dcp_share_because(share, "another rank of this host found nothing to share, or could not");
     }
-    return alike && kept >= 2;
+    return alike && !hot && !refused && kept >= 2;
 }
 
 /* Maps whole segments. */

@@ -38,6 +38,7 @@ struct party {
     uint32_t ranks_count;
     uint32_t slot_bytes; /* of struct dcp_share */
     uint64_t run;        /* makes names differ */
+    bool all_cached;     /* files lie in the page cache */
     struct rank_case ranks[RANKS];
     pthread_mutex_t lock;
     struct {
@@ -130,7 +131,7 @@ static int
 noting_cached(void *ctx, int fd, uint64_t offset, uint64_t len)
 {
     struct io_faults *inner = ctx;
-    return inner->io.cached(inner->io.ctx, fd, offset, len);
+    return noting->all_cached ? 100 : inner->io.cached(inner->io.ctx, fd, offset, len);
 }
 
 static bool
@@ -388,6 +389,27 @@ what_one_rank_wants_alone_is_not_shared(void)
     party_clean_up(&party);
 }
 
+static void
+what_lies_in_the_page_cache_is_read_by_each_rank(void)
+{
+    struct party party;
+    party_make(&party, 1, 3, 2, true);
+    party.all_cached = true;
+    party_begin(&party, DCP_DIRECT_AUTO);
+    for (uint32_t r = 0; r < 3; r++) {
+        want_all(&party, r);
+    }
+    party_run(&party);
+    for (uint32_t r = 0; r < 3; r++) {
+        CHECK_OK(party.ranks[r].rc, &party.ranks[r].err);
+        CHECK_EQ(party.ranks[r].stats.shared_bytes, 0);
+        CHECK(party.ranks[r].stats.hot_bytes > 0);
+        CHECK(strstr(party.ranks[r].reason, "page cache") != NULL);
+    }
+    party_end(&party);
+    party_clean_up(&party);
+}
+
 /* ---- what goes wrong ---- */
 
 static void
@@ -627,6 +649,7 @@ CTEST_MAIN(RUN(replicas_are_read_once_and_reach_every_rank);
            RUN(any_boxes_of_any_ranks_get_the_bytes_they_would_get_alone);
            RUN(columns_of_shards_of_rows_are_read_once);
            RUN(what_one_rank_wants_alone_is_not_shared);
+           RUN(what_lies_in_the_page_cache_is_read_by_each_rank);
            RUN(a_rank_that_can_not_share_reads_alone_and_so_do_those_it_leaves);
            RUN(full_shared_memory_is_a_reason_and_no_failure);
            RUN(a_failing_read_of_any_rank_ends_all_and_names_itself);

@@ -60,6 +60,44 @@ def case_replicas_are_read_by_one_rank(ctx):
     assert not own_segments()
 
 
+def case_replicas_are_broadcast_over_a_group(ctx):
+    saved = replicas()
+    dcp.save(saved, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    target = like(saved)
+    report = load(target, ctx.dir, read_once="group")
+    assert_equal(target, saved)
+    assert report["unverified_bytes"] == 0
+    reports = gather_all(report)
+    once = sum(t.numel() * t.element_size() for t in (saved["model"]["large"],
+               saved["model"]["turned"], saved["model"]["half"]))  # fmt: skip
+    assert sum(r["shared_bytes"] for r in reports) == once * (ctx.size - 1), reports
+    assert sum(r["read_bytes"] for r in reports) < once * 1.05, reports
+    assert all(r["read_bytes"] < once / ctx.size + 5 * MIB for r in reports), reports
+
+
+def case_a_group_reads_together_only_what_all_ranks_want(ctx):
+    saved = replicas()
+    dcp.save(saved, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    target = like(saved)
+    if ctx.rank == 0:
+        del target["model"]["large"]
+    report = load(target, ctx.dir, read_once="group")
+    for name, tensor in target["model"].items():
+        assert torch.equal(tensor, saved["model"][name]), name
+    assert sum(r["shared_bytes"] for r in gather_all(report)) > 0
+
+
+def case_a_group_of_ranks_that_do_not_all_ask_for_it_loads_too(ctx):
+    saved = replicas()
+    dcp.save(saved, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    target = like(saved)
+    load(target, ctx.dir, read_once="group" if ctx.rank == 0 else "host")
+    assert_equal(target, saved)
+
+
 def case_off_gives_the_same(ctx):
     saved = replicas()
     dcp.save(saved, checkpoint_id=ctx.dir)
@@ -113,6 +151,14 @@ def case_shards_that_nobody_else_wants_are_read_apart(ctx):
 
 
 def case_damage_is_blamed_on_the_rank_that_read_it(ctx):
+    damage_is_blamed(ctx, "host")
+
+
+def case_damage_is_blamed_on_the_rank_that_broadcasts_it(ctx):
+    damage_is_blamed(ctx, "group")
+
+
+def damage_is_blamed(ctx, read_once: str) -> None:
     saved = replicas()
     dcp.save(saved, checkpoint_id=ctx.dir)
     ctx.barrier()
@@ -125,7 +171,7 @@ def case_damage_is_blamed_on_the_rank_that_read_it(ctx):
             f.write(bytes([byte[0] ^ 0x40]))
     ctx.barrier()
     try:
-        load(like(saved), ctx.dir)
+        load(like(saved), ctx.dir, read_once=read_once)
     except CheckpointException as error:
         assert len(error.failures) == 1, error.failures
         (rank, (cause, _)) = next(iter(error.failures.items()))
@@ -151,6 +197,38 @@ def case_a_rank_that_can_not_open_a_file_is_named_alone(ctx):
         assert causes == {"NOENT"}, error.failures
     else:
         raise AssertionError("no CheckpointException")
+    assert not own_segments()
+
+
+def case_a_rank_that_is_interrupted_before_it_reads_is_not_waited_for(ctx):
+    saved = replicas()
+    dcp.save(saved, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    native, calls = dcp._load._native.Load, []
+
+    class Interrupted:
+        def __init__(self, *args, **kwargs):
+            self.load = native(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return getattr(self.load, name)
+
+        def read(self, receiver):
+            calls.append(receiver)
+            raise ValueError("before reading")
+
+    if ctx.rank == 1:
+        dcp._load._native.Load = Interrupted
+    try:
+        for read_once in ("host", "group"):
+            with raises_everywhere("read", 1, ValueError):
+                load(like(saved), ctx.dir, read_once=read_once)
+    finally:
+        dcp._load._native.Load = native
+    assert len(calls) == (2 if ctx.rank == 1 else 0)
+    target = like(saved)
+    load(target, ctx.dir, read_once="group")
+    assert_equal(target, saved)
     assert not own_segments()
 
 

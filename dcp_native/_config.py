@@ -26,9 +26,9 @@ class Config:
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
         read_once: data that several ranks of a load want is read by one of them.  ``"host"``: for
-            the ranks of one host, which hand it over through shared memory; ``"group"``: for all
-            ranks, across hosts through the process group; ``"off"``: every rank reads what it
-            wants.
+            the ranks of one host, which hand it over through shared memory; ``"group"``: what all
+            ranks want whole also across hosts, through the process group, if every rank asks for
+            it; ``"off"``: every rank reads what it wants.
         incremental_links: how a save with ``base=`` takes over unchanged data files.
             ``"reflink"`` shares their blocks (btrfs, XFS, bcachefs and the like; where the file
             system cannot, everything is written and the report says so).  ``"hard"`` makes hard

@@ -9,7 +9,7 @@
  * running CRC needs no bookkeeping.  A file that lies in the page cache is not read at all: it is
  * mapped window by window, and copied and verified from there (io_map.c).
  *
- * Memory: the ring (32 MiB by default) once something is read, 4 bytes per MiB of the open files,
+ * Memory: 8 or 24 MiB of the ring once something is read, 4 bytes per MiB of the open files,
  * and where nothing can be mapped one record at a time that no ring buffer holds.
  * Threads: the calling thread builds and delivers; reader_pool.c reads ahead.
  */

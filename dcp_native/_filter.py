@@ -127,6 +127,8 @@ class PrunedStateDict:
         inner = self.state_dict
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
+        if path[-1] in inner:
+            raise ValueError(f"duplicated flatten key {'.'.join(path)}")
         inner[path[-1]] = container[key]
         self._links.append((path, container, key))
 

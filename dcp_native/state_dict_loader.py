@@ -5,7 +5,9 @@ Mirrors torch/distributed/checkpoint/state_dict_loader.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import warnings
 from typing import Any, Literal, cast
 
@@ -13,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.logger import _dcp_method_logger
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.checkpoint.stateful import Stateful
@@ -23,7 +27,7 @@ from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
 from . import _async, _roles
-from ._config import VERIFY
+from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
 from ._load import NativeLoad, UnsupportedCheckpoint
@@ -137,9 +141,12 @@ def _tell(
     no_dist: bool,
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
-    reason = _roles.load_reason(reader, planner)
+    reason = _roles.load_reason(reader, planner) or _roles.group_reason(process_group, no_dist)
     if reason is not None:
         set_report(_failed({"kind": "load", "path": "torch", "reason": reason}, error))
+        if isinstance(error, Exception):
+            with contextlib.suppress(CheckpointException):
+                _refuse(error, process_group, 0, no_dist)
     else:
         _async.wait_for_save_in_flight()
         NativeLoad(reader, planner, group_for(process_group, no_dist)).tell(error)
@@ -188,14 +195,31 @@ def _failed(report: dict[str, Any], error: BaseException) -> dict[str, Any]:
 
 
 class _Refuses(DefaultLoadPlanner):
-    """Raises where torch's load turns an exception of one rank into one on every rank."""
+    """Raises where torch's load turns an exception of one rank into one on every rank.
+
+    It is its own reader, of a checkpoint without anything: no file is opened.
+    """
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
         self.error = error
 
+    def read_metadata(self) -> Metadata:
+        return Metadata({})
+
     def set_up_planner(self, *unused: Any, **unused_too: Any) -> None:
         raise self.error
+
+
+def _refuse(
+    error: BaseException,
+    process_group: dist.ProcessGroup | None,
+    coordinator_rank: int,
+    no_dist: bool,
+) -> None:
+    """Take part in torch's load with nothing but ``error``, which every rank then raises."""
+    role = cast(Any, _Refuses(error))
+    _torch._load_state_dict({}, role, process_group, coordinator_rank, no_dist, role)
 
 
 def _load_through_torch(
@@ -212,6 +236,11 @@ def _load_through_torch(
     """Torch's implementation, given a state dict of nothing but the selected leaves."""
     pruned = None
     try:
+        if not config().allow_unsafe_objects:
+            raise pickle.UnpicklingError(
+                "config.allow_unsafe_objects is off, and this load runs through torch's own "
+                f"implementation, which unpickles whatever it finds, because {report['reason']}"
+            )
         if verify:
             raise ValueError(
                 f"verify={verify!r} cannot be had: this load runs through torch's own "
@@ -222,7 +251,8 @@ def _load_through_torch(
             report["skipped"] = pruned.skipped[:LISTED_NAMES]
             report["skipped_count"] = len(pruned.skipped)
     except BaseException as error:
-        planner = _Refuses(error)
+        _refuse(error, process_group, coordinator_rank, no_dist)
+        raise
     _torch._load_state_dict(
         state_dict if pruned is None else pruned.state_dict,
         storage_reader, process_group, coordinator_rank, no_dist, planner,

@@ -130,13 +130,9 @@ dcp_failure_exchange(const struct dcp_comm *comm, const struct dcp_failure *mine
     size_t len = record.failed ? 0 : record.len;
     int rc = dcp_comm_all_gather_bytes(comm, record.data, len, &block, &records, err);
     if (rc == 0) {
+        /* What the list says decides whether a load is tried again: a rank without memory for it
+         * cannot go on, and its group is given up. */
         rc = take_records(records, comm->size, ret_list, err);
-        if (rc == DCP_E_NOMEM) {
-            /* That somebody failed is known to all and decides what comes next; the reasons are
-             * lost on this rank. */
-            dcp_error_clear(err);
-            rc = 0;
-        }
     }
     dcp_free(block);
     dcp_free(records);

@@ -12,8 +12,9 @@
  * before.
  *
  * Process-wide state: the handler of SIGBUS while memory is lent, put back behind the last; the
- * table of what is lent.  Fork: mappings are not inherited; a child made amid a load keeps a
- * handler that knows no memory of its own and passes all on.
+ * table of what is lent.  Fork: mappings are not inherited, and a child begins with an empty table.
+ * A handler that others put over ours may call it: ours is not put over theirs in turn, and files
+ * are read, not mapped, as long as it stays.
  * Threads: any; memory is given back by the thread that borrowed it, whose mask of signals lets
  * SIGBUS through meanwhile (a blocked fault would kill).
  */
@@ -44,6 +45,7 @@ static struct lent table[MOST_LENT];
 static pthread_mutex_t handler_lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned handler_users; /* guarded by handler_lock, and so is the change of `before` */
 static struct sigaction before;
+static bool covered; /* somebody's handler lies over ours and may call it; guarded likewise */
 
 static uintptr_t
 page_bytes(void)
@@ -59,7 +61,8 @@ replace_lost(uintptr_t at)
 {
     for (int i = 0; i < MOST_LENT; i++) {
         uintptr_t from = atomic_load(&table[i].from), to = atomic_load(&table[i].to);
-        if (from > 1 && at >= from && at < to) {
+        /* The entry may have been given to another mapping between the two loads. */
+        if (from > 1 && at >= from && at < to && atomic_load(&table[i].from) == from) {
             uintptr_t page = at & ~(page_bytes() - 1);
             void *zeros = mmap((void *)page, to - page, PROT_READ,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
@@ -96,18 +99,52 @@ on_bus_error(int number, siginfo_t *info, void *context)
     errno = kept_errno;
 }
 
-/* Others may have put a handler over ours since the last time. */
+static bool
+is_ours(const struct sigaction *action)
+{
+    return (action->sa_flags & SA_SIGINFO) != 0 && action->sa_sigaction == on_bus_error;
+}
+
+/* A child has none of the memory, nor the threads that borrowed it. */
+static void
+forget_in_child(void)
+{
+    struct sigaction now;
+
+    (void)pthread_mutex_init(&handler_lock, NULL);
+    handler_users = 0;
+    for (int i = 0; i < MOST_LENT; i++) {
+        atomic_store(&table[i].from, 0);
+    }
+    if (sigaction(SIGBUS, NULL, &now) == 0 && is_ours(&now)) {
+        (void)sigaction(SIGBUS, &before, NULL);
+    }
+}
+
+static void
+watch_forks(void)
+{
+    (void)pthread_atfork(NULL, NULL, forget_in_child);
+}
+
 static int
 handler_take(void)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct sigaction now,
         ours = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART};
     int rc = 0;
 
+    (void)pthread_once(&once, watch_forks);
     pthread_mutex_lock(&handler_lock);
     if (sigaction(SIGBUS, NULL, &now) != 0) {
         rc = -errno;
-    } else if ((now.sa_flags & SA_SIGINFO) == 0 || now.sa_sigaction != on_bus_error) {
+    } else if (is_ours(&now)) {
+        covered = false;
+    } else if (covered || handler_users > 0) {
+        covered = true;
+        rc = -EBUSY;
+    } else {
         before = now;
         rc = sigaction(SIGBUS, &ours, NULL) != 0 ? -errno : 0;
     }
@@ -122,9 +159,11 @@ handler_drop(void)
     struct sigaction now;
 
     pthread_mutex_lock(&handler_lock);
-    if (--handler_users == 0 && sigaction(SIGBUS, NULL, &now) == 0 &&
-        (now.sa_flags & SA_SIGINFO) != 0 && now.sa_sigaction == on_bus_error) {
-        (void)sigaction(SIGBUS, &before, NULL);
+    if (--handler_users == 0 && sigaction(SIGBUS, NULL, &now) == 0) {
+        covered = !is_ours(&now);
+        if (!covered) {
+            (void)sigaction(SIGBUS, &before, NULL);
+        }
     }
     pthread_mutex_unlock(&handler_lock);
 }

@@ -134,6 +134,19 @@ posix_dup_dir(void *ctx, int dirfd)
     return result(fcntl(dirfd, F_DUPFD_CLOEXEC, 0));
 }
 
+/* Some file systems heed O_NONBLOCK in reads too, and answer EAGAIN for what takes a moment. */
+static int
+wait_in_reads(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    if (flags >= 0 && fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) == 0) {
+        return fd;
+    }
+    int rc = -errno;
+    close(fd);
+    return rc;
+}
+
 static int
 posix_open_at(void *ctx, int dirfd, const char *name, int flags, unsigned mode)
 {
@@ -144,8 +157,9 @@ posix_open_at(void *ctx, int dirfd, const char *name, int flags, unsigned mode)
         int fd = result(openat(dirfd, name, flags | O_NONBLOCK | O_CLOEXEC));
 
         if (fd != -EAGAIN) {
-            return fd;
+            return fd < 0 ? fd : wait_in_reads(fd);
         }
+        flags &= ~O_NONBLOCK;
     }
     return result(openat(dirfd, name, flags | O_CLOEXEC, (mode_t)mode));
 }

@@ -245,7 +245,7 @@ share_image(struct dcp_load *load, struct dcp_error *err)
 
 /* A load's vote: nothing to reuse, so SLOW means "go on".  What tells a save's id in a save is a
  * random number here, by which the ranks of a host find each other's memory; what says that a rank
- * has a base, that it asks the group to read together. */
+ * has a base, that it asks the group to read together, which takes the same call on all. */
 static int
 vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_save_id *ret_load_id,
      struct dcp_error *err)
@@ -253,7 +253,7 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_s
     struct dcp_group *group = load->group;
     struct dcp_vote ballot = {
         .ok = ok,
-        .call = load->call_hash,
+        .call = load->call_hash ^ (load->verify ? 1 + load->verify_all : 0),
         .is_coordinator = group->comm.rank == group->coordinator,
         .has_base = load->lanes != NULL,
     };
@@ -269,7 +269,7 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_s
             group->poisoned = true;
         }
         *ret_load_id = ballot.save_id;
-        load->by_group = rc == 0 && ballot.has_base;
+        load->by_group = rc == 0 && ballot.has_base && ballot.call_agrees;
     }
     return rc;
 }
@@ -437,6 +437,8 @@ read_together(struct dcp_load *load, const struct dcp_read_plan *plan,
     if (rc == 0) {
         rc = dcp_share_read(&load->share, load->io, load->dirfd, load->dir_path, &rest, options,
                             on_record, on_record_ctx, ret_stats, err);
+    } else {
+        dcp_share_end(&load->share); /* the caller may have left, and nobody else would */
     }
     if (rc == 0) {
         dcp_read_stats_add(ret_stats, &stats);

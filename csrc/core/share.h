@@ -2,7 +2,8 @@
  * share.h: private: read once per host, what its files share.
  *
  * Ranks of one host read what several of them want once, into memory that all of them see:
- *   share_segment.c   every rank's own segment, how the ranks of a host find each other, waits
+ *   share_segment.c   every rank's own segment, how the ranks of a host find each other
+ *   share_rounds.c    how they agree to share, and waits
  *   share_wants.c     what a rank wants, published in its segment
  *   share_schedule.c  the same order of units, computed by every rank from what all published
  *   share_piece.c     what is done with a piece: checked by its reader, taken by who wants it
@@ -75,6 +76,7 @@ struct dcp_share_header {
     uint32_t options; /* share_options; equal among ranks that share */
     uint32_t hot;     /* what the rank wants lies in the page cache, where copies are cheap */
     uint32_t slots_count, slot_bytes;
+    uint64_t members_hash; /* of the ranks it shares with; there before its state is READY */
     uint64_t segment_bytes, wants_count, details_count, details_offset, slots_offset;
     struct dcp_share_slot slots[DCP_SHARE_MOST_SLOTS];
 };
@@ -134,14 +136,6 @@ bool dcp_share_find(struct dcp_share *share);
  * memory only when they will be used. */
 bool dcp_share_grow(struct dcp_share *share, uint64_t wants_count, uint64_t details_count,
                     uint32_t slots_count, uint32_t slot_bytes);
-/* First round: publishes, and keeps those that joined as well.  *ret_joined false: this rank reads
- * for itself. */
-int dcp_share_join(struct dcp_share *share, uint32_t options, const atomic_int *cancel,
-                   bool *ret_joined, struct dcp_error *err) DCP_MUST_CHECK;
-/* Second round: whether all that joined are able, and have their slots.  *ret_ready is the same on
- * all of them. */
-int dcp_share_ready(struct dcp_share *share, bool able, const atomic_int *cancel, bool *ret_ready,
-                    struct dcp_error *err) DCP_MUST_CHECK;
 /* Tells the others, once, that this rank takes no part, or no further part; removes the name.  Any
  * time, also when nothing was begun. */
 void dcp_share_leave(struct dcp_share *share, enum dcp_share_state how);
@@ -150,6 +144,29 @@ void dcp_share_end(struct dcp_share *share);
 /* Says why nothing is shared, unless something was said before. */
 void dcp_share_because(struct dcp_share *share, const char *fmt, ...) DCP_PRINTF(2, 3);
 
+/* For the rounds: states, and other ranks' segments. */
+static inline uint32_t
+dcp_share_state_of(const struct dcp_share_member *member)
+{
+    return atomic_load_explicit(&member->header->state, memory_order_acquire);
+}
+void dcp_share_set_state(struct dcp_share *share, enum dcp_share_state state);
+/* Maps `bytes` of a segment in place of what was mapped.  0 or -errno. */
+int dcp_share_map(const struct dcp_share *share, struct dcp_share_member *member, uint64_t bytes);
+void dcp_share_set_parts(struct dcp_share_member *member);
+void dcp_share_release(const struct dcp_share *share, struct dcp_share_member *member);
+void dcp_share_no_room(struct dcp_share *share, uint64_t bytes, int rc);
+
+/* ---- share_rounds.c ---- */
+
+/* First round: publishes, and keeps those that joined as well.  *ret_joined false: this rank reads
+ * for itself. */
+int dcp_share_join(struct dcp_share *share, uint32_t options, const atomic_int *cancel,
+                   bool *ret_joined, struct dcp_error *err) DCP_MUST_CHECK;
+/* Second round: whether all that joined are able, and have their slots.  *ret_ready is the same on
+ * all of them. */
+int dcp_share_ready(struct dcp_share *share, bool able, const atomic_int *cancel, bool *ret_ready,
+                    struct dcp_error *err) DCP_MUST_CHECK;
 /* Waits until *word is `goal`.  DCP_E_CANCELLED; DCP_E_PEER: another rank broke off or died;
  * DCP_E_TIMEOUT.  `stop`, which may be NULL, ends the wait with DCP_E_CANCELLED too. */
 int dcp_share_wait(const struct dcp_share *share, const _Atomic uint32_t *word, uint32_t goal,

@@ -21,6 +21,7 @@
 #include <linux/magic.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -55,6 +56,20 @@ read_proc(const char *path, char *text, size_t cap)
     return (int)len;
 }
 
+/* Whether /proc shows this process under the id that it has: that of another pid namespace cannot
+ * say who is alive. */
+static bool
+proc_is_ours(void)
+{
+    char self[32];
+    ssize_t len = readlink("/proc/self", self, sizeof self - 1);
+    if (len <= 0) {
+        return false;
+    }
+    self[len] = '\0';
+    return strtol(self, NULL, 10) == (long)getpid();
+}
+
 static int
 posix_host(void *ctx, struct dcp_shm_host *ret)
 {
@@ -73,6 +88,9 @@ posix_host(void *ctx, struct dcp_shm_host *ret)
     }
     if (stat("/proc/self/ns/pid", &info) != 0) {
         return -errno;
+    }
+    if (!proc_is_ours()) {
+        return -EOPNOTSUPP;
     }
     identity.pid_dev = info.st_dev;
     identity.pid_ino = info.st_ino;
@@ -257,7 +275,7 @@ posix_alive(void *ctx, int64_t pid)
     snprintf(path, sizeof path, "/proc/%lld/stat", (long long)pid);
     int len = read_proc(path, text, sizeof text);
     if (len == -ENOENT || len == -ESRCH) {
-        return false;
+        return kill((pid_t)pid, 0) == 0 || errno != ESRCH; /* hidden is not gone */
     }
     const char *end = len > 0 ? strrchr(text, ')') : NULL;
     return end == NULL || end[1] != ' ' || (end[2] != 'Z' && end[2] != 'X');

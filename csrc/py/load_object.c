@@ -139,12 +139,37 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+/* The exceptions that it keeps hold frames that hold it. */
+static int
+load_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    struct load_object *self = as_load(object);
+
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->pending);
+    Py_VISIT(self->interrupt);
+    Py_VISIT(self->receiver.error);
+    return 0;
+}
+
+static int
+load_clear(PyObject *object)
+{
+    struct load_object *self = as_load(object);
+
+    Py_CLEAR(self->pending);
+    Py_CLEAR(self->interrupt);
+    Py_CLEAR(self->receiver.error);
+    return 0;
+}
+
 static void
 load_dealloc(PyObject *object)
 {
     struct load_object *self = as_load(object);
     PyTypeObject *type = Py_TYPE(object);
 
+    PyObject_GC_UnTrack(object);
     load_receiver_clean_up(&self->receiver);
     load_targets_clean_up(&self->targets);
     dcp_load_destroy(self->load);
@@ -482,6 +507,8 @@ static PyType_Slot load_slots[] = {
     {Py_tp_doc, (void *)load_doc},
     {Py_tp_new, load_new},
     {Py_tp_dealloc, load_dealloc},
+    {Py_tp_traverse, load_traverse},
+    {Py_tp_clear, load_clear},
     {Py_tp_methods, load_methods},
     {0, NULL},
 };
@@ -489,6 +516,6 @@ static PyType_Slot load_slots[] = {
 PyType_Spec load_type_spec = {
     .name = "dcp_native._native.Load",
     .basicsize = sizeof(struct load_object),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = load_slots,
 };

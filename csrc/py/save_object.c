@@ -49,12 +49,35 @@ save_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+/* The exceptions that it keeps hold frames that hold it. */
+static int
+save_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    struct save_object *self = as_save(object);
+
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->pending);
+    Py_VISIT(self->interrupt);
+    return 0;
+}
+
+static int
+save_clear(PyObject *object)
+{
+    struct save_object *self = as_save(object);
+
+    Py_CLEAR(self->pending);
+    Py_CLEAR(self->interrupt);
+    return 0;
+}
+
 static void
 save_dealloc(PyObject *object)
 {
     struct save_object *self = as_save(object);
     PyTypeObject *type = Py_TYPE(object);
 
+    PyObject_GC_UnTrack(object);
     dcp_save_destroy(self->save);
     dcp_stage_release(&self->stage);
     save_items_clean_up(&self->items);
@@ -484,6 +507,8 @@ static PyType_Slot save_slots[] = {
     {Py_tp_doc, (void *)save_doc},
     {Py_tp_new, save_new},
     {Py_tp_dealloc, save_dealloc},
+    {Py_tp_traverse, save_traverse},
+    {Py_tp_clear, save_clear},
     {Py_tp_methods, save_methods},
     {0, NULL},
 };
@@ -491,6 +516,6 @@ static PyType_Slot save_slots[] = {
 PyType_Spec save_type_spec = {
     .name = "dcp_native._native.Save",
     .basicsize = sizeof(struct save_object),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = save_slots,
 };

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -191,6 +192,95 @@ other_bus_errors_go_to_who_had_them_before(void)
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+static struct sigaction beneath;
+static atomic_int rounds;
+
+/* As faulthandler does: a word, then whoever was there before. */
+static void
+pass_down(int number, siginfo_t *info, void *context)
+{
+    if (atomic_fetch_add(&rounds, 1) > 3) {
+        _exit(9);
+    }
+    beneath.sa_sigaction(number, info, context);
+}
+
+static int
+child_with_a_handler_over_ours(const struct file *file)
+{
+    const struct dcp_io *io = dcp_io_posix();
+    struct sigaction over = {.sa_sigaction = pass_down, .sa_flags = SA_SIGINFO};
+    struct sigaction plain = {.sa_handler = SIG_DFL};
+    const uint8_t *bytes;
+    (void)sigaction(SIGBUS, &plain, NULL);
+    if (io->map(io->ctx, file->fd, 0, FILE_BYTES, &bytes) != 0) {
+        return 3;
+    }
+    (void)sigaction(SIGBUS, &over, &beneath);
+    if (io->unmap(io->ctx, bytes, FILE_BYTES) != 0) {
+        return 4;
+    }
+    if (io->map(io->ctx, file->fd, 0, FILE_BYTES, &bytes) != -EBUSY ||
+        handler_now() != (void *)(uintptr_t)pass_down) {
+        return 5;
+    }
+    (void)raise(SIGBUS); /* ends the process, by way of both */
+    return 6;
+}
+
+static void
+a_handler_over_ours_is_not_made_to_go_round_in_circles(void)
+{
+    static struct file file;
+    file_make(&file);
+    pid_t pid = fork();
+    if (pid == 0) {
+        _exit(child_with_a_handler_over_ours(&file));
+    }
+    int status = 0;
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+    file_remove(&file);
+}
+
+/* In the child: what its parent had borrowed is not there, and a fault in the place is its own. */
+static int
+child_of_a_borrower(const struct file *file, const uint8_t *lent)
+{
+    void *place = (void *)((uintptr_t)lent & ~(uintptr_t)4095);
+    uint8_t *own = mmap(place, 4096, PROT_READ, MAP_SHARED | MAP_FIXED_NOREPLACE, file->fd, 0);
+    if (own != place || ftruncate(file->fd, 0) != 0) {
+        return 3;
+    }
+    return *(volatile uint8_t *)own == 0 ? 4 : 5;
+}
+
+static void
+a_child_faults_for_itself_where_its_parent_had_borrowed(void)
+{
+    const struct dcp_io *io = dcp_io_posix();
+    struct sigaction plain = {.sa_handler = SIG_DFL}, kept;
+    static struct file file, other;
+    const uint8_t *bytes = NULL;
+    file_make(&file);
+    file_make(&other);
+    CHECK_EQ(sigaction(SIGBUS, &plain, &kept), 0);
+    CHECK_EQ(io->map(io->ctx, file.fd, 0, FILE_BYTES, &bytes), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        _exit(child_of_a_borrower(&other, bytes));
+    }
+    int status = 0;
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+    CHECK_EQ(io->unmap(io->ctx, bytes, FILE_BYTES), 0);
+    CHECK_EQ(sigaction(SIGBUS, &kept, NULL), 0);
+    file_remove(&file);
+    file_remove(&other);
+}
+
 CTEST_MAIN(RUN(any_range_is_lent_as_it_is);
            RUN(a_file_cut_short_while_it_is_read_reads_as_zero_and_is_told);
-           RUN(threads_borrow_at_the_same_time); RUN(other_bus_errors_go_to_who_had_them_before);)
+           RUN(threads_borrow_at_the_same_time); RUN(other_bus_errors_go_to_who_had_them_before);
+           RUN(a_handler_over_ours_is_not_made_to_go_round_in_circles);
+           RUN(a_child_faults_for_itself_where_its_parent_had_borrowed);)

@@ -25,6 +25,8 @@ struct rank_case {
     struct dcp_io counting; /* around io */
     atomic_int cancel;
     bool absent; /* never reads, but says so */
+    bool twin;   /* somebody makes a segment under its number */
+    bool blind;  /* does not find rank 0 */
     bool stuck;  /* never reads, and says nothing until the others are done */
     int rc;
     struct dcp_error err;
@@ -205,6 +207,39 @@ want_all(struct party *party, uint32_t rank)
     load_add_objects(load);
 }
 
+/* Names of a load end in "-<process>-<rank>". */
+struct blinker {
+    dcp_list_fn fn;
+    void *ctx;
+};
+
+static int
+blink_at_rank_0(void *ctx, const char *name)
+{
+    const struct blinker *blinker = ctx;
+    const char *rank = strrchr(name, '-');
+    return rank != NULL && strcmp(rank, "-0") == 0 ? 0 : blinker->fn(blinker->ctx, name);
+}
+
+static int
+list_without_rank_0(void *ctx, dcp_list_fn fn, void *fn_ctx)
+{
+    struct blinker blinker = {fn, fn_ctx};
+    (void)ctx;
+    return dcp_shm_posix()->list(NULL, blink_at_rank_0, &blinker);
+}
+
+static void
+name_of_twin(const struct dcp_share *share, char name[DCP_SHARE_NAME_BYTES])
+{
+    const char *rank = strrchr(share->name, '-');
+    int head = (int)(rank - share->name);
+    while (share->name[head - 1] != '-') {
+        head--;
+    }
+    snprintf(name, DCP_SHARE_NAME_BYTES, "%.*s1%s", head, share->name, rank);
+}
+
 static void
 run_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
 {
@@ -219,6 +254,15 @@ run_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     memcpy(load_id.bytes + 1, &party->run, sizeof party->run);
     share.slot_bytes = party->slot_bytes;
     dcp_share_begin(&share, &rank->shm.shm, &load_id, comm->rank);
+    char twin[DCP_SHARE_NAME_BYTES] = "";
+    if (rank->twin) {
+        name_of_twin(&share, twin);
+        int fd = dcp_shm_posix()->create(NULL, twin);
+        dcp_shm_posix()->close(NULL, fd);
+    }
+    if (rank->blind) {
+        rank->shm.shm.list = list_without_rank_0;
+    }
     rank->rc = comm->all_reduce_min(comm->ctx, &lane, 1, &err);
     if (rank->stuck) {
         for (int i = 0; i < 60000 && atomic_load(&party->over) + 1 < comm->size; i++) {
@@ -231,6 +275,9 @@ run_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
     }
     memcpy(rank->reason, share.reason, sizeof rank->reason);
     dcp_share_end(&share);
+    if (rank->twin) {
+        (void)dcp_shm_posix()->unlink(NULL, twin); /* a sweep of names of the dead may have */
+    }
     atomic_fetch_add(&party->over, 1);
 }
 
@@ -436,6 +483,29 @@ a_rank_that_can_not_share_reads_alone_and_so_do_those_it_leaves(void)
         }
     }
     CHECK(hits > 3 * 10);
+    party_clean_up(&party);
+}
+
+static void
+ranks_that_found_different_others_read_alone(void)
+{
+    struct party party;
+    party_make(&party, 1, 4, 1, false);
+    for (int twin = 0; twin < 2; twin++) {
+        party_begin(&party, DCP_DIRECT_ON);
+        for (uint32_t r = 0; r < 4; r++) {
+            want_all(&party, r);
+        }
+        party.ranks[1].twin = twin == 1;
+        party.ranks[2].blind = twin == 0;
+        party_run(&party);
+        for (uint32_t r = 0; r < 4; r++) {
+            CHECK_OK(party.ranks[r].rc, &party.ranks[r].err);
+            CHECK(twin == 1 || party.ranks[r].stats.shared_bytes == 0);
+        }
+        CHECK_EQ(party.ranks[1].stats.shared_bytes, 0);
+        party_end(&party);
+    }
     party_clean_up(&party);
 }
 
@@ -651,6 +721,7 @@ CTEST_MAIN(RUN(replicas_are_read_once_and_reach_every_rank);
            RUN(what_one_rank_wants_alone_is_not_shared);
            RUN(what_lies_in_the_page_cache_is_read_by_each_rank);
            RUN(a_rank_that_can_not_share_reads_alone_and_so_do_those_it_leaves);
+           RUN(ranks_that_found_different_others_read_alone);
            RUN(full_shared_memory_is_a_reason_and_no_failure);
            RUN(a_failing_read_of_any_rank_ends_all_and_names_itself);
            RUN(a_cancelled_rank_ends_all); RUN(a_rank_that_does_not_read_is_not_waited_for);

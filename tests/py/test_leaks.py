@@ -6,7 +6,10 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -151,3 +154,39 @@ def test_a_failed_save_lets_go_of_its_tensors(tmp_path):
         assert seen() is None, "only the cyclic garbage collector would free it"
     finally:
         gc.enable()
+
+
+class Interrupts:
+    """Unpickled, it sends a signal and takes its time."""
+
+    def __reduce__(self):
+        return _interrupt, ()
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.5)
+
+
+class Interrupted(Exception):
+    """What the signal handler raises."""
+
+
+def test_an_interrupted_load_lets_go_of_its_tensors(tmp_path):
+    def stop(*unused) -> None:
+        raise Interrupted
+
+    def load() -> weakref.ref:
+        target = {"w": torch.zeros(NUMEL), "o": None}
+        with pytest.raises(Interrupted):
+            dcp.load(target, checkpoint_id=tmp_path)
+        return weakref.ref(target["w"])
+
+    dcp.save({"w": torch.ones(NUMEL), "o": Interrupts()}, checkpoint_id=tmp_path)
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        seen = load()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    gc.collect()
+    assert seen() is None

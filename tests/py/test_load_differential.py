@@ -123,6 +123,26 @@ def attempt(module: Any, state_dict: dict, path: Path, **options: Any) -> object
     return None
 
 
+def same_failure(theirs: Any, ours: Any) -> bool:
+    """Both loaded, or failed alike; ours may also name the tensor."""
+    if theirs is None or ours is None:
+        return theirs is ours
+    ((step, torchs), (our_step, our)) = (theirs, ours)
+    return (
+        our_step == step
+        and our.keys() == torchs.keys()
+        and all(
+            our[rank][0] is kind and text in our[rank][1] for rank, (kind, text) in torchs.items()
+        )
+    )
+
+
+def numbers(tensor: torch.Tensor) -> tuple[list[bool], bytes]:
+    """Where the NaNs are, and all else bit by bit: which NaN depends on torch's vectorisation."""
+    wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return torch.isnan(wide).tolist(), bits(tensor[~torch.isnan(wide)])
+
+
 # ---- boxes and memory ----
 
 DTYPES = [
@@ -210,7 +230,9 @@ def test_any_boxes_into_any_memory(case, tmp_path_factory):
         wanted = case["wanted"]
         target = {"t": memory if wanted is None else Grid.of(memory, wanted)}
         seen.append((attempt(module, target, path), bits(memory), whole(memory)))
-    assert seen[0] == seen[1]
+    (theirs, *torchs), (own, *ours) = seen
+    assert same_failure(theirs, own), (theirs, own)
+    assert torchs == ours
 
 
 @pytest.mark.parametrize("verify", [False, True, "strict"])
@@ -296,7 +318,8 @@ def test_every_pair_of_dtypes_that_copy_takes_is_cast_as_copy_does(writer, tmp_p
         assert attempt(module, target, tmp_path) is None
         loaded.append(target)
     for key, want in loaded[0].items():
-        assert bits(loaded[1][key]) == bits(want), (key, loaded[1][key], want)
+        got = loaded[1][key]
+        assert numbers(got) == numbers(want), (key, got, want)
 
 
 def test_pairs_of_dtypes_that_copy_refuses_are_refused_as_in_torch(tmp_path):

@@ -282,3 +282,14 @@ def test_a_checkpoint_that_only_torch_can_unpickle_is_filtered_too(path):
     target = blank()
     dcp.load(target, checkpoint_id=path, keys=["step"])
     assert changed(target) == {"step"} and dcp.last_report()["skipped_count"] == 11
+
+
+def test_keys_that_collide_are_an_error_on_torchs_path_too(tmp_path):
+    class Planner(dcp.DefaultLoadPlanner):
+        pass
+
+    dcp.save({"m": {"1": torch.ones(2)}}, checkpoint_id=tmp_path)
+    target = {"m": {1: torch.zeros(2), "1": torch.zeros(2)}}
+    for planner in (None, Planner()):
+        with pytest.raises(dcp.CheckpointException, match=r"duplicated flatten key m\.1"):
+            dcp.load(target, checkpoint_id=tmp_path, keys="m", planner=planner)

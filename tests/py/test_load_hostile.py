@@ -538,3 +538,46 @@ def test_what_is_loaded_of_metadata_made_by_hand_is_what_torch_loads(tmp_path):
             agreed += 1
             assert same(targets[1], targets[0]), (module, seed)
     assert agreed > 50 and refused > 50, (agreed, refused)
+
+
+def leave_a_mark(path: str) -> str:
+    Path(path).touch()
+    return "code ran"
+
+
+class Runs:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return leave_a_mark, (str(self.path),)
+
+
+def test_no_path_of_a_load_runs_code_when_unsafe_objects_are_off(tmp_path):
+    class Planner(dcp.DefaultLoadPlanner):
+        pass
+
+    mark = tmp_path / "mark"
+    dcp.save({"a": Runs(mark)}, checkpoint_id=tmp_path / "objects")
+    torch_dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "metadata")
+    file = tmp_path / "metadata" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.extra = Runs(mark)
+    file.write_bytes(pickle.dumps(metadata))
+    dcp.configure(allow_unsafe_objects=False)
+    for directory in ("objects", "metadata"):
+        for options in ({}, {"planner": Planner()}, {"storage_reader": Reader}):
+            reader = options.get("storage_reader")
+            with pytest.raises(dcp.CheckpointException, match="allow_unsafe_objects is off"):
+                dcp.load(
+                    {"a": torch.zeros(2) if directory == "metadata" else None},
+                    **options | ({"storage_reader": reader(tmp_path / directory)} if reader else
+                                 {"checkpoint_id": tmp_path / directory}),
+                )  # fmt: skip
+            assert not mark.exists(), (directory, options)
+
+
+class Reader(torch_dcp.FileSystemReader):
+    """Not stock."""

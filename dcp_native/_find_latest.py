@@ -6,6 +6,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from ._verify import verify as check
 
 __all__ = ["find_latest"]
 
-_NUMBER = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)*")
 _METADATA = (".metadata", "__0.metadata")
 """What makes a directory a checkpoint: of all ranks, or of single ones."""
 _LEVELS: dict[Any, Level] = {
@@ -46,8 +47,9 @@ def find_latest(
 
     What is newest: when all candidates are named alike but for their numbers (``step-1000``,
     ``iter_0001000``, ``epoch=3-step=300``), the one with the highest numbers, compared from left to
-    right.  Else the one whose metadata was written last; copies that do not keep times mislead
-    that, so name a ``pattern`` or a ``key`` where names differ.
+    right.  ``1.25`` is a fraction, less than ``1.5``; with more dots, as in ``1.2.10``, every part
+    is a number of its own.  Else the one whose metadata was written last; copies that do not keep
+    times mislead that, so name a ``pattern`` or a ``key`` where names differ.
 
     Args:
         parent: a directory of checkpoints.
@@ -137,14 +139,25 @@ def _newest_first(
     paths = [parent / name for name in times]
     if key is not None:
         return sorted(paths, key=key, reverse=True)
-    shapes = {_NUMBER.sub("#", name) for name in times}
+    shapes = {_shape(name) for name in times}
     if len(shapes) == 1 and "#" in shapes.pop():
         return sorted(paths, key=lambda p: (_numbers(p.name), times[p.name], p.name), reverse=True)
     return sorted(paths, key=lambda p: (times[p.name], p.name), reverse=True)
 
 
-def _numbers(name: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in _NUMBER.findall(name))
+def _is_fraction(number: str) -> bool:
+    return number.count(".") <= 1
+
+
+def _shape(name: str) -> str:
+    """The name without its numbers.  Whole and decimal ones look alike; versions do not."""
+    return _NUMBER.sub(lambda m: "#" if _is_fraction(m[0]) else "#" + "." * m[0].count("."), name)
+
+
+def _numbers(name: str) -> tuple[Decimal, ...]:
+    found = _NUMBER.findall(name)
+    split = ([number] if _is_fraction(number) else number.split(".") for number in found)
+    return tuple(Decimal(digits) for numbers in split for digits in numbers)
 
 
 def _candidates(parent: Path, pattern: str | None) -> dict[str, int]:

@@ -26,8 +26,7 @@ def verify_checkpoint(
     problems_most: int = 100,
     part: int = 0,
     parts: int = 0,
-    original: bytes | None = None,
-    translated: bytes | None = None,
+    translations: tuple[tuple[bytes, bytes], ...] = (),
 ) -> dict[str, Any]: ...
 def check_metadata(image: bytes, /, *, pickle: bool = False) -> str | None: ...
 def _debug_plan(state_dict: Any, *args: Any, **kwargs: Any) -> dict[str, Any]: ...

@@ -179,24 +179,50 @@ def verify(
         return _as_result(path, level, _run(path, level, max_problems, 0, 1))
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
     for tries_left in reversed(range(_TRIES)):
-        mine: tuple[dict[str, Any] | None, bytes | None]
+        mine: tuple[dict[str, Any] | None, _Failure | None]
         error = None
         try:
             mine = (_run(path, level, max_problems, rank, size), None)
         except BaseException as raised:
             error = raised
-            mine = (None, as_record(raised))
+            mine = (None, _failure(raised))
         every: list[Any] = [None] * size
         dist.all_gather_object(every, mine, group=process_group)
-        if error is not None:
-            raise error
-        records = [record for _, record in every if record is not None]
-        if records:
-            raise from_record(records[0])
+        failures = {peer: failure for peer, (_, failure) in enumerate(every) if failure}
+        if failures:
+            raise _agreed(failures, rank, error)
         parts = [found for found, _ in every]
-        if len({found["save_id"] for found in parts}) == 1 or tries_left == 0:
+        if len({found["metadata_id"] for found in parts}) == 1 or tries_left == 0:
             break
     return _as_result(path, level, _merge(parts, max_problems))
+
+
+_Failure = tuple[bytes, bool]
+"""The record of an exception, and whether what it makes elsewhere is an OSError."""
+
+
+def _failure(error: BaseException) -> _Failure:
+    record = as_record(error)
+    assert record is not None
+    return record, isinstance(from_record(record), OSError)
+
+
+def _agreed(failures: dict[int, _Failure], rank: int, error: BaseException | None) -> BaseException:
+    """What this rank raises: an OSError on all ranks, or on none, so that all do the same next.
+
+    Errors that are none, of whichever rank, go before those that are.  A rank whose own error
+    counts raises that; the others raise the first that does.
+    """
+    is_fatal = not all(is_os_error for _, is_os_error in failures.values())
+    counts = [peer for peer, (_, is_os_error) in failures.items() if is_os_error != is_fatal]
+    if rank in counts and isinstance(error, OSError) != is_fatal:
+        assert error is not None
+        return error
+    shown = from_record(failures[rank if rank in counts else min(counts)][0])
+    if isinstance(shown, OSError) != is_fatal:
+        return shown
+    # Its record comes back here as something else than there.
+    return RuntimeError(str(shown)) if is_fatal else OSError(str(shown))
 
 
 def _run(path: Path, level: str, max_problems: int, part: int, parts: int) -> dict[str, Any]:
@@ -207,28 +233,44 @@ def _run(path: Path, level: str, max_problems: int, part: int, parts: int) -> di
         "part": part,
         "parts": parts,
     }
+    translations: dict[bytes, bytes] = {}
     for tries_left in reversed(range(_TRIES)):
         try:
-            return _native.verify_checkpoint(path, **options)
+            pairs = tuple(translations.items())
+            return _native.verify_checkpoint(path, translations=pairs, **options)
         except _native.NativeError as error:
-            if error.dcp_code == "STALE" and tries_left and "original" in options:
-                del options["original"], options["translated"]  # it was replaced: look again
-            elif error.dcp_code == "UNSUPPORTED":
-                if "original" in options or not config().allow_unsafe_objects:
-                    off = "" if config().allow_unsafe_objects else "; allow_unsafe_objects is off"
-                    return _unreadable(f"{error}{off}")
-                try:
-                    options |= _translation(path)
-                except Exception as why:
-                    return _unreadable(f"{error}; unpickling it failed: {why!r}")
-            else:
+            if error.dcp_code != "UNSUPPORTED":
                 raise
+            if not config().allow_unsafe_objects:
+                return _unreadable(f"{error}; allow_unsafe_objects is off")
+            found, failed = _translations(path)
+            known = bool(found) and found.keys() == translations.keys()
+            if failed or known or not tries_left:
+                why = f"; unpickling it failed: {failed!r}" if failed else ""
+                return _unreadable(f"{error}{why}")
+            translations = found
     raise AssertionError("the last try returns or raises")
 
 
-def _translation(path: Path) -> dict[str, bytes]:
-    """A ``.metadata`` of classes that only Python can rebuild, and the same in torch's own."""
-    original = (path / ".metadata").read_bytes()
+def _translations(path: Path) -> tuple[dict[bytes, bytes], Exception | None]:
+    """The metadata there is, as bytes, each with the same of torch's own classes; the first error.
+
+    A file that is gone is no error: the checkpoint is being replaced, and looked at again.
+    """
+    found, failed = {}, None
+    whole = path / ".metadata"
+    for file in (whole,) if whole.exists() else sorted(path.glob("__*.metadata")):
+        try:
+            original = file.read_bytes()
+            found[original] = _translation(original)
+        except FileNotFoundError:
+            continue
+        except Exception as why:
+            failed = failed or why
+    return found, failed
+
+
+def _translation(original: bytes) -> bytes:
     metadata = pickle.loads(original)
     plain = Metadata(
         state_dict_metadata=metadata.state_dict_metadata,
@@ -242,7 +284,7 @@ def _translation(path: Path) -> dict[str, bytes]:
             for at, record in metadata.storage_data.items()
         },
     )
-    return {"original": original, "translated": pickle.dumps(plain)}
+    return pickle.dumps(plain)
 
 
 def _unreadable(why: str) -> dict[str, Any]:
@@ -254,6 +296,7 @@ def _unreadable(why: str) -> dict[str, Any]:
         "problems_found": 1,
         "native": False,
         "save_id": None,
+        "metadata_id": None,
         "ranks": (),
     }
 
@@ -263,17 +306,19 @@ def _merge(parts: list[dict[str, Any]], max_problems: int) -> dict[str, Any]:
     merged |= {name: sum(found[name] for found in parts) for name in _SUMS}
     problems = list(dict.fromkeys(p for found in parts for p in found["problems"]))
     hidden = sum(found["problems_found"] - len(found["problems"]) for found in parts)
+    if len({found["metadata_id"] for found in parts}) > 1:
+        what = (
+            "the ranks read different metadata: the checkpoint was replaced again and again while "
+            "they checked it, or they see different directories"
+        )
+        problems.insert(0, ("", ".metadata", None, what, "STALE"))
     merged["problems_found"] = len(problems) + hidden
     merged["problems"] = problems[:max_problems]
     merged["wall_ns"] = max(found["wall_ns"] for found in parts)
-    save_ids = {found["save_id"] for found in parts}
-    if len(save_ids) > 1:
-        what = "the checkpoint was replaced again and again while its ranks checked it"
-        merged["problems"].insert(0, ("", ".metadata", None, what, "STALE"))
-        merged["problems_found"] += 1
     return merged
 
 
 def _as_result(path: Path, level: Level, found: dict[str, Any]) -> VerifyResult:
     problems = tuple(VerifyProblem(*problem) for problem in found.pop("problems"))
+    del found["metadata_id"]
     return VerifyResult(path=path, level=level, problems=problems, **found)

@@ -20,6 +20,7 @@
 
 #include "dcp_crc32.h"
 #include "le_bytes.h"
+#include "zip_format.h"
 
 enum {
     TABLE_VERSION = 1,
@@ -91,6 +92,20 @@ dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header)
     (void)le_put32(start + DCP_FRAME_CRC_OFFSET, dcp_frame_crc(start, (size_t)(at - start)));
 }
 
+/* Nobody may make a reader allocate more than the records before a table can fill: every block of
+ * it is a mebibyte in front of it, but for the last of each payload, and no record is shorter than
+ * the end of a zip. */
+static bool
+tables_fit(const struct dcp_file_header *header)
+{
+    uint64_t blocks = header->table_offset_bytes / DCP_BLOCK_BYTES + 1;
+    uint64_t records = header->table_offset_bytes / ZIP_END_BYTES + 1;
+    return header->table_bytes <=
+               dcp_block_table_bytes((uint32_t)dcp_min_u64(blocks, UINT32_MAX), 2 * blocks) &&
+           header->hash_bytes <=
+               dcp_hash_table_bytes((uint32_t)dcp_min_u64(records, DCP_MAX_ITEMS_PER_RANK));
+}
+
 int
 dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret, struct dcp_error *err)
 {
@@ -132,6 +147,9 @@ dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret, struct 
         header.hash_bytes = header.length_bytes - header.hash_offset_bytes;
     }
     DCP_ASSERT(!c.failed);
+    if (!tables_fit(&header)) {
+        return dcp_frame_damaged(err, "the header's tables are longer than its records allow");
+    }
     *ret = header;
     return 0;
 }

@@ -398,6 +398,9 @@ dcp_record_verify(const uint8_t *record, size_t len, struct dcp_error *err)
                 return rc;
             }
         }
+        if (pos != end.directory_bytes) {
+            return damaged(err, "its directory has bytes that belong to no entry");
+        }
     }
     return 0;
 }

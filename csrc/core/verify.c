@@ -127,6 +127,9 @@ note_absent(struct dcp_verifier *v, const struct dcp_claim *where, const struct 
     if (dcp_claim_dir_removed(where)) {
         return dcp_error_set(err, DCP_E_NOENT, ENOENT, v->dir_path, "%s was removed", v->dir_path);
     }
+    if (v->options->part != 0) {
+        return 0;
+    }
     dcp_error_clear(&why);
     dcp_error_set(&why, DCP_E_NOENT, ENOENT, v->dir_path,
                   claims_count > 0 ? "there is no .metadata: the save of this checkpoint is in "
@@ -229,6 +232,7 @@ check_directory(struct dcp_verifier *v, struct dcp_error *err)
 {
     struct dcp_dir_scan scan = {.claims = {0}};
     struct dcp_reference_set references = {.incomplete = false};
+    v->files_seen = 0;
     v->dirfd = v->io->open_dir(v->io->ctx, v->dir_path);
     if (v->dirfd < 0) {
         return dcp_error_set(err, v->dirfd == -ENOENT ? DCP_E_NOENT : DCP_E_IO, -v->dirfd,

@@ -76,6 +76,7 @@ struct dcp_verifier {
     const struct dcp_verify_options *options;
     struct dcp_verify_result *result;
     const struct dcp_metadata *md;
+    uint64_t files_seen; /* data files of the metadata files so far */
     struct dcp_verify_stream stream;
     struct dcp_buf crcs; /* uint32_t per block of the payload in progress */
     struct dcp_buf made; /* what a head or a tail should be */

@@ -278,10 +278,10 @@ find_end(struct record *r, struct zip_end *ret_end, struct dcp_error *why)
     }
 }
 
-/* One entry's bytes against its CRC. */
+/* One entry's local header, and its bytes against its CRC where the writer made any. */
 static int
 check_entry(struct record *r, const struct zip_end *end, const struct zip_entry *entry,
-            struct dcp_error *why)
+            bool has_crc, struct dcp_error *why)
 {
     const uint8_t *header;
     uint64_t offset, len = (uint64_t)ZIP_LOCAL_BYTES + entry->name_len;
@@ -298,6 +298,9 @@ check_entry(struct record *r, const struct zip_end *end, const struct zip_entry 
         if (rc != 0) {
             return place(r, entry->header_offset, why);
         }
+    }
+    if (rc == 0 && !has_crc) {
+        return 0;
     }
     if (rc == 0 && r->whole != NULL) {
         crc = dcp_crc32(0, r->whole + offset, (size_t)entry->bytes);
@@ -334,12 +337,16 @@ check_entries(struct record *r, const struct zip_end *end, const uint8_t *direct
                                "the entries of the record overlap or are out of order", why);
             }
             previous_end = entry.header_offset + ZIP_LOCAL_BYTES + entry.name_len + entry.bytes;
-            if (pass == 1 && has_crc) {
-                rc = check_entry(r, end, &entry, why);
+            if (pass == 1) {
+                rc = check_entry(r, end, &entry, has_crc, why);
             }
             if (rc != 0) {
                 return rc;
             }
+        }
+        if (pos != end->directory_bytes) {
+            return damaged(r, DCP_E_CORRUPT, end->directory_offset + pos,
+                           "the directory of the record has bytes of no entry", why);
         }
     }
     *ret_has_crc = has_crc;

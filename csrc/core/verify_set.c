@@ -61,12 +61,49 @@ look_again(struct dcp_verifier *v, const struct set *set, struct dcp_error *err)
     return is_same || (rc != 0 && rc != DCP_E_NOENT) ? 0 : DCP_E_STALE;
 }
 
-/* Reads and parses.  *ret_good is false when a problem was noted in place of that.  DCP_E_NOENT
- * without an error text when there is no such file. */
+/* What stands in the place of an image that only Python reads; NULL when nothing does. */
+static const struct dcp_span *
+translation_of(const struct dcp_verifier *v, const struct dcp_buf *image)
+{
+    for (size_t i = 0; i < v->options->translations_count; i++) {
+        const struct dcp_verify_translation *known = &v->options->translations[i];
+        if (known->original.len == image->len &&
+            memcmp(known->original.data, image->data, image->len) == 0) {
+            return &known->translated;
+        }
+    }
+    return NULL;
+}
+
+/* Parses what was read. */
+static int
+parse_set(const struct dcp_verifier *v, struct set *set, struct dcp_error *why)
+{
+    int rc = dcp_metadata_read(set->image.data, set->image.len, &set->md, why);
+    const struct dcp_span *translated =
+        rc == DCP_E_UNSUPPORTED ? translation_of(v, &set->image) : NULL;
+    if (translated != NULL) {
+        dcp_error_clear(why);
+        rc = dcp_metadata_read(translated->data, translated->len, &set->md, why);
+    }
+    return rc;
+}
+
+/* Makes the metadata file a part of what tells this check's metadata from another's. */
+static void
+add_to_id(struct dcp_verifier *v, const struct set *set)
+{
+    struct dcp_hash128 parts[2] = {v->result->metadata_id, set->hash};
+    v->result->metadata_id =
+        dcp_hash128(parts, sizeof parts, dcp_hash64(set->name, strlen(set->name), 0));
+}
+
+/* Reads and parses.  *ret_good is false when that failed; damage is noted by part 0 alone: the
+ * others have read the same bytes, as their metadata_id tells.  DCP_E_NOENT without an error text
+ * when there is no such file. */
 static int
 read_set(struct dcp_verifier *v, struct set *set, bool *ret_good, struct dcp_error *err)
 {
-    const struct dcp_span *original = &v->options->original;
     struct dcp_error why;
     *ret_good = false;
     dcp_error_clear(&why);
@@ -76,23 +113,17 @@ read_set(struct dcp_verifier *v, struct set *set, bool *ret_good, struct dcp_err
         return rc;
     }
     if (rc == 0) {
-        struct dcp_span image = {set->image.data, set->image.len};
         set->hash = hash_of(&set->image);
         set->was_read = true;
-        if (original->data != NULL) {
-            if (image.len != original->len || memcmp(image.data, original->data, image.len) != 0) {
-                return dcp_error_set(err, DCP_E_STALE, 0, set->name,
-                                     "the metadata changed since it was read; try again");
-            }
-            image = v->options->translated;
-        }
-        rc = dcp_metadata_read(image.data, image.len, &set->md, &why);
+        add_to_id(v, set);
+        rc = parse_set(v, set, &why);
         if (rc == DCP_E_UNSUPPORTED) {
             return dcp_error_set(err, rc, 0, set->name, "%s: %s", set->name, why.message);
         }
     }
     *ret_good = rc == 0;
-    return rc == 0 ? 0 : dcp_verify_note(v, DCP_VERIFY_NO_ENTRY, set->name, &why, err);
+    bool is_others = v->options->part != 0 && set->was_read && !dcp_verify_is_fatal(rc);
+    return rc == 0 || is_others ? 0 : dcp_verify_note(v, DCP_VERIFY_NO_ENTRY, set->name, &why, err);
 }
 
 static int
@@ -347,7 +378,8 @@ check_files(struct dcp_verifier *v, struct set *set, struct dcp_error *err)
             at++;
         }
         rc = dcp_verify_check_cancel(v->options, err);
-        bool is_mine = v->options->parts == 0 || f % v->options->parts == v->options->part;
+        uint64_t number = v->files_seen++;
+        bool is_mine = v->options->parts == 0 || number % v->options->parts == v->options->part;
         if (rc == 0 && is_mine) {
             rc = check_file(v, set, f, set->refs + first, at - first, err);
         }
@@ -395,7 +427,7 @@ dcp_verify_set(struct dcp_verifier *v, int32_t rank, struct dcp_reference_set *r
         v->md = &set.md;
         rc = check_all(v, &set, rank >= 0, err);
     }
-    if (rc == 0 && v->result->problems_found != found_before) {
+    if (rc == 0 && (!good || v->result->problems_found != found_before)) {
         rc = look_again(v, &set, err);
     }
     references->incomplete = references->incomplete || (rc == 0 && !good);

@@ -5,7 +5,8 @@
  * Sizes and CRCs are taken from the directory alone: torch leaves them zero in local headers.
  * Every offset is checked against the place of the directory before it is handed out, so callers
  * may index with what they get.  Compressed entries are damage: torch.load(mmap=True) of one reads
- * wrong bytes without a word.
+ * wrong bytes without a word.  So is what torch's own unzipper stumbles over: several disks, flags
+ * it does not know, tensors marked as folders.
  *
  * Threads: no state.
  */
@@ -13,6 +14,13 @@
 
 #include "dcp_alloc.h"
 #include "le_bytes.h"
+
+enum {
+    /* Encrypted, patched, strongly encrypted, masked: torch's unzipper refuses these. */
+    FLAGS_REFUSED = ZIP_FLAG_ENCRYPTED | 0x0020 | 0x0040 | 0x2000,
+    ATTRIBUTE_FOLDER = 0x10, /* of MS-DOS: torch reads nothing of such an entry */
+    MAX_16 = 0xffff,         /* "see the zip64 record" */
+};
 
 static int
 damaged(struct dcp_error *err, const char *what)
@@ -49,8 +57,12 @@ read_end_64(const uint8_t *tail, size_t locator_at, uint64_t tail_offset, struct
             struct dcp_error *err)
 {
     struct dcp_cursor c = {
-        .data = tail, .len = locator_at + ZIP64_LOCATOR_BYTES, .pos = locator_at + 8};
+        .data = tail, .len = locator_at + ZIP64_LOCATOR_BYTES, .pos = locator_at + 4};
+    uint32_t disk = dcp_cursor_u32(&c);
     uint64_t offset = dcp_cursor_u64(&c);
+    if (disk != 0 || dcp_cursor_u32(&c) != 1) {
+        return damaged(err, "it is spread over several disks");
+    }
     if (offset < tail_offset) {
         return tail_offset == 0 ? damaged(err, "its zip64 end record is misplaced") : DCP_E_MISSING;
     }
@@ -59,14 +71,52 @@ read_end_64(const uint8_t *tail, size_t locator_at, uint64_t tail_offset, struct
         le_get32(tail + at) != ZIP64_END_SIGNATURE) {
         return damaged(err, "its zip64 end record is misplaced");
     }
-    c.pos = (size_t)at + 24; /* signature, size, versions, disks */
-    (void)dcp_cursor_u64(&c);
+    c.pos = (size_t)at + 4;
+    if (dcp_cursor_u64(&c) != locator_at - at - ZIP64_SIZE_FROM_BYTES) {
+        return damaged(err, "its zip64 end record does not end where the next one starts");
+    }
+    (void)dcp_cursor_u32(&c);            /* versions */
+    uint64_t disks = dcp_cursor_u64(&c); /* this one and the directory's */
+    uint64_t entries_here = dcp_cursor_u64(&c);
     end->entries_count = dcp_cursor_u64(&c);
+    if (disks != 0 || entries_here != end->entries_count) {
+        return damaged(err, "it is spread over several disks");
+    }
     end->directory_bytes = dcp_cursor_u64(&c);
     end->directory_offset = dcp_cursor_u64(&c);
     end->records_offset = offset;
     end->has_64 = true;
     DCP_ASSERT(!c.failed);
+    return 0;
+}
+
+/* The plain end record, all of it.  With a zip64 record in front of it, which alone counts, its
+ * fields say the same or "see there". */
+static int
+read_end(const uint8_t *tail, size_t at, struct zip_end *end, struct dcp_error *err)
+{
+    struct dcp_cursor c = {.data = tail, .len = at + ZIP_END_BYTES, .pos = at + 4};
+    uint32_t fields[6];
+    uint64_t values[6] = {
+        0, 0, end->entries_count, end->entries_count, end->directory_bytes, end->directory_offset};
+    for (int i = 0; i < 6; i++) {
+        fields[i] = i < 4 ? dcp_cursor_u16(&c) : dcp_cursor_u32(&c);
+        bool sees_64 = fields[i] == (i < 4 ? (uint32_t)MAX_16 : UINT32_MAX);
+        if (end->has_64 ? fields[i] != values[i] && !sees_64 : i < 2 && fields[i] != 0) {
+            return damaged(err, "its end record contradicts the directory, or speaks of disks");
+        }
+    }
+    end->comment_bytes = dcp_cursor_u16(&c);
+    DCP_ASSERT(!c.failed);
+    if (end->has_64) {
+        return 0;
+    }
+    if (fields[2] != fields[3]) {
+        return damaged(err, "it is spread over several disks");
+    }
+    end->entries_count = fields[3];
+    end->directory_bytes = fields[4];
+    end->directory_offset = fields[5];
     return 0;
 }
 
@@ -80,23 +130,21 @@ zip_find_end(const uint8_t *tail, size_t tail_len, uint64_t length_bytes, struct
     if (at == SIZE_MAX) {
         return tail_offset == 0 ? damaged(err, "it has no end record") : DCP_E_MISSING;
     }
-    struct dcp_cursor c = {.data = tail, .len = tail_len, .pos = at + 8};
-    (void)dcp_cursor_u16(&c);
-    struct zip_end end = {.entries_count = dcp_cursor_u16(&c)};
-    end.directory_bytes = dcp_cursor_u32(&c);
-    end.directory_offset = dcp_cursor_u32(&c);
-    end.comment_bytes = dcp_cursor_u16(&c);
-    end.records_offset = tail_offset + at;
-    end.comment_offset = tail_offset + at + ZIP_END_BYTES;
+    struct zip_end end = {.records_offset = tail_offset + at,
+                          .comment_offset = tail_offset + at + ZIP_END_BYTES};
     if (at < ZIP64_LOCATOR_BYTES && tail_offset != 0) {
         return DCP_E_MISSING;
     }
+    int rc = 0;
     if (at >= ZIP64_LOCATOR_BYTES &&
         le_get32(tail + at - ZIP64_LOCATOR_BYTES) == ZIP64_LOCATOR_SIGNATURE) {
-        int rc = read_end_64(tail, at - ZIP64_LOCATOR_BYTES, tail_offset, &end, err);
-        if (rc != 0) {
-            return rc;
-        }
+        rc = read_end_64(tail, at - ZIP64_LOCATOR_BYTES, tail_offset, &end, err);
+    }
+    if (rc == 0) {
+        rc = read_end(tail, at, &end, err);
+    }
+    if (rc != 0) {
+        return rc;
     }
     uint64_t directory_end;
     if (dcp_add_overflows_u64(end.directory_offset, end.directory_bytes, &directory_end) ||
@@ -113,12 +161,13 @@ zip_find_end(const uint8_t *tail, size_t tail_len, uint64_t length_bytes, struct
 /* Replaces the fields that are all ones by those of the zip64 extra field. */
 static int
 read_extra_64(struct dcp_cursor *extra, struct zip_entry *entry, uint64_t *stored_bytes,
-              struct dcp_error *err)
+              uint32_t *disk, struct dcp_error *err)
 {
     bool wants_bytes = entry->bytes == ZIP_MAX_32;
     bool wants_stored = *stored_bytes == ZIP_MAX_32;
     bool wants_offset = entry->header_offset == ZIP_MAX_32;
-    if (!wants_bytes && !wants_stored && !wants_offset) {
+    bool wants_disk = *disk == MAX_16;
+    if (!wants_bytes && !wants_stored && !wants_offset && !wants_disk) {
         return 0;
     }
     while (extra->pos < extra->len) {
@@ -135,6 +184,7 @@ read_extra_64(struct dcp_cursor *extra, struct zip_entry *entry, uint64_t *store
         entry->bytes = wants_bytes ? dcp_cursor_u64(&c) : entry->bytes;
         *stored_bytes = wants_stored ? dcp_cursor_u64(&c) : *stored_bytes;
         entry->header_offset = wants_offset ? dcp_cursor_u64(&c) : entry->header_offset;
+        *disk = wants_disk ? dcp_cursor_u32(&c) : *disk;
         return c.failed ? damaged(err, "a zip64 extra field is too short") : 0;
     }
     return damaged(err, "a zip64 extra field is missing");
@@ -147,8 +197,8 @@ check_entry(const struct zip_entry *entry, const struct zip_end *end, uint16_t m
     if (method != 0 || stored_bytes != entry->bytes) {
         return damaged(err, "an entry is compressed, torch.save stores them");
     }
-    if ((entry->flags & ZIP_FLAG_ENCRYPTED) != 0) {
-        return damaged(err, "an entry is encrypted");
+    if ((entry->flags & FLAGS_REFUSED) != 0) {
+        return damaged(err, "an entry is encrypted or patched");
     }
     uint64_t entry_end;
     if (dcp_add_overflows_u64(entry->header_offset, ZIP_LOCAL_BYTES + entry->name_len,
@@ -176,7 +226,9 @@ zip_next_entry(const uint8_t *directory, const struct zip_end *end, size_t *pos,
     entry.name_len = dcp_cursor_u16(&c);
     uint16_t extra_len = dcp_cursor_u16(&c);
     uint16_t comment_len = dcp_cursor_u16(&c);
-    (void)dcp_cursor_u64(&c); /* disk, attributes */
+    uint32_t disk = dcp_cursor_u16(&c);
+    (void)dcp_cursor_u16(&c); /* internal attributes */
+    uint32_t attributes = dcp_cursor_u32(&c);
     entry.header_offset = dcp_cursor_u32(&c);
     entry.name = (const char *)dcp_cursor_bytes(&c, entry.name_len);
     struct dcp_cursor extra = {.data = dcp_cursor_bytes(&c, extra_len), .len = extra_len};
@@ -184,7 +236,10 @@ zip_next_entry(const uint8_t *directory, const struct zip_end *end, size_t *pos,
     if (c.failed || !is_entry) {
         return damaged(err, "the directory is cut short");
     }
-    int rc = read_extra_64(&extra, &entry, &stored_bytes, err);
+    int rc = read_extra_64(&extra, &entry, &stored_bytes, &disk, err);
+    if (rc == 0 && (disk != 0 || (attributes & ATTRIBUTE_FOLDER) != 0)) {
+        return damaged(err, "an entry lies on another disk, or is marked as a folder");
+    }
     if (rc == 0) {
         rc = check_entry(&entry, end, method, stored_bytes, err);
     }

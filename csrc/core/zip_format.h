@@ -25,6 +25,7 @@ enum {
     ZIP_END_BYTES = 22,
     ZIP64_END_BYTES = 56,
     ZIP64_LOCATOR_BYTES = 20,
+    ZIP64_SIZE_FROM_BYTES = 12, /* the zip64 end record counts its size from behind that field */
 
     ZIP_FLAG_ENCRYPTED = 0x0001,
     ZIP_FLAG_DESCRIPTOR = 0x0008, /* CRC and sizes follow the data */
@@ -136,7 +137,8 @@ int zip_find_end(const uint8_t *tail, size_t tail_len, uint64_t length_bytes,
                  struct zip_end *ret_end, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* Walks a directory: `directory` holds its bytes, *pos starts at 0.  Checks every field against
- * the directory's own place; compressed and encrypted entries are DCP_E_CORRUPT. */
+ * the directory's own place; compressed and encrypted entries are DCP_E_CORRUPT.  Behind the last
+ * entry *pos must be the directory's length, which is the caller's to check. */
 int zip_next_entry(const uint8_t *directory, const struct zip_end *end, size_t *pos,
                    struct zip_entry *ret_entry, struct dcp_error *err) DCP_MUST_CHECK;
 

@@ -98,7 +98,7 @@ zip_put_end(uint8_t *at, uint64_t entries_count, uint64_t directory_offset,
 {
     if (with_64 || zip_end_needs_64(directory_offset, directory_bytes)) {
         at = le_put32(at, ZIP64_END_SIGNATURE);
-        at = le_put64(at, ZIP64_END_BYTES - 12); /* counted from behind this field */
+        at = le_put64(at, ZIP64_END_BYTES - ZIP64_SIZE_FROM_BYTES);
         at = le_put16(le_put16(at, VERSION_64), VERSION_64);
         at = le_put32(le_put32(at, 0), 0); /* disks */
         at = le_put64(le_put64(at, entries_count), entries_count);

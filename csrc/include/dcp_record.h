@@ -106,7 +106,9 @@ struct dcp_file_header {
 };
 
 void dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header);
-/* DCP_E_CORRUPT on a wrong magic, version or CRC. `bytes` holds DCP_FILE_HEADER_BYTES. */
+/* DCP_E_CORRUPT on a wrong magic, version or CRC, and on tables longer than the records in front of
+ * them can need, so that whoever reads them need not bound them. `bytes` holds
+ * DCP_FILE_HEADER_BYTES. */
 int dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret,
                           struct dcp_error *err) DCP_MUST_CHECK;
 

@@ -17,6 +17,7 @@
 #define DCP_VERIFY_H
 
 #include "dcp_engine.h"
+#include "dcp_hash.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,19 +29,26 @@ enum dcp_verify_level {
     DCP_VERIFY_FULL = 2,
 };
 
+/* A metadata file that only Python can read, and what stands in its place: a pickle of torch's
+ * plain Metadata.  Both borrow. */
+struct dcp_verify_translation {
+    struct dcp_span original, translated;
+};
+
 struct dcp_verify_options {
     enum dcp_verify_level level;
     enum dcp_direct direct;
     uint32_t problems_most; /* that are kept; 0: DCP_VERIFY_PROBLEMS */
-    /* Ranks of a job may divide the work: data file number f (as the metadata lists them) is only
-     * looked at when f % parts == part, chunks of tensors only by part 0.  What all parts find
-     * together is what one check finds; damaged metadata is found by each.  parts 0: all. */
+    /* Ranks of a job may divide the work: data file number f (counted over all metadata files, as
+     * these list them) is only looked at when f % parts == part, metadata and chunks of tensors
+     * are only blamed by part 0.  What all parts find together is what one check finds, provided
+     * that all of them had the same metadata_id.  parts 0: all. */
     uint32_t part, parts;
-    /* A `.metadata` that only Python can read: what stands in its place, a pickle of torch's plain
-     * Metadata, and the image it was made from.  DCP_E_STALE when the file is no longer that. */
-    struct dcp_span original, translated; /* borrow; NULL data: none */
-    atomic_int *cancel;                   /* non-zero stops with DCP_E_CANCELLED; may be NULL */
-    _Atomic uint64_t *progress_bytes;     /* counts bytes of records gone through; may be NULL */
+    /* Looked up by the bytes of a metadata file that is DCP_E_UNSUPPORTED; borrow. */
+    const struct dcp_verify_translation *translations;
+    size_t translations_count;
+    atomic_int *cancel;               /* non-zero stops with DCP_E_CANCELLED; may be NULL */
+    _Atomic uint64_t *progress_bytes; /* counts bytes of records gone through; may be NULL */
 };
 
 enum { DCP_VERIFY_PROBLEMS = 100 };
@@ -63,6 +71,8 @@ struct dcp_verify_result {
 
     bool is_native; /* written by us */
     struct dcp_save_id save_id;
+    /* Of all metadata files, as they were read; zero when there are none. */
+    struct dcp_hash128 metadata_id;
     /* Metadata of single ranks (saved with use_collectives=False) in place of one for all.  Which
      * other ranks there should be cannot be known. */
     uint32_t *ranks; /* owned, ascending; ranks_count 0: one metadata for all */
@@ -86,8 +96,9 @@ struct dcp_verify_result {
 };
 
 /* 0 when the check ran to its end, with or without problems.  DCP_E_NOENT: the directory is not
- * there (any more).  DCP_E_UNSUPPORTED: metadata that only Python can read.  DCP_E_STALE: replaced
- * again and again.  A directory without metadata is a problem, not an error.
+ * there (any more).  DCP_E_UNSUPPORTED: metadata that only Python can read, and no translation of
+ * it.  DCP_E_STALE: replaced again and again.  A directory without metadata is a problem, not an
+ * error.
  *
  * Memory: at most 32 MiB beside what the metadata itself takes.  Threads: any; one more reads ahead
  * at level FULL. */

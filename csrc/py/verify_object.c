@@ -16,8 +16,8 @@ struct verify_job {
     struct dcp_verify_options options;
     struct dcp_verify_result result;
     atomic_int cancel;
-    PyObject *path;                  /* bytes */
-    PyObject *original, *translated; /* bytes, or NULL */
+    PyObject *path;         /* bytes */
+    PyObject *translations; /* a tuple of pairs of bytes */
 };
 
 static void
@@ -27,8 +27,8 @@ job_free(PyObject *capsule)
 
     dcp_verify_result_clean_up(&job->result);
     Py_XDECREF(job->path);
-    Py_XDECREF(job->original);
-    Py_XDECREF(job->translated);
+    Py_XDECREF(job->translations);
+    PyMem_Free((void *)job->options.translations);
     PyMem_Free(job);
 }
 
@@ -100,11 +100,12 @@ ranks_of(const struct dcp_verify_result *result)
     return tuple;
 }
 
+/* 16 bytes in hex; None when they are zero. */
 static PyObject *
-save_id_of(const struct dcp_verify_result *result)
+id_of(const void *bytes)
 {
     static const struct dcp_save_id none;
-    const uint8_t *id = result->save_id.bytes;
+    const uint8_t *id = bytes;
     char text[2 * sizeof none.bytes + 1];
 
     if (memcmp(id, none.bytes, sizeof none.bytes) == 0) {
@@ -120,55 +121,76 @@ static PyObject *
 result_of(const struct dcp_verify_result *result)
 {
     PyObject *problems = problems_of(result), *ranks = ranks_of(result);
-    PyObject *save_id = save_id_of(result);
+    PyObject *save_id = id_of(result->save_id.bytes);
+    PyObject *metadata_id = id_of(&result->metadata_id);
 
-    if (problems == NULL || ranks == NULL || save_id == NULL) {
+    if (problems == NULL || ranks == NULL || save_id == NULL || metadata_id == NULL) {
         Py_XDECREF(problems);
         Py_XDECREF(ranks);
         Py_XDECREF(save_id);
+        Py_XDECREF(metadata_id);
         return NULL;
     }
     return Py_BuildValue(
-        "{sN sK sO sN sN sK sK sK sK sK sK sK sK sK sK sK sK sK sI sK}", "problems", problems,
+        "{sN sK sO sN sN sN sK sK sK sK sK sK sK sK sK sK sK sK sK sI sK}", "problems", problems,
         "problems_found", result->problems_found, "native", result->is_native ? Py_True : Py_False,
-        "ranks", ranks, "save_id", save_id, "tensors", result->tensors_count, "objects",
-        result->objects_count, "records", result->records_count, "partial_tensors",
-        result->partial_tensors_count, "files", result->files_count, "file_bytes",
-        result->file_bytes, "direct_files", result->direct_files_count, "read_bytes",
+        "ranks", ranks, "save_id", save_id, "metadata_id", metadata_id, "tensors",
+        result->tensors_count, "objects", result->objects_count, "records", result->records_count,
+        "partial_tensors", result->partial_tensors_count, "files", result->files_count,
+        "file_bytes", result->file_bytes, "direct_files", result->direct_files_count, "read_bytes",
         result->read_bytes, "checked_bytes", result->checked_bytes, "unverified_bytes",
         result->unverified_bytes, "unverified_records", result->unverified_records_count, "claims",
         result->claims_count, "unreferenced_files", result->unreferenced_files_count, "replaced",
         result->replaced_count, "wall_ns", result->wall_ns);
 }
 
-static int
-as_span(PyObject *bytes, PyObject **ret_owner, struct dcp_span *ret_span)
+static struct dcp_span
+span_of(PyObject *bytes)
 {
-    if (bytes == Py_None) {
-        return 0;
-    }
-    if (!PyBytes_Check(bytes)) {
-        PyErr_SetString(PyExc_TypeError, "original and translated must be bytes or None");
+    return (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(bytes),
+                             (size_t)PyBytes_GET_SIZE(bytes)};
+}
+
+/* Pairs of bytes, which the job keeps. */
+static int
+take_translations(struct verify_job *job, PyObject *pairs)
+{
+    Py_ssize_t count = PyTuple_GET_SIZE(pairs);
+    struct dcp_verify_translation *taken = PyMem_Calloc((size_t)count + 1, sizeof *taken);
+
+    if (taken == NULL) {
+        PyErr_NoMemory();
         return -1;
     }
-    *ret_owner = Py_NewRef(bytes);
-    ret_span->data = (const uint8_t *)PyBytes_AS_STRING(bytes);
-    ret_span->len = (size_t)PyBytes_GET_SIZE(bytes);
+    job->translations = Py_NewRef(pairs);
+    job->options.translations = taken;
+    job->options.translations_count = (size_t)count;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *pair = PyTuple_GET_ITEM(pairs, i);
+        if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 ||
+            !PyBytes_Check(PyTuple_GET_ITEM(pair, 0)) ||
+            !PyBytes_Check(PyTuple_GET_ITEM(pair, 1))) {
+            PyErr_SetString(PyExc_TypeError, "translations must be pairs of bytes");
+            return -1;
+        }
+        taken[i].original = span_of(PyTuple_GET_ITEM(pair, 0));
+        taken[i].translated = span_of(PyTuple_GET_ITEM(pair, 1));
+    }
     return 0;
 }
 
 PyDoc_STRVAR(verify_doc,
              "verify_checkpoint(path, *, level=2, direct=0, problems_most=100, part=0, parts=0, "
-             "original=None, translated=None)\n--\n\n"
+             "translations=())\n--\n\n"
              "Check a checkpoint without loading it (dcp_verify.h).");
 
 static PyObject *
 module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"path",     "level",      "direct", "problems_most", "part", "parts",
-                            "original", "translated", NULL};
+    static char *names[] = {"path", "level", "direct",       "problems_most",
+                            "part", "parts", "translations", NULL};
     struct module_state *state = PyModule_GetState(module);
-    PyObject *original = Py_None, *translated = Py_None, *pending = NULL, *result = NULL;
+    PyObject *translations = NULL, *pending = NULL, *result = NULL;
     int level = DCP_VERIFY_FULL, direct = DCP_DIRECT_AUTO, rc = 0;
     unsigned int most = DCP_VERIFY_PROBLEMS, part = 0, parts = 0;
     struct verify_job *job = PyMem_Calloc(1, sizeof *job);
@@ -179,11 +201,10 @@ module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
         PyMem_Free(job);
         return job == NULL ? PyErr_NoMemory() : NULL;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIOO:verify_checkpoint", names,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIO!:verify_checkpoint", names,
                                      PyUnicode_FSConverter, &job->path, &level, &direct, &most,
-                                     &part, &parts, &original, &translated) ||
-        as_span(original, &job->original, &job->options.original) != 0 ||
-        as_span(translated, &job->translated, &job->options.translated) != 0) {
+                                     &part, &parts, &PyTuple_Type, &translations) ||
+        (translations != NULL && take_translations(job, translations) != 0)) {
         Py_DECREF(capsule);
         return NULL;
     }

@@ -43,8 +43,8 @@ a_header_tells_where_the_hash_table_is(void)
         struct dcp_file_header header = sample_header(), got;
         struct dcp_buf plain = {0}, buf = {0};
         struct dcp_error err = {0};
-        header.table_bytes = 1000;
-        header.table_offset_bytes = 8000 - slack;
+        header.table_bytes = 72;
+        header.table_offset_bytes = 8928 - slack;
         header.length_bytes = header.hash_offset_bytes = 9000 - slack;
         dcp_file_put_header(&plain, &header);
         CHECK_OK(dcp_file_parse_header(plain.data, &got, &err), &err);
@@ -110,6 +110,33 @@ a_header_whose_lengths_contradict_is_refused(void)
         dcp_file_put_header(&buf, &headers[i]);
         CHECK_EQ(dcp_file_parse_header(buf.data, &got, &err), DCP_E_CORRUPT);
         dcp_buf_clean_up(&buf);
+    }
+}
+
+/* A sparse file of any length costs its maker nothing: memory for its tables must be earned by the
+ * records before them. */
+static void
+a_header_whose_tables_are_longer_than_its_records_allow_is_refused(void)
+{
+    static const uint64_t records[] = {64, 5000, 3u << 20, 1ull << 30};
+    for (int i = 0; i < 4; i++) {
+        uint64_t blocks = records[i] / DCP_BLOCK_BYTES + 1;
+        uint64_t most = dcp_block_table_bytes((uint32_t)blocks, 2 * blocks);
+        uint64_t most_hashes = dcp_hash_table_bytes((uint32_t)(records[i] / 22 + 1));
+        for (int more = 0; more < 3; more++) {
+            struct dcp_file_header header = sample_header(), got;
+            struct dcp_buf buf = {0};
+            struct dcp_error err = {0};
+            header.table_offset_bytes = records[i];
+            header.table_bytes = most + (more == 1 ? 8 : 0);
+            header.hash_bytes = most_hashes + (more == 2 ? 32 : 0);
+            header.hash_offset_bytes = header.table_offset_bytes + header.table_bytes;
+            header.length_bytes = header.hash_offset_bytes + header.hash_bytes;
+            dcp_file_put_header(&buf, &header);
+            CHECK_EQ(dcp_file_parse_header(buf.data, &got, &err), more > 0 ? DCP_E_CORRUPT : 0);
+            CHECK(more == 0 || strstr(err.message, "longer than its records") != NULL);
+            dcp_buf_clean_up(&buf);
+        }
     }
 }
 
@@ -424,6 +451,7 @@ CTEST_MAIN(RUN(a_header_comes_back_as_written); RUN(a_header_tells_where_the_has
            RUN(a_header_whose_hash_table_has_no_room_is_refused);
            RUN(every_flipped_bit_of_a_header_is_noticed);
            RUN(a_header_whose_lengths_contradict_is_refused);
+           RUN(a_header_whose_tables_are_longer_than_its_records_allow_is_refused);
            RUN(a_table_comes_back_as_written_and_finds_by_offset); RUN(an_empty_table_is_a_table);
            RUN(damaged_or_foreign_tables_are_refused);
            RUN(a_table_with_contradicting_entries_is_refused_though_its_crc_holds);

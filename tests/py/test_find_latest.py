@@ -71,6 +71,13 @@ def damage(path: Path, where: float = 0.5) -> None:
         (("global_step7", "global_step12", "global_step11"), "global_step12"),
         (("epoch=3-step=300", "epoch=2-step=900"), "epoch=3-step=300"),
         (("12", "5"), "12"),
+        (("epoch-1.5", "epoch-1.25"), "epoch-1.5"),
+        (("epoch-1.25", "epoch-1.5", "epoch-1"), "epoch-1.5"),
+        (("epoch-2", "epoch-1.75", "epoch-0.125"), "epoch-2"),
+        (("epoch=1.25-loss=0.5", "epoch=1.250-loss=0.31"), "epoch=1.25-loss=0.5"),
+        (("run-1.2.10", "run-1.2.9"), "run-1.2.10"),  # a version, no fraction
+        (("run-1.2.10", "run-3"), "run-3"),  # of different shapes
+        (("step-10.pt", "step-9.pt"), "step-10.pt"),
         (("step-1", "step-01"), "step-01"),  # the same number: the one written last
         (("step-500", "best"), "best"),  # names of different shapes: the one written last
         (("best", "step-500", "step-400"), "step-400"),

@@ -6,9 +6,11 @@ import dataclasses
 import os
 import pickle
 import signal
+import struct
 import sys
 import threading
 import time
+import zlib
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from test_golden import CHECKPOINTS, Extra, rewrite
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import dcp_native as dcp
-from dcp_native import VerifyProblem
+from dcp_native import VerifyProblem, _verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -232,6 +234,76 @@ def test_metadata_that_only_torch_reads_is_translated_or_refused(tmp_path):
     dcp.configure(allow_unsafe_objects=False)
     (problem,) = dcp.verify(tmp_path).problems
     assert problem.code == "UNSUPPORTED" and "allow_unsafe_objects is off" in problem.what
+
+
+def mark(file):
+    metadata = pickle.loads(file.read_bytes())
+    for info in metadata.storage_data.values():
+        info.__class__ = MarkedInfo
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def test_metadata_of_single_ranks_that_only_torch_reads_is_translated(tmp_path):
+    for rank in range(3):
+        part = tmp_path / f"part-{rank}"
+        torch_dcp.save(state(rank), checkpoint_id=part, use_collectives=False)
+        (part / "__0.metadata").rename(tmp_path / f"__{rank}.metadata")
+        (part / "__0_0.distcp").rename(tmp_path / "__0_0.distcp")
+    for rank in (0, 2):
+        mark(tmp_path / f"__{rank}.metadata")
+    result = dcp.verify(tmp_path, level="complete")
+    assert result and result.ranks == (0, 1, 2), result.problems
+    flip(tmp_path / "__0_0.distcp", 3_000_000)
+    assert {p.tensor for p in dcp.verify(tmp_path).problems} == {"model.large"}
+
+
+def test_metadata_that_is_gone_when_it_is_translated_is_looked_for_again(tmp_path, monkeypatch):
+    torch_dcp.save(state(), checkpoint_id=tmp_path)
+    mark(tmp_path / ".metadata")
+    translate, hidden = _verify._translations, []
+
+    def hides_it_once(path):
+        if hidden:
+            return translate(path)
+        hidden.append((path / ".metadata").rename(path / "hidden"))
+        try:
+            return translate(path)
+        finally:
+            hidden[0].rename(path / ".metadata")
+
+    monkeypatch.setattr(_verify, "_translations", hides_it_once)
+    assert dcp.verify(tmp_path) and hidden
+
+
+def test_what_ranks_found_is_merged_within_the_limit():
+    def found(metadata_id, problems, hidden=0):
+        part = _verify._unreadable("") | {"metadata_id": metadata_id, "problems": problems}
+        return part | {"problems_found": len(problems) + hidden}
+
+    problems = [("t", f"__{i}_0.distcp", 5, "damaged", "CHECKSUM") for i in range(6)]
+    merged = _verify._merge([found("a", problems[:3]), found("a", problems[3:], 4)], 4)
+    assert merged["problems"] == problems[:4] and merged["problems_found"] == 10
+    merged = _verify._merge([found("a", problems[:3]), found("b", problems[3:], 4)], 4)
+    assert [p[-1] for p in merged["problems"]] == ["STALE"] + 3 * ["CHECKSUM"]
+    assert merged["problems_found"] == 11
+
+
+def test_a_file_that_asks_for_a_huge_table_is_damaged(tmp_path):
+    """A sparse file whose header, by its checksum intact, has a block table of 1 TiB."""
+    dcp.save({"w": torch.ones(100)}, checkpoint_id=tmp_path)
+    file = data_file(tmp_path)
+    header = bytearray(file.read_bytes()[:64])
+    length = (1 << 40) + (1 << 20)
+    header[40:64] = struct.pack("<QQQ", length, 1 << 20, 1 << 40)
+    header[8:12] = struct.pack("<I", zlib.crc32(header[12:], zlib.crc32(header[:8])))
+    with open(file, "r+b") as out:
+        out.write(header)
+        out.truncate(length)
+    for level in ("complete", "full"):
+        (problem,) = dcp.verify(tmp_path, level=level).problems
+        assert problem.code == "CORRUPT" and "longer than its records allow" in problem.what
+    with pytest.raises(torch_dcp.api.CheckpointException, match="longer than its records allow"):
+        dcp.load({"w": torch.zeros(100)}, checkpoint_id=tmp_path)
 
 
 def test_chunks_that_leave_a_hole_are_named(tmp_path):

@@ -9,6 +9,7 @@ from common import gather_all, mesh_of, shard, sizes, value
 from torch.distributed.tensor import Shard
 
 import dcp_native as dcp
+from dcp_native import _verify
 
 
 def save(ctx, name, **settings):
@@ -126,3 +127,72 @@ def case_checkpoints_of_single_ranks(ctx):
     assert result.partial_tensors == ctx.size  # each rank's metadata has its rows
     found = dcp.find_latest(ctx.dir, verify=True, process_group=dist.group.WORLD)
     assert found.name == "step-1"
+
+
+def case_ranks_that_see_different_checkpoints_say_so(ctx):
+    """Without a save_id too: metadata of single ranks has none."""
+    for name in ("one", "two"):
+        save(ctx, name, use_collectives=False)
+    ctx.barrier()
+    path = ctx.dir / ("one" if ctx.rank == 0 else "two")
+    result = dcp.verify(path, max_problems=1, process_group=dist.group.WORLD)
+    assert [problem.code for problem in result.problems] == ["STALE"], result.problems
+
+
+def case_damaged_metadata_counts_once(ctx):
+    save(ctx, "one", use_collectives=False)
+    ctx.barrier()
+    if ctx.rank == 0:
+        for rank in range(ctx.size):
+            (ctx.dir / "one" / f"__{rank}.metadata").write_bytes(b"junk")
+    ctx.barrier()
+    result = dcp.verify(ctx.dir / "one", max_problems=1, process_group=dist.group.WORLD)
+    assert (len(result.problems), result.problems_found) == (1, ctx.size)
+    (ctx.dir / "none").mkdir(exist_ok=True)
+    ctx.barrier()
+    result = dcp.verify(ctx.dir / "none", max_problems=1, process_group=dist.group.WORLD)
+    assert result.problems_found == 1
+
+
+class LocalError(OSError):
+    """Does not pickle: other ranks get its text, as a RuntimeError."""
+
+    def __reduce__(self):
+        raise TypeError("not outside this process")
+
+
+def outcome_of(ctx, errors):
+    """What find_latest does on this rank when the ranks' parts of a check of step-2 fail."""
+    run = _verify._run
+
+    def fails(path, level, max_problems, part, parts):
+        if parts > 1 and path.name == "step-2" and ctx.rank in errors:
+            raise errors[ctx.rank]
+        return run(path, level, max_problems, part, parts)
+
+    _verify._run = fails
+    try:
+        return dcp.find_latest(ctx.dir, verify=True, process_group=dist.group.WORLD).name
+    except BaseException as error:
+        return type(error).__name__
+    finally:
+        _verify._run = run
+
+
+def case_ranks_whose_checks_fail_differently_do_the_same_next(ctx):
+    for step in (1, 2):
+        save(ctx, f"step-{step}")
+    last = ctx.size - 1
+    skipped = ["step-1"] * ctx.size
+    for rank in (0, last):
+        assert gather_all(outcome_of(ctx, {rank: OSError(5, "one")})) == skipped
+        assert gather_all(outcome_of(ctx, {rank: FileNotFoundError(2, "one")})) == skipped
+        assert gather_all(outcome_of(ctx, {rank: ValueError("one")})) == ["ValueError"] * ctx.size
+        mixed = dict.fromkeys(range(ctx.size), OSError(5, "all but one")) | {rank: ValueError("x")}
+        assert gather_all(outcome_of(ctx, mixed)) == ["ValueError"] * ctx.size
+        alone = outcome_of(ctx, {rank: LocalError(5, "not to be pickled")})
+        assert gather_all(alone) == ["RuntimeError"] * ctx.size
+        stopped = gather_all(outcome_of(ctx, {rank: KeyboardInterrupt()}))
+        want = ["RuntimeError"] * ctx.size
+        want[rank] = "KeyboardInterrupt"
+        assert stopped == want

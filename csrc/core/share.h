@@ -23,12 +23,12 @@
 /* Ranks that share on one host; masks of them are 64 bits.  The others read for themselves. */
 #define DCP_SHARE_MOST_RANKS 64
 /* Ranks that read: a few saturate any device, and each needs room for two slots. */
-#define DCP_SHARE_MOST_READERS 6
+#define DCP_SHARE_MOST_READERS 5
 #define DCP_SHARE_MOST_SLOTS 16
 /* Slots of all readers of a host: a third of the 64 MiB that containers get by default, and less
  * than the ring that a rank uses when it reads alone. */
-#define DCP_SHARE_HOST_BYTES (24u << 20)
-/* A slot, and so a unit; with up to three readers the larger one. */
+#define DCP_SHARE_HOST_BYTES (20u << 20)
+/* A slot, and so a unit; with two readers the larger one. */
 #define DCP_SHARE_SLOT_BYTES (2u << 20)
 #define DCP_SHARE_LARGE_SLOT_BYTES (4u << 20)
 /* Payloads below this are read by each rank: the page cache serves them as well. */
@@ -276,10 +276,10 @@ dcp_share_is_user(uint64_t users, uint32_t member)
 struct dcp_reader;
 
 void dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more);
-/* Compares the checksums of a piece of the reader's file; *ret_verified false when the file has
- * none of it. */
+/* Compares the checksums of a piece of the reader's file, on the way to `copy` unless that is NULL;
+ * *ret_verified false when there is nothing to compare, by the file or by the reader's options. */
 int dcp_share_check_piece(struct dcp_reader *reader, const struct dcp_share_piece *piece,
-                          const uint8_t *bytes, bool *ret_verified,
+                          const uint8_t *bytes, uint8_t *copy, bool *ret_verified,
                           struct dcp_error *err) DCP_MUST_CHECK;
 /* Moves what this rank wants of a piece to its targets; `*visit` follows the pieces. */
 int dcp_share_take_piece(const struct dcp_read_plan *plan, const struct dcp_share_wants *wants,

@@ -6,6 +6,8 @@
  */
 #include "share.h"
 
+#include <string.h>
+
 #include "dcp_crc32.h"
 #include "le_bytes.h"
 #include "reader.h"
@@ -43,17 +45,37 @@ fail_piece(const struct dcp_reader *reader, const struct dcp_share_piece *piece,
     return DCP_E_CHECKSUM;
 }
 
+static uint32_t
+sum(const uint8_t *bytes, uint8_t *copy, uint64_t len)
+{
+    /* The copy is read at once, by other cores: it should stay in the cache. */
+    return copy != NULL ? dcp_crc32_copy(0, copy, bytes, len, false) : dcp_crc32(0, bytes, len);
+}
+
+static void
+move(const uint8_t *bytes, uint8_t *copy, uint64_t len)
+{
+    if (copy != NULL) {
+        memcpy(copy, bytes, len);
+    }
+}
+
 int
 dcp_share_check_piece(struct dcp_reader *reader, const struct dcp_share_piece *piece,
-                      const uint8_t *bytes, bool *ret_verified, struct dcp_error *err)
+                      const uint8_t *bytes, uint8_t *copy, bool *ret_verified,
+                      struct dcp_error *err)
 {
     uint64_t payload = piece->payload_bytes;
-    *ret_verified = true;
+    *ret_verified = reader->options->verify;
+    if (!reader->options->verify) {
+        move(bytes, copy, piece->to - piece->from);
+        return 0;
+    }
     if (payload <= DCP_BLOCK_BYTES) {
         const uint8_t *descriptor = bytes + payload;
         bool good = le_get32(descriptor) == ZIP_DESCRIPTOR_SIGNATURE &&
                     le_get32(descriptor + 8) == payload &&
-                    le_get32(descriptor + 4) == dcp_crc32(0, bytes, payload);
+                    le_get32(descriptor + 4) == sum(bytes, copy, payload);
         return good ? 0 : fail_piece(reader, piece, 0, err);
     }
     const struct dcp_block_entry *blocks;
@@ -61,11 +83,13 @@ dcp_share_check_piece(struct dcp_reader *reader, const struct dcp_share_piece *p
                                   &blocks, err);
     if (rc != 0 || blocks == NULL) {
         *ret_verified = false;
+        move(bytes, copy, piece->to - piece->from);
         return rc;
     }
     for (uint64_t from = piece->from; from < piece->to; from += DCP_BLOCK_BYTES) {
+        uint64_t at = from - piece->from;
         uint64_t len = dcp_min_u64(DCP_BLOCK_BYTES, piece->to - from);
-        if (dcp_crc32(0, bytes + (from - piece->from), len) !=
+        if (sum(bytes + at, copy != NULL ? copy + at : NULL, len) !=
             blocks->block_crcs[from / DCP_BLOCK_BYTES]) {
             return fail_piece(reader, piece, from, err);
         }

@@ -2,11 +2,13 @@
  * share_read.c: reads what several ranks of a host want once, into slots that all of them see.
  *
  * Every rank walks the same units (share_schedule.c).  Its reading threads take this rank's units
- * in turn: wait for a free slot, read, compare checksums, say that it is full.  The calling thread
- * walks all units, waits for those of which it wants something, moves its rows to their targets and
- * lets go of the slot.  Checksums are compared once, by the rank that reads: memory that only
- * processes of this user can write is trusted as the rank's own.  Two threads per rank, so that one
- * reads while the other checks.
+ * in turn: read, wait for a free slot, compare checksums on the way there, say that it is full.
+ * They read into memory of their own, on huge pages: shared memory lies on small pages all over the
+ * place, and a device needs up to twice as long to fill those.  The calling thread walks all units,
+ * waits for those of which it wants something, moves its rows to their targets and lets go of the
+ * slot.  Checksums are compared once, by the rank that reads: memory that only processes of this
+ * user can write is trusted as the rank's own.  Two threads per rank, so that one reads while the
+ * other checks.
  *
  * No deadlock: all ranks take units in the same order, and a slot waits only for units before it.
  * No rank is left behind: whoever fails says so in its segment before it does anything else, and
@@ -37,7 +39,9 @@ struct share_run {
     struct dcp_share_wants wants;
     struct dcp_read_item *rest; /* owned: items that are not shared */
     uint64_t rest_count;
-    bool anything_shared;         /* by whomever */
+    bool anything_shared;      /* by whomever */
+    struct dcp_ring *ring;     /* a buffer for each reading thread; NULL: this rank reads nothing */
+    atomic_uint threads_count; /* that took their buffer */
     _Atomic uint64_t next_number; /* of this rank's units, the next that no thread has taken */
     atomic_int stop;
     pthread_mutex_t lock; /* guards all below */
@@ -63,6 +67,7 @@ run_fail(struct share_run *run, int code, const struct dcp_error *err)
 
 struct filler {
     struct share_run *run;
+    uint8_t *buffer; /* as large as a slot */
     struct dcp_reader reader;
     struct dcp_share_cursor cursor;
     struct dcp_share_unit unit;
@@ -116,6 +121,9 @@ fill(struct filler *filler, struct dcp_error *err)
     bool good;
 
     int rc = enter_file(filler, err);
+    if (rc == 0) {
+        rc = read_unit(filler, filler->buffer, err);
+    }
     /* The unit before it in this slot may be another thread's, and still on its way. */
     uint32_t before = unit->number < slots ? 0 : (uint32_t)(unit->number + 1 - slots);
     if (rc == 0) {
@@ -124,14 +132,11 @@ fill(struct filler *filler, struct dcp_error *err)
     if (rc == 0) {
         rc = dcp_share_wait(share, &slot->left, 0, run->options->cancel, &run->stop, err);
     }
-    if (rc == 0) {
-        rc = read_unit(filler, data, err);
-    }
-    for (uint32_t i = 0; rc == 0 && run->options->verify && i < unit->pieces_count; i++) {
+    for (uint32_t i = 0; rc == 0 && i < unit->pieces_count; i++) {
         const struct dcp_share_piece *piece = &unit->pieces[i];
-        const uint8_t *bytes =
-            data + (piece->payload_offset_bytes + piece->from - unit->from_bytes);
-        rc = dcp_share_check_piece(&filler->reader, piece, bytes, &good, err);
+        uint64_t from = piece->payload_offset_bytes + piece->from - unit->from_bytes;
+        rc = dcp_share_check_piece(&filler->reader, piece, filler->buffer + from, data + from,
+                                   &good, err);
         verified |= (uint64_t)good << i;
     }
     if (rc == 0) {
@@ -173,6 +178,7 @@ fill_main(void *arg)
         return NULL;
     }
     filler->run = run;
+    filler->buffer = dcp_ring_buffer(run->ring, atomic_fetch_add(&run->threads_count, 1));
     filler->reader = (struct dcp_reader){.io = run->io,
                                          .dirfd = run->dirfd,
                                          .dir_path = run->dir_path,
@@ -439,6 +445,19 @@ prepare(struct share_run *run)
     return true;
 }
 
+/* Memory for the reading threads, before anybody counts on them. */
+static bool
+take_ring(struct share_run *run)
+{
+    struct dcp_error why;
+    dcp_error_clear(&why);
+    if (run->share->own.header->slots_count > 0 && dcp_ring_acquire(0, 0, &run->ring, &why) != 0) {
+        dcp_share_because(run->share, "%.160s", why.message);
+        return false;
+    }
+    return true;
+}
+
 /* The two rounds.  *ret_ready: there is something to read together, and all can. */
 static int
 agree(struct share_run *run, bool *ret_ready, struct dcp_error *err)
@@ -453,7 +472,7 @@ agree(struct share_run *run, bool *ret_ready, struct dcp_error *err)
     if (rc != 0 || !joined) {
         return rc;
     }
-    bool able = dcp_share_check_wants(share, run->plan->md) && split_items(run);
+    bool able = dcp_share_check_wants(share, run->plan->md) && split_items(run) && take_ring(run);
     if (able && !run->anything_shared) {
         /* So all the others conclude, too. */
         dcp_share_because(share, "no two ranks of this host want the same data");
@@ -500,8 +519,9 @@ dcp_share_read(struct dcp_share *share, const struct dcp_io *io, int dirfd, cons
         rest.items_count = run.rest_count;
         rest.wanted_bytes -= dcp_min_u64(rest.wanted_bytes, run.stats.wanted_bytes);
     }
-    /* The slots are given back before a ring is taken. */
+    /* The slots are given back before more of the ring is used. */
     dcp_share_end(share);
+    dcp_ring_release(run.ring);
     if (rc == 0 && (!ready || rest.items_count > 0)) {
         struct dcp_read_stats stats = {0};
         rc = dcp_reader_run(io, dirfd, dir_path, &rest, options, on_record, on_record_ctx, &stats,

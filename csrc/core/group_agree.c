@@ -9,21 +9,7 @@
  */
 #include "group_read.h"
 
-#include <stdlib.h>
 #include <string.h>
-
-static int
-compare_chunks(const void *left, const void *right)
-{
-    const struct dcp_share_visit *a = left, *b = right;
-    if (a->file != b->file) {
-        return a->file < b->file ? -1 : 1;
-    }
-    if (a->offset_bytes != b->offset_bytes) {
-        return a->offset_bytes < b->offset_bytes ? -1 : 1;
-    }
-    return a->chunk < b->chunk ? -1 : a->chunk > b->chunk;
-}
 
 uint64_t
 dcp_group_chunks(const struct dcp_metadata *md, struct dcp_share_visit *chunks)
@@ -47,8 +33,8 @@ dcp_group_chunks(const struct dcp_metadata *md, struct dcp_share_visit *chunks)
             count++;
         }
     }
-    if (chunks != NULL && count > 1) {
-        qsort(chunks, count, sizeof *chunks, compare_chunks);
+    if (chunks != NULL) {
+        dcp_share_sort_visits(chunks, count);
     }
     return count;
 }

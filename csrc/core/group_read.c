@@ -19,7 +19,6 @@
 #include "group_read.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <string.h>
 
 #include "reader.h"
@@ -95,43 +94,16 @@ slot_of(const struct group_run *run, uint64_t number)
     return dcp_ring_buffer(run->ring, (uint32_t)(number % OWN_SLOTS));
 }
 
-static const uint8_t *
-piece_bytes(const struct dcp_share_unit *unit, const struct dcp_share_piece *piece,
-            const uint8_t *data)
-{
-    return data + (piece->payload_offset_bytes + piece->from - unit->from_bytes);
-}
-
 /* ---- reading ---- */
 
 static int
 read_unit(struct group_run *run, const struct dcp_share_unit *unit, uint8_t *data,
           struct dcp_error *err)
 {
-    struct dcp_reader *reader = &run->reader;
-    struct dcp_read_span span = {.from_bytes = unit->from_bytes, .to_bytes = unit->end_bytes};
     struct trailer trailer = {0};
-    bool good = false;
-    int rc = 0;
-    if (reader->file == NULL || reader->file->index != unit->file) {
-        dcp_read_file_release(reader, reader->file);
-        reader->file = NULL;
-        rc =
-            dcp_read_file_open(reader, unit->file, DCP_READ_DIRECT_LEAST_BYTES, &reader->file, err);
-    }
+    int rc = dcp_share_read_unit(&run->reader, unit, DCP_READ_DIRECT_LEAST_BYTES, data, err);
     if (rc == 0) {
-        rc = dcp_read_file_span(reader, reader->file, &span, data, err);
-    }
-    if (rc != 0) {
-        return rc;
-    }
-    reader->stats.read_bytes += unit_bytes(unit);
-    reader->stats.hot_bytes += reader->file->hot ? unit_bytes(unit) : 0;
-    reader->stats.requests_count++;
-    for (uint32_t i = 0; rc == 0 && i < unit->pieces_count; i++) {
-        const struct dcp_share_piece *piece = &unit->pieces[i];
-        rc = dcp_share_check_piece(reader, piece, piece_bytes(unit, piece, data), NULL, &good, err);
-        trailer.verified |= (uint64_t)good << i;
+        rc = dcp_share_check_unit(&run->reader, unit, data, NULL, &trailer.verified, err);
     }
     memcpy(data + unit_bytes(unit), &trailer, sizeof trailer);
     return rc;
@@ -215,33 +187,9 @@ struct walk {
     struct dcp_share_cursor cursor;
     struct dcp_share_unit unit;
     uint64_t own_number; /* of this rank's next unit */
-    uint64_t visit;
+    struct dcp_share_taker taker;
     int code; /* what failed on this rank; 0 */
 };
-
-static int
-take_unit(struct group_run *run, struct walk *walk, const uint8_t *data, uint64_t verified,
-          bool is_own, struct dcp_error *err)
-{
-    uint64_t taken = 0;
-    int rc = 0;
-    for (uint32_t i = 0; rc == 0 && i < walk->unit.pieces_count; i++) {
-        const struct dcp_share_piece *piece = &walk->unit.pieces[i];
-        uint64_t wanted = 0;
-        rc =
-            dcp_share_take_piece(run->plan, &run->wants, piece,
-                                 piece_bytes(&walk->unit, piece, data), &walk->visit, &wanted, err);
-        *((verified >> i) & 1 ? &run->stats.verified_bytes : &run->stats.unverified_bytes) +=
-            wanted;
-        taken += wanted;
-    }
-    run->stats.wanted_bytes += taken;
-    run->stats.shared_bytes += is_own ? 0 : taken;
-    if (run->options->progress_bytes != NULL) {
-        atomic_fetch_add_explicit(run->options->progress_bytes, taken, memory_order_relaxed);
-    }
-    return rc != 0 ? rc : dcp_share_check_cancel(run->options->cancel, err);
-}
 
 /* Sends or receives one unit.  *ret_stop: no rank goes on. */
 static int
@@ -274,7 +222,11 @@ pass_unit(struct group_run *run, struct walk *walk, uint32_t rank, bool *ret_sto
         walk->code = dcp_error_set(err, DCP_E_PEER, 0, NULL,
                                    "rank %u could not read what it was to send", rank);
     } else if (walk->code == 0) {
-        walk->code = take_unit(run, walk, data, trailer.verified, is_own, err);
+        walk->code =
+            dcp_share_take_unit(&walk->taker, &walk->unit, data, trailer.verified, is_own, err);
+        if (walk->code == 0) {
+            walk->code = dcp_share_check_cancel(run->options->cancel, err);
+        }
     }
     if (is_own) {
         walk->own_number++;
@@ -287,7 +239,8 @@ pass_unit(struct group_run *run, struct walk *walk, uint32_t rank, bool *ret_sto
 static int
 pass_all(struct group_run *run, struct dcp_error *err)
 {
-    struct walk walk = {0};
+    struct walk walk = {
+        .taker = {.plan = run->plan, .wants = &run->wants, .options = run->options}};
     uint32_t rank;
     bool stop = false;
     int rc = 0;
@@ -295,6 +248,7 @@ pass_all(struct group_run *run, struct dcp_error *err)
     while (rc == 0 && !stop && next_unit(run, &walk.cursor, &walk.unit, &rank)) {
         rc = pass_unit(run, &walk, rank, &stop, err);
     }
+    run->stats = walk.taker.stats;
     return rc != 0 ? rc : walk.code;
 }
 
@@ -303,13 +257,8 @@ pass_with_thread(struct group_run *run, struct dcp_error *err)
 {
     struct dcp_error mine;
     pthread_t thread;
-    /* Signals are for the threads of the trainer. */
-    sigset_t all, old;
     dcp_error_clear(&mine);
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    int made = pthread_create(&thread, NULL, read_main, run);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    int made = dcp_engine_thread(&thread, read_main, run);
     if (made != 0) {
         run->code = dcp_error_set(&run->error, DCP_E_NOMEM, made, NULL,
                                   "no thread could be made that reads");

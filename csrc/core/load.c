@@ -13,6 +13,7 @@
 
 #include "claim_scan.h"
 #include "group_read.h"
+#include "reader.h"
 #include "share.h"
 
 /* First byte of the coordinator's message. */

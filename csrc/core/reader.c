@@ -407,6 +407,21 @@ choose_buffers(struct dcp_reader *reader)
                 : DCP_RING_BUFFER_BYTES;
 }
 
+void
+dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more)
+{
+    sum->read_bytes += more->read_bytes;
+    sum->hot_bytes += more->hot_bytes;
+    sum->wanted_bytes += more->wanted_bytes;
+    sum->verified_bytes += more->verified_bytes;
+    sum->unverified_bytes += more->unverified_bytes;
+    sum->straight_bytes += more->straight_bytes;
+    sum->shared_bytes += more->shared_bytes;
+    sum->requests_count += more->requests_count;
+    sum->files_count += more->files_count;
+    sum->wall_ns += more->wall_ns;
+}
+
 int
 dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                const struct dcp_read_plan *plan, const struct dcp_engine_options *options,

@@ -141,6 +141,9 @@ struct dcp_reader {
     struct dcp_read_stats stats;
 };
 
+/* ---- reader.c ---- */
+void dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more);
+
 /* ---- reader_file.c ---- */
 /* Opens and checks a file that `wanted_bytes` will be read from. */
 int dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_bytes,

@@ -15,7 +15,6 @@
  */
 #include "reader.h"
 
-#include <signal.h>
 #include <string.h>
 
 /* The next span to read, if any. */
@@ -86,15 +85,10 @@ start_threads(struct dcp_reader *reader, uint32_t wanted)
     if (pool->threads_count >= wanted) {
         return;
     }
-    /* Signals are for the threads of the trainer. */
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
     while (pool->threads_count < wanted &&
-           pthread_create(&pool->threads[pool->threads_count], NULL, pool_main, reader) == 0) {
+           dcp_engine_thread(&pool->threads[pool->threads_count], pool_main, reader) == 0) {
         pool->threads_count++;
     }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
 int

@@ -102,6 +102,17 @@ dcp_engine_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+int
+dcp_engine_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg)
+{
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int sys_errno = pthread_create(ret_thread, NULL, run, arg);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return sys_errno;
+}
+
 /* Runs a job outside the lock and records its outcome. */
 static void
 run_job(struct dcp_pump *pump, const struct dcp_job *job, bool failed)
@@ -163,12 +174,7 @@ dcp_pump_start(struct dcp_pump *pump)
     if (pump->threaded) {
         return;
     }
-    /* Signals are for the threads of the trainer. */
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    pump->threaded = pthread_create(&pump->thread, NULL, pump_main, pump) == 0;
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pump->threaded = dcp_engine_thread(&pump->thread, pump_main, pump) == 0;
 }
 
 uint64_t

@@ -85,6 +85,10 @@ int dcp_pump_drain(struct dcp_pump *pump) DCP_MUST_CHECK;
 /* Runs what is queued, joins the thread, hands over the first failure. */
 int dcp_pump_clean_up(struct dcp_pump *pump, struct dcp_error *err) DCP_MUST_CHECK;
 
+/* Starts a thread of the engine: no signal reaches it, they are for the threads of the trainer.  0,
+ * or an errno. */
+int dcp_engine_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg) DCP_MUST_CHECK;
+
 /* Monotonic nanoseconds. */
 uint64_t dcp_engine_now_ns(void);
 

@@ -6,10 +6,9 @@
 #include "save.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 
 #include "io_explain.h"
+#include "ring.h"
 
 /* From about a millisecond of building on it pays to start a thread. */
 enum { METADATA_THREAD_CHUNKS = 4096 };
@@ -54,19 +53,13 @@ metadata_main(void *arg)
 static int
 metadata_start(struct dcp_save *save, struct metadata_job *job, struct dcp_error *err)
 {
-    sigset_t all, before;
-
     *job = (struct metadata_job){.save = save};
     dcp_error_clear(&job->err);
     if (!save->info.is_coordinator) {
         return 0;
     }
     if (dcp_save_installed(save)->global.chunks_count >= METADATA_THREAD_CHUNKS) {
-        /* Signals go to the trainer's threads. */
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        job->threaded = pthread_create(&job->thread, NULL, metadata_main, job) == 0;
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        job->threaded = dcp_engine_thread(&job->thread, metadata_main, job) == 0;
     }
     return job->threaded ? 0 : build_metadata(save, err);
 }

@@ -6,7 +6,8 @@
  *   share_rounds.c    how they agree to share, and waits
  *   share_wants.c     what a rank wants, published in its segment
  *   share_schedule.c  the same order of units, computed by every rank from what all published
- *   share_piece.c     what is done with a piece: checked by its reader, taken by who wants it
+ *   share_unit.c      what is done with a unit: read, checked, taken by who wants it
+ *   share_agree.c     whether a rank takes part, and with what
  *   share_read.c      threads that fill slots, the calling thread that empties them
  *
  * A segment: [header][wants][details][slots].  Its header alone is there from the start; the rest
@@ -192,6 +193,8 @@ struct dcp_share_wants {
     uint64_t wanted_bytes;
 };
 
+/* By file, offset and chunk, unless they are so already. */
+void dcp_share_sort_visits(struct dcp_share_visit *visits, uint64_t count);
 /* Where a record of ours has its payload; false when the chunk is none that can be shared. */
 bool dcp_share_payload(const struct dcp_metadata *md, uint32_t entry, uint32_t chunk,
                        uint64_t *ret_offset_bytes, uint64_t *ret_payload_bytes);
@@ -271,20 +274,35 @@ dcp_share_is_user(uint64_t users, uint32_t member)
     return (users >> member) & 1;
 }
 
-/* ---- share_piece.c ---- */
+/* ---- share_unit.c ---- */
 
 struct dcp_reader;
 
-void dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more);
-/* Compares the checksums of a piece of the reader's file, on the way to `copy` unless that is NULL;
- * *ret_verified false when there is nothing to compare, by the file or by the reader's options. */
-int dcp_share_check_piece(struct dcp_reader *reader, const struct dcp_share_piece *piece,
-                          const uint8_t *bytes, uint8_t *copy, bool *ret_verified,
-                          struct dcp_error *err) DCP_MUST_CHECK;
-/* Moves what this rank wants of a piece to its targets; `*visit` follows the pieces. */
-int dcp_share_take_piece(const struct dcp_read_plan *plan, const struct dcp_share_wants *wants,
-                         const struct dcp_share_piece *piece, const uint8_t *bytes, uint64_t *visit,
-                         uint64_t *ret_wanted, struct dcp_error *err) DCP_MUST_CHECK;
+/* Reads a unit; `wanted_bytes` of its file decide how, when it is not open yet. */
+int dcp_share_read_unit(struct dcp_reader *reader, const struct dcp_share_unit *unit,
+                        uint64_t wanted_bytes, uint8_t *data, struct dcp_error *err) DCP_MUST_CHECK;
+/* Whether the unit's file is the one that the reader has open. */
+bool dcp_share_is_open(const struct dcp_reader *reader, const struct dcp_share_unit *unit);
+/* Compares the checksums of what was read, on the way to `copy` unless that is NULL. *ret_verified:
+ * a bit for each piece that had any. */
+int dcp_share_check_unit(struct dcp_reader *reader, const struct dcp_share_unit *unit,
+                         const uint8_t *data, uint8_t *copy, uint64_t *ret_verified,
+                         struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Takes what this rank wants of units, in their order. */
+struct dcp_share_taker {
+    const struct dcp_read_plan *plan;
+    const struct dcp_share_wants *wants;
+    const struct dcp_engine_options *options;
+    uint32_t member; /* this rank, in the masks of users */
+    uint64_t visit;  /* of wants; follows the units */
+    struct dcp_read_stats stats;
+};
+
+/* Moves rows of the unit to their targets.  `is_own`: this rank read it. */
+int dcp_share_take_unit(struct dcp_share_taker *taker, const struct dcp_share_unit *unit,
+                        const uint8_t *data, uint64_t verified, bool is_own,
+                        struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- share_read.c ---- */
 

@@ -19,39 +19,14 @@
  *
  * Threads: dcp_share_read on the calling thread; fill_main on its own.
  */
-#include "share.h"
+#include "share_run.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <string.h>
-
-#include "reader.h"
 
 enum { READING_THREADS = 2 };
 
-struct share_run {
-    struct dcp_share *share;
-    const struct dcp_io *io;
-    int dirfd;
-    const char *dir_path;
-    const struct dcp_read_plan *plan;
-    const struct dcp_engine_options *options;
-    struct dcp_share_wants wants;
-    struct dcp_read_item *rest; /* owned: items that are not shared */
-    uint64_t rest_count;
-    bool anything_shared;      /* by whomever */
-    struct dcp_ring *ring;     /* a buffer for each reading thread; NULL: this rank reads nothing */
-    atomic_uint threads_count; /* that took their buffer */
-    _Atomic uint64_t next_number; /* of this rank's units, the next that no thread has taken */
-    atomic_int stop;
-    pthread_mutex_t lock; /* guards all below */
-    struct dcp_read_stats stats;
-    int code; /* of the first failure */
-    struct dcp_error error;
-};
-
 static void
-run_fail(struct share_run *run, int code, const struct dcp_error *err)
+run_fail(struct dcp_share_run *run, int code, const struct dcp_error *err)
 {
     pthread_mutex_lock(&run->lock);
     if (run->code == 0) {
@@ -66,24 +41,18 @@ run_fail(struct share_run *run, int code, const struct dcp_error *err)
 /* ---- filling slots ---- */
 
 struct filler {
-    struct share_run *run;
+    struct dcp_share_run *run;
     uint8_t *buffer; /* as large as a slot */
     struct dcp_reader reader;
     struct dcp_share_cursor cursor;
     struct dcp_share_unit unit;
 };
 
-/* Opens the unit's file, which this rank and others read from now on. */
-static int
-enter_file(struct filler *filler, struct dcp_error *err)
+/* How much is read of the unit's file from here on, which decides how; more than this makes no
+ * difference. */
+static uint64_t
+bytes_ahead(const struct filler *filler)
 {
-    struct dcp_reader *reader = &filler->reader;
-    if (reader->file != NULL && reader->file->index == filler->unit.file) {
-        return 0;
-    }
-    dcp_read_file_release(reader, reader->file);
-    reader->file = NULL;
-    /* How much is read of it decides how it is read; more than this makes no difference. */
     struct dcp_share_cursor ahead = filler->cursor;
     struct dcp_share_unit unit = filler->unit;
     uint64_t bytes = 0;
@@ -91,26 +60,13 @@ enter_file(struct filler *filler, struct dcp_error *err)
         bytes += unit.end_bytes - unit.from_bytes;
     } while (bytes < DCP_READ_DIRECT_LEAST_BYTES && dcp_share_next_unit(&ahead, &unit) &&
              unit.file == filler->unit.file);
-    return dcp_read_file_open(reader, filler->unit.file, bytes, &reader->file, err);
-}
-
-static int
-read_unit(struct filler *filler, uint8_t *data, struct dcp_error *err)
-{
-    const struct dcp_share_unit *unit = &filler->unit;
-    struct dcp_reader *reader = &filler->reader;
-    uint64_t len = unit->end_bytes - unit->from_bytes;
-    struct dcp_read_span span = {.from_bytes = unit->from_bytes, .to_bytes = unit->end_bytes};
-    reader->stats.read_bytes += len;
-    reader->stats.hot_bytes += reader->file->hot ? len : 0;
-    reader->stats.requests_count++;
-    return dcp_read_file_span(reader, reader->file, &span, data, err);
+    return bytes;
 }
 
 static int
 fill(struct filler *filler, struct dcp_error *err)
 {
-    struct share_run *run = filler->run;
+    struct dcp_share_run *run = filler->run;
     const struct dcp_share *share = run->share;
     const struct dcp_share_unit *unit = &filler->unit;
     const struct dcp_share_member *own = &share->members[share->self];
@@ -118,12 +74,9 @@ fill(struct filler *filler, struct dcp_error *err)
     struct dcp_share_slot *slot = &own->header->slots[at];
     uint8_t *data = own->slots + (uint64_t)at * own->header->slot_bytes;
     uint64_t verified = 0;
-    bool good;
 
-    int rc = enter_file(filler, err);
-    if (rc == 0) {
-        rc = read_unit(filler, filler->buffer, err);
-    }
+    uint64_t wanted = dcp_share_is_open(&filler->reader, unit) ? 0 : bytes_ahead(filler);
+    int rc = dcp_share_read_unit(&filler->reader, unit, wanted, filler->buffer, err);
     /* The unit before it in this slot may be another thread's, and still on its way. */
     uint32_t before = unit->number < slots ? 0 : (uint32_t)(unit->number + 1 - slots);
     if (rc == 0) {
@@ -132,12 +85,8 @@ fill(struct filler *filler, struct dcp_error *err)
     if (rc == 0) {
         rc = dcp_share_wait(share, &slot->left, 0, run->options->cancel, &run->stop, err);
     }
-    for (uint32_t i = 0; rc == 0 && i < unit->pieces_count; i++) {
-        const struct dcp_share_piece *piece = &unit->pieces[i];
-        uint64_t from = piece->payload_offset_bytes + piece->from - unit->from_bytes;
-        rc = dcp_share_check_piece(&filler->reader, piece, filler->buffer + from, data + from,
-                                   &good, err);
-        verified |= (uint64_t)good << i;
+    if (rc == 0) {
+        rc = dcp_share_check_unit(&filler->reader, unit, filler->buffer, data, &verified, err);
     }
     if (rc == 0) {
         slot->verified = verified;
@@ -153,7 +102,7 @@ fill(struct filler *filler, struct dcp_error *err)
 static bool
 next_own(struct filler *filler)
 {
-    struct share_run *run = filler->run;
+    struct dcp_share_run *run = filler->run;
     uint64_t number = atomic_fetch_add(&run->next_number, 1);
     while (dcp_share_next_unit(&filler->cursor, &filler->unit)) {
         if (filler->unit.reader == run->share->self && filler->unit.number == number) {
@@ -166,7 +115,7 @@ next_own(struct filler *filler)
 static void *
 fill_main(void *arg)
 {
-    struct share_run *run = arg;
+    struct dcp_share_run *run = arg;
     struct dcp_error err;
     struct filler *filler = dcp_calloc(1, sizeof *filler);
     int rc = 0;
@@ -202,34 +151,20 @@ fill_main(void *arg)
 /* ---- taking what was read ---- */
 
 static int
-take_unit(struct share_run *run, const struct dcp_share_unit *unit, uint64_t *visit,
-          struct dcp_read_stats *stats, struct dcp_error *err)
+take_slot(struct dcp_share_run *run, struct dcp_share_taker *taker,
+          const struct dcp_share_unit *unit, struct dcp_error *err)
 {
     const struct dcp_share *share = run->share;
     const struct dcp_share_member *reader = &share->members[unit->reader];
     uint32_t at = (uint32_t)(unit->number % reader->header->slots_count);
     struct dcp_share_slot *slot = &reader->header->slots[at];
     const uint8_t *data = reader->slots + (uint64_t)at * reader->header->slot_bytes;
-    uint64_t taken = 0;
 
     int rc = dcp_share_wait(share, &slot->filled, (uint32_t)(unit->number + 1),
                             run->options->cancel, &run->stop, err);
-    for (uint32_t i = 0; rc == 0 && i < unit->pieces_count; i++) {
-        const struct dcp_share_piece *piece = &unit->pieces[i];
-        uint64_t wanted = 0;
-        if (!dcp_share_is_user(piece->users, share->self)) {
-            continue;
-        }
-        rc = dcp_share_take_piece(
-            run->plan, &run->wants, piece,
-            data + (piece->payload_offset_bytes + piece->from - unit->from_bytes), visit, &wanted,
-            err);
-        if ((slot->verified >> i) & 1) {
-            stats->verified_bytes += wanted;
-        } else {
-            stats->unverified_bytes += wanted;
-        }
-        taken += wanted;
+    if (rc == 0) {
+        rc = dcp_share_take_unit(taker, unit, data, slot->verified, unit->reader == share->self,
+                                 err);
     }
     if (rc != 0) {
         return rc;
@@ -237,53 +172,35 @@ take_unit(struct share_run *run, const struct dcp_share_unit *unit, uint64_t *vi
     if (atomic_fetch_sub_explicit(&slot->left, 1, memory_order_acq_rel) == 1) {
         share->shm->wake(share->shm->ctx, &slot->left);
     }
-    stats->wanted_bytes += taken;
-    stats->shared_bytes += unit->reader != share->self ? taken : 0;
-    if (run->options->progress_bytes != NULL) {
-        atomic_fetch_add_explicit(run->options->progress_bytes, taken, memory_order_relaxed);
-    }
     return dcp_share_check_cancel(run->options->cancel, err);
 }
 
 static int
-take_all(struct share_run *run, struct dcp_error *err)
+take_all(struct dcp_share_run *run, struct dcp_error *err)
 {
+    struct dcp_share_taker taker = {.plan = run->plan,
+                                    .wants = &run->wants,
+                                    .options = run->options,
+                                    .member = run->share->self};
     struct dcp_share_cursor cursor;
     struct dcp_share_unit unit;
-    struct dcp_read_stats stats = {0};
-    uint64_t visit = 0;
     int rc = 0;
 
     dcp_share_cursor_init(&cursor, run->share, run->plan->md);
     while (rc == 0 && dcp_share_next_unit(&cursor, &unit)) {
         if (dcp_share_is_user(unit.users, run->share->self)) {
-            rc = take_unit(run, &unit, &visit, &stats, err);
+            rc = take_slot(run, &taker, &unit, err);
         }
     }
     pthread_mutex_lock(&run->lock);
-    dcp_read_stats_add(&run->stats, &stats);
+    dcp_read_stats_add(&run->stats, &taker.stats);
     pthread_mutex_unlock(&run->lock);
     return rc;
 }
 
-static uint32_t
-start_threads(struct share_run *run, pthread_t threads[READING_THREADS])
-{
-    uint32_t count = 0;
-    /* Signals are for the threads of the trainer. */
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    while (count < READING_THREADS && pthread_create(&threads[count], NULL, fill_main, run) == 0) {
-        count++;
-    }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    return count;
-}
-
 /* Reads all shared units.  The first failure of any thread of this rank is the one that counts. */
 static int
-read_shared(struct share_run *run, struct dcp_error *err)
+read_shared(struct dcp_share_run *run, struct dcp_error *err)
 {
     pthread_t threads[READING_THREADS];
     struct dcp_error mine;
@@ -292,7 +209,9 @@ read_shared(struct share_run *run, struct dcp_error *err)
 
     dcp_error_clear(&mine);
     if (run->share->own.header->slots_count > 0) {
-        count = start_threads(run, threads);
+        while (count < READING_THREADS && dcp_engine_thread(&threads[count], fill_main, run) == 0) {
+            count++;
+        }
         if (count == 0) {
             rc = dcp_error_set(&mine, DCP_E_NOMEM, 0, NULL, "no thread could be made that reads");
         }
@@ -316,174 +235,10 @@ read_shared(struct share_run *run, struct dcp_error *err)
     return 0;
 }
 
-/* ---- who takes part ---- */
-
-/* Splits the plan: what is shared, and `rest`.  False when there is no memory for that. */
-static bool
-split_items(struct share_run *run)
-{
-    const struct dcp_share_wants *wants = &run->wants;
-    const struct dcp_read_plan *plan = run->plan;
-    uint8_t *shared = dcp_calloc(1, dcp_keep_bytes((uint32_t)plan->items_count) + 1);
-    struct dcp_share_cursor cursor;
-    uint64_t v = 0, shared_count = 0;
-
-    if (shared == NULL) {
-        return false;
-    }
-    dcp_share_cursor_init(&cursor, run->share, plan->md);
-    while (dcp_share_next_chunk(&cursor)) {
-        run->anything_shared = true;
-        if (!dcp_share_is_user(cursor.chunk.users, run->share->self)) {
-            continue;
-        }
-        while (wants->visits[v].chunk != cursor.chunk.chunk) {
-            v++;
-        }
-        for (; v < wants->visits_count && wants->visits[v].chunk == cursor.chunk.chunk; v++) {
-            dcp_keep_set(shared, (uint32_t)wants->visits[v].item);
-            shared_count++;
-        }
-    }
-    run->rest = dcp_malloc_array(plan->items_count - shared_count, sizeof *run->rest);
-    for (uint64_t i = 0; run->rest != NULL && i < plan->items_count; i++) {
-        if (!dcp_keep_test(shared, (uint32_t)i)) {
-            run->rest[run->rest_count++] = plan->items[i];
-        }
-    }
-    dcp_free(shared);
-    return run->rest != NULL;
-}
-
-/* Slots of this rank, given the ranks of the host that may take part. */
-static void
-choose_slots(const struct share_run *run, uint32_t *ret_count, uint32_t *ret_bytes)
-{
-    uint32_t readers = run->share->members_count < DCP_SHARE_MOST_READERS
-                           ? run->share->members_count
-                           : DCP_SHARE_MOST_READERS;
-    uint32_t bytes = readers * 2 * DCP_SHARE_LARGE_SLOT_BYTES <= DCP_SHARE_HOST_BYTES
-                         ? DCP_SHARE_LARGE_SLOT_BYTES
-                         : DCP_SHARE_SLOT_BYTES;
-    uint64_t count =
-        dcp_min_u64(DCP_SHARE_HOST_BYTES / readers / bytes, run->wants.wanted_bytes / bytes + 1);
-    if (run->share->slot_bytes != 0) {
-        bytes = run->share->slot_bytes;
-        count = 2;
-    }
-    *ret_bytes = bytes;
-    *ret_count = run->share->self < DCP_SHARE_MOST_READERS ? (uint32_t)count : 0;
-}
-
-/* Whether the first, the middle and the last of what this rank wants lie in the page cache. */
-static bool
-is_hot(const struct share_run *run)
-{
-    const struct dcp_share_wants *wants = &run->wants;
-    struct dcp_reader reader = {.io = run->io,
-                                .dirfd = run->dirfd,
-                                .dir_path = run->dir_path,
-                                .plan = run->plan,
-                                .options = run->options};
-    bool hot = true;
-    for (uint64_t i = 0; hot && i < 3; i++) {
-        struct dcp_error err;
-        struct dcp_read_file *file = NULL;
-        dcp_error_clear(&err);
-        uint32_t index = wants->visits[(wants->visits_count - 1) * i / 2].file;
-        /* A file that cannot be opened fails where it is read. */
-        hot =
-            dcp_read_file_open(&reader, index, wants->wanted_bytes, &file, &err) == 0 && file->hot;
-        dcp_read_file_release(&reader, file);
-    }
-    return hot;
-}
-
-/* Finds the ranks of the host, and puts what this one wants into its segment.  False: it reads for
- * itself. */
-static bool
-prepare(struct share_run *run)
-{
-    struct dcp_share *share = run->share;
-    struct dcp_share_wants *wants = &run->wants;
-    uint64_t details_count, wants_bytes;
-    uint32_t slots_count, slot_bytes;
-    struct dcp_error why;
-
-    dcp_error_clear(&why);
-    if (!dcp_share_find(share)) {
-        return false;
-    }
-    if (!run->plan->md->is_native || run->plan->items_count > UINT32_MAX) {
-        dcp_share_because(share, "only records that dcp_native wrote are shared");
-        return false;
-    }
-    if (dcp_share_wants_build(run->plan, run->options, wants, &why) != 0) {
-        dcp_share_because(share, "%.160s", why.message);
-        return false;
-    }
-    details_count = wants->details.len / sizeof(uint64_t);
-    wants_bytes = wants->wants_count * sizeof *wants->wants + wants->details.len;
-    if (wants->wanted_bytes < DCP_SHARE_LEAST_WANTED_BYTES) {
-        dcp_share_because(share, "tensors of %u KiB and more make up less than %u MiB of the load",
-                          DCP_SHARE_LEAST_PAYLOAD_BYTES >> 10, DCP_SHARE_LEAST_WANTED_BYTES >> 20);
-        return false;
-    }
-    if (wants_bytes > DCP_SHARE_MOST_WANTS_BYTES) {
-        dcp_share_because(share, "the load reads too many chunks to agree on them");
-        return false;
-    }
-    choose_slots(run, &slots_count, &slot_bytes);
-    if (!dcp_share_grow(share, wants->wants_count, details_count, slots_count, slot_bytes)) {
-        return false;
-    }
-    share->own.header->hot = is_hot(run);
-    memcpy(dcp_share_own_wants(share), wants->wants, wants->wants_count * sizeof *wants->wants);
-    if (wants->details.len > 0) {
-        memcpy(dcp_share_own_details(share), wants->details.data, wants->details.len);
-    }
-    return true;
-}
-
-/* Memory for the reading threads, before anybody counts on them. */
-static bool
-take_ring(struct share_run *run)
-{
-    struct dcp_error why;
-    dcp_error_clear(&why);
-    if (run->share->own.header->slots_count > 0 && dcp_ring_acquire(0, 0, &run->ring, &why) != 0) {
-        dcp_share_because(run->share, "%.160s", why.message);
-        return false;
-    }
-    return true;
-}
-
-/* The two rounds.  *ret_ready: there is something to read together, and all can. */
-static int
-agree(struct share_run *run, bool *ret_ready, struct dcp_error *err)
-{
-    struct dcp_share *share = run->share;
-    const struct dcp_engine_options *options = run->options;
-    uint32_t settings = options->verify ? (options->verify_all ? 2 : 1) : 0;
-    bool joined = false;
-
-    *ret_ready = false;
-    int rc = dcp_share_join(share, settings, options->cancel, &joined, err);
-    if (rc != 0 || !joined) {
-        return rc;
-    }
-    bool able = dcp_share_check_wants(share, run->plan->md) && split_items(run) && take_ring(run);
-    if (able && !run->anything_shared) {
-        /* So all the others conclude, too. */
-        dcp_share_because(share, "no two ranks of this host want the same data");
-        dcp_share_leave(share, DCP_SHARE_REFUSED);
-        return 0;
-    }
-    return dcp_share_ready(share, able, options->cancel, ret_ready, err);
-}
+/* ---- the whole ---- */
 
 static void
-run_clean_up(struct share_run *run)
+run_clean_up(struct dcp_share_run *run)
 {
     dcp_share_wants_clean_up(&run->wants);
     dcp_free(run->rest);
@@ -497,20 +252,20 @@ dcp_share_read(struct dcp_share *share, const struct dcp_io *io, int dirfd, cons
                struct dcp_error *err)
 {
     uint64_t start_ns = dcp_engine_now_ns();
-    struct share_run run = {.share = share,
-                            .io = io,
-                            .dirfd = dirfd,
-                            .dir_path = dir_path,
-                            .plan = plan,
-                            .options = options};
+    struct dcp_share_run run = {.share = share,
+                                .io = io,
+                                .dirfd = dirfd,
+                                .dir_path = dir_path,
+                                .plan = plan,
+                                .options = options};
     struct dcp_read_plan rest = *plan;
     bool ready = false;
     int rc = 0;
 
     pthread_mutex_init(&run.lock, NULL);
     dcp_error_clear(&run.error);
-    if (prepare(&run)) {
-        rc = agree(&run, &ready, err);
+    if (dcp_share_prepare(&run)) {
+        rc = dcp_share_agree(&run, &ready, err);
     }
     if (rc == 0 && ready) {
         rc = read_shared(&run, err);

@@ -34,6 +34,17 @@ compare_visits(const void *left, const void *right)
     return a->item < b->item ? -1 : a->item > b->item;
 }
 
+void
+dcp_share_sort_visits(struct dcp_share_visit *visits, uint64_t count)
+{
+    for (uint64_t i = 1; i < count; i++) {
+        if (compare_visits(&visits[i - 1], &visits[i]) > 0) {
+            qsort(visits, count, sizeof *visits, compare_visits);
+            return;
+        }
+    }
+}
+
 bool
 dcp_share_payload(const struct dcp_metadata *md, uint32_t entry, uint32_t chunk,
                   uint64_t *ret_offset_bytes, uint64_t *ret_payload_bytes)
@@ -68,7 +79,6 @@ static int
 find_visits(const struct dcp_read_plan *plan, struct dcp_share_wants *wants, struct dcp_error *err)
 {
     uint64_t count = 0, offset, payload;
-    bool sorted = true;
 
     wants->visits = dcp_malloc_array(plan->items_count, sizeof *wants->visits);
     if (wants->visits == NULL) {
@@ -87,13 +97,9 @@ find_visits(const struct dcp_read_plan *plan, struct dcp_share_wants *wants, str
                                                         .file = chunk->file,
                                                         .chunk = (uint32_t)item->chunk,
                                                         .item = i};
-        sorted = sorted && (count == 0 ||
-                            compare_visits(&wants->visits[count - 1], &wants->visits[count]) < 0);
         count++;
     }
-    if (!sorted) {
-        qsort(wants->visits, count, sizeof *wants->visits, compare_visits);
-    }
+    dcp_share_sort_visits(wants->visits, count);
     wants->visits_count = count;
     return 0;
 }

@@ -101,7 +101,7 @@ read_unit(struct group_run *run, const struct dcp_share_unit *unit, uint8_t *dat
           struct dcp_error *err)
 {
     struct trailer trailer = {0};
-    int rc = dcp_share_read_unit(&run->reader, unit, DCP_READ_DIRECT_LEAST_BYTES, data, err);
+    int rc = dcp_share_read_unit(&run->reader, unit, DCP_DATA_FILE_DIRECT_LEAST_BYTES, data, err);
     if (rc == 0) {
         rc = dcp_share_check_unit(&run->reader, unit, data, NULL, &trailer.verified, err);
     }

@@ -8,14 +8,10 @@
 #ifndef DCP_READER_H
 #define DCP_READER_H
 
+#include "data_file.h"
 #include "read_box.h"
 #include "ring.h"
 
-/* Below this a file is read through the page cache, where read-ahead serves better than requests of
- * a few pages. */
-#define DCP_READ_DIRECT_LEAST_BYTES (4u << 20)
-/* Percent of a file in the page cache from which copies beat the device. */
-#define DCP_READ_HOT_PERCENT 50
 /* A read over this many unwanted bytes costs less than another request: disks of 30,000 requests
  * a second, eight at a time, and of 1.7 GB/s break even between 16 and 64 KiB. */
 #define DCP_READ_GAP_BYTES (16u << 10)
@@ -30,7 +26,6 @@
 #define DCP_READ_WHOLE_PAYLOAD_BYTES (64u << 10)
 /* Smallest ring buffer of a reader: the largest whole record, and alignment at both ends. */
 #define DCP_READ_LEAST_BUFFER_BYTES (2u << 20)
-#define DCP_READ_NAME_BYTES 256
 
 /* Reads in flight at most: small ranges need depth, large ones need two. */
 enum { DCP_READ_THREADS = 8 };

@@ -56,40 +56,6 @@ fail_short(const struct dcp_read_file *file, uint64_t offset_bytes, uint64_t end
     return code;
 }
 
-/* A file name of the metadata must stay inside the checkpoint's directory. */
-static int
-copy_name(const struct dcp_reader *reader, uint32_t index, char name[DCP_READ_NAME_BYTES],
-          struct dcp_error *err)
-{
-    const struct dcp_md_file *file = &reader->plan->md->files[index];
-    const char *text = reader->plan->md->strings + file->name;
-    bool bad = file->name_len == 0 || file->name_len >= DCP_READ_NAME_BYTES || text[0] == '/' ||
-               memchr(text, '\0', file->name_len) != NULL;
-    for (uint32_t i = 0; !bad && i < file->name_len; i++) {
-        bool at_start = i == 0 || text[i - 1] == '/';
-        bad = at_start && file->name_len - i >= 2 && text[i] == '.' && text[i + 1] == '.' &&
-              (file->name_len - i == 2 || text[i + 2] == '/');
-    }
-    if (bad) {
-        return dcp_error_set(err, DCP_E_CORRUPT, 0, reader->dir_path,
-                             "the metadata names a data file outside its directory: %.*s",
-                             (int)dcp_min_u64(file->name_len, DCP_READ_NAME_BYTES), text);
-    }
-    memcpy(name, text, file->name_len);
-    name[file->name_len] = '\0';
-    return 0;
-}
-
-static int
-open_fd(const struct dcp_reader *reader, const char *name)
-{
-    int fd;
-    do {
-        fd = reader->io->open_at(reader->io->ctx, reader->dirfd, name, O_RDONLY, 0);
-    } while (fd == -EINTR);
-    return fd;
-}
-
 /* Whether a file's bytes are to be had without its device. */
 static bool
 is_hot(const struct dcp_reader *reader, const struct dcp_read_file *file,
@@ -97,30 +63,21 @@ is_hot(const struct dcp_reader *reader, const struct dcp_read_file *file,
 {
     const struct dcp_io *io = reader->io;
     /* Asking takes as long as the file is large, a few reads of it do not. */
-    bool ask = wanted_bytes >= DCP_READ_DIRECT_LEAST_BYTES || file->size_bytes / 16 <= wanted_bytes;
+    bool ask =
+        wanted_bytes >= DCP_DATA_FILE_DIRECT_LEAST_BYTES || file->size_bytes / 16 <= wanted_bytes;
     return align->in_memory ||
-           (ask && io->cached(io->ctx, file->fd, 0, file->size_bytes) >= DCP_READ_HOT_PERCENT);
+           (ask && io->cached(io->ctx, file->fd, 0, file->size_bytes) >= DCP_DATA_FILE_HOT_PERCENT);
 }
 
 static bool
 open_direct(const struct dcp_reader *reader, struct dcp_read_file *file, const char *name,
             const struct dcp_dio_align *align)
 {
-    const struct dcp_io *io = reader->io;
-    uint64_t step = align->offset_bytes;
-    if (align->mem_bytes == 0 || align->mem_bytes > DCP_DIRECT_ALIGN_BYTES || step == 0 ||
-        (step & (step - 1)) != 0 || step > DCP_DIRECT_ALIGN_BYTES) {
-        return false;
-    }
-    int fd = open_fd(reader, name);
-    if (fd >= 0 && io->set_direct(io->ctx, fd, true) != 0) {
-        io->close(io->ctx, fd);
-        fd = -1;
-    }
+    int fd = dcp_data_file_open_direct(reader->io, reader->dirfd, name, align);
     if (fd >= 0) {
         file->mode = DCP_READ_DIRECT;
         file->direct_fd = fd;
-        file->align_bytes = step;
+        file->align_bytes = align->offset_bytes;
         file->mem_align_bytes = align->mem_bytes;
     }
     return fd >= 0;
@@ -144,7 +101,7 @@ choose_mode(const struct dcp_reader *reader, struct dcp_read_file *file, const c
         return 0;
     }
     if (wish == DCP_DIRECT_OFF ||
-        (wish == DCP_DIRECT_AUTO && wanted_bytes < DCP_READ_DIRECT_LEAST_BYTES)) {
+        (wish == DCP_DIRECT_AUTO && wanted_bytes < DCP_DATA_FILE_DIRECT_LEAST_BYTES)) {
         return 0;
     }
     if (!open_direct(reader, file, name, &align) && wish == DCP_DIRECT_ON) {
@@ -164,21 +121,6 @@ read_small(struct dcp_reader *reader, struct dcp_read_file *file, uint64_t offse
     reader->stats.hot_bytes += file->hot ? len : 0;
     reader->stats.requests_count++;
     return dcp_io_read_all(reader->io, file->fd, data, len, offset, file->path, err);
-}
-
-/* Whether a file of the metadata's own save has the name that its header says; a linked file has
- * another. */
-static bool
-has_own_name(const struct dcp_reader *reader, const struct dcp_read_file *file, const char *name)
-{
-    const struct dcp_file_header *header = &file->header;
-    char own[64];
-
-    if (memcmp(&header->save_id, &reader->plan->md->save_id, sizeof header->save_id) != 0) {
-        return true;
-    }
-    snprintf(own, sizeof own, "__%" PRIu32 "_%" PRIu32 ".distcp", header->rank, header->n);
-    return strcmp(own, name) == 0;
 }
 
 /* A file of a native checkpoint says which save wrote it, and which of its files it is. */
@@ -204,7 +146,7 @@ check_header(struct dcp_reader *reader, struct dcp_read_file *file, const char *
                              "overwritten, or files of two checkpoints were mixed",
                              file->path);
     }
-    if (!has_own_name(reader, file, name)) {
+    if (!dcp_data_file_has_own_name(reader->plan->md, header, name)) {
         return dcp_error_set(err, DCP_E_CORRUPT, 0, file->path,
                              "%s is another file of this checkpoint, by its header "
                              "__%" PRIu32 "_%" PRIu32 ".distcp: rename it back",
@@ -294,8 +236,8 @@ int
 dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_bytes,
                    struct dcp_read_file **ret_file, struct dcp_error *err)
 {
-    char name[DCP_READ_NAME_BYTES];
-    int rc = copy_name(reader, index, name, err);
+    char name[DCP_DATA_FILE_NAME_BYTES];
+    int rc = dcp_data_file_of(reader->plan->md, index, reader->dir_path, name, err);
     if (rc != 0) {
         return rc;
     }
@@ -310,7 +252,7 @@ dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_by
     snprintf(file->path, sizeof file->path, "%s/%s",
              reader->dir_path != NULL ? reader->dir_path : "", name);
     struct dcp_stat stat = {0};
-    file->fd = open_fd(reader, name);
+    file->fd = dcp_data_file_open(reader->io, reader->dirfd, name);
     if (file->fd < 0) {
         int sys_errno = -file->fd;
         bool gone = sys_errno == ENOENT || sys_errno == ESTALE;

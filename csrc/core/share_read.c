@@ -58,7 +58,7 @@ bytes_ahead(const struct filler *filler)
     uint64_t bytes = 0;
     do {
         bytes += unit.end_bytes - unit.from_bytes;
-    } while (bytes < DCP_READ_DIRECT_LEAST_BYTES && dcp_share_next_unit(&ahead, &unit) &&
+    } while (bytes < DCP_DATA_FILE_DIRECT_LEAST_BYTES && dcp_share_next_unit(&ahead, &unit) &&
              unit.file == filler->unit.file);
     return bytes;
 }

@@ -12,12 +12,12 @@
 #define DCP_CORE_VERIFY_H
 
 #include "claim_scan.h"
+#include "data_file.h"
 #include "dcp_verify.h"
 #include "ring.h"
 
 enum {
     DCP_VERIFY_BUFFERS = 3, /* one is checked, one is read, one waits: 24 MiB */
-    DCP_VERIFY_NAME_BYTES = 256,
     /* Records up to this are looked at in one piece: a block, its head and its tail. */
     DCP_VERIFY_WHOLE_BYTES = DCP_BLOCK_BYTES + (64 << 10),
 };
@@ -35,7 +35,7 @@ struct dcp_verify_file {
     int direct_fd; /* O_DIRECT; -1 when the page cache serves */
     uint64_t size_bytes;
     uint64_t align_bytes; /* of direct reads; 1 without */
-    char name[DCP_VERIFY_NAME_BYTES];
+    char name[DCP_DATA_FILE_NAME_BYTES];
     char path[DCP_ERROR_PATH_BYTES];
     bool has_header;
     struct dcp_file_header header;

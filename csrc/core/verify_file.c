@@ -12,55 +12,9 @@
 #include "verify.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-
-#include "dcp_commit.h"
-
-enum {
-    /* Below this the page cache's read-ahead serves better than requests of a few pages. */
-    DIRECT_LEAST_BYTES = 4 << 20,
-    /* Percent of a file in the page cache from which copies beat the device. */
-    HOT_PERCENT = 50,
-};
-
-/* A name of the metadata must stay inside the checkpoint's directory. */
-static int
-copy_name(const struct dcp_verifier *v, uint32_t index, struct dcp_verify_file *file,
-          struct dcp_error *why)
-{
-    const struct dcp_md_file *named = &v->md->files[index];
-    const char *text = v->md->strings + named->name;
-    uint32_t len = named->name_len;
-    bool bad =
-        len == 0 || len >= sizeof file->name || text[0] == '/' || memchr(text, '\0', len) != NULL;
-    for (uint32_t i = 0; !bad && i + 2 <= len; i++) {
-        bad = (i == 0 || text[i - 1] == '/') && text[i] == '.' && text[i + 1] == '.' &&
-              (i + 2 == len || text[i + 2] == '/');
-    }
-    if (bad) {
-        return dcp_error_set(why, DCP_E_CORRUPT, 0, NULL,
-                             "the metadata names a data file outside its directory: %.*s",
-                             (int)dcp_min_u64(len, DCP_VERIFY_NAME_BYTES), text);
-    }
-    memcpy(file->name, text, len);
-    file->name[len] = '\0';
-    snprintf(file->path, sizeof file->path, "%s/%s", v->dir_path, file->name);
-    return 0;
-}
-
-/* A pipe in the place of a file must not hold us up. */
-static int
-open_fd(const struct dcp_verifier *v, const char *name)
-{
-    int fd;
-    do {
-        fd = v->io->open_at(v->io->ctx, v->dirfd, name, O_RDONLY | O_NONBLOCK, 0);
-    } while (fd == -EINTR);
-    return fd;
-}
 
 static int
 check_cut(const struct dcp_verify_file *file, uint64_t need_bytes, struct dcp_error *why)
@@ -82,8 +36,6 @@ check_header(struct dcp_verifier *v, struct dcp_verify_file *file, struct dcp_er
 {
     struct dcp_file_header *header = &file->header;
     uint8_t bytes[DCP_FILE_HEADER_BYTES];
-    uint32_t rank;
-    uint64_t n;
     int rc = check_cut(file, sizeof bytes, why);
     if (rc == 0) {
         v->stream.read_bytes += sizeof bytes;
@@ -100,8 +52,7 @@ check_header(struct dcp_verifier *v, struct dcp_verify_file *file, struct dcp_er
                              "the file was written by another save than the metadata: the "
                              "directory was overwritten, or files of two checkpoints were mixed");
     }
-    if (memcmp(&header->save_id, &v->md->save_id, sizeof header->save_id) == 0 &&
-        dcp_data_file_parse(file->name, &rank, &n) && (rank != header->rank || n != header->n)) {
+    if (!dcp_data_file_has_own_name(v->md, header, file->name)) {
         return dcp_error_set(why, DCP_E_CORRUPT, 0, file->path,
                              "the file was written as __%u_%u.distcp: files of the checkpoint were "
                              "renamed or mixed up",
@@ -130,11 +81,12 @@ dcp_verify_file_open(struct dcp_verifier *v, uint32_t index, struct dcp_verify_f
                      struct dcp_error *why)
 {
     *file = (struct dcp_verify_file){.fd = -1, .direct_fd = -1, .align_bytes = 1};
-    int rc = copy_name(v, index, file, why);
+    int rc = dcp_data_file_of(v->md, index, NULL, file->name, why);
     if (rc != 0) {
         return rc;
     }
-    file->fd = open_fd(v, file->name);
+    snprintf(file->path, sizeof file->path, "%s/%s", v->dir_path, file->name);
+    file->fd = dcp_data_file_open(v->io, v->dirfd, file->name);
     if (file->fd < 0) {
         bool gone = file->fd == -ENOENT || file->fd == -ESTALE;
         return dcp_error_set(why, gone ? DCP_E_NOENT : DCP_E_IO, -file->fd, file->path,
@@ -226,29 +178,24 @@ dcp_verify_file_choose_direct(struct dcp_verifier *v, struct dcp_verify_file *fi
     const struct dcp_io *io = v->io;
     enum dcp_direct wish = v->options->direct;
     struct dcp_dio_align align = {0};
-    if (wish == DCP_DIRECT_OFF || (wish == DCP_DIRECT_AUTO && wanted_bytes < DIRECT_LEAST_BYTES)) {
+    if (wish == DCP_DIRECT_OFF ||
+        (wish == DCP_DIRECT_AUTO && wanted_bytes < DCP_DATA_FILE_DIRECT_LEAST_BYTES)) {
         return 0;
     }
     if (io->dio_align(io->ctx, file->fd, &align) != 0) {
         align.mem_bytes = 0;
     }
     if (wish == DCP_DIRECT_AUTO &&
-        (align.in_memory || io->cached(io->ctx, file->fd, 0, file->size_bytes) >= HOT_PERCENT)) {
+        (align.in_memory ||
+         io->cached(io->ctx, file->fd, 0, file->size_bytes) >= DCP_DATA_FILE_HOT_PERCENT)) {
         return 0;
     }
-    uint32_t step = align.offset_bytes;
-    if (align.mem_bytes != 0 && align.mem_bytes <= DCP_DIRECT_ALIGN_BYTES && step != 0 &&
-        (step & (step - 1)) == 0 && step <= DCP_DIRECT_ALIGN_BYTES) {
-        int fd = open_fd(v, file->name);
-        if (fd >= 0 && io->set_direct(io->ctx, fd, true) == 0) {
-            file->direct_fd = fd;
-            file->align_bytes = step;
-            v->result->direct_files_count++;
-            return 0;
-        }
-        if (fd >= 0) {
-            io->close(io->ctx, fd);
-        }
+    int fd = dcp_data_file_open_direct(io, v->dirfd, file->name, &align);
+    if (fd >= 0) {
+        file->direct_fd = fd;
+        file->align_bytes = align.offset_bytes;
+        v->result->direct_files_count++;
+        return 0;
     }
     if (wish == DCP_DIRECT_ON) {
         return dcp_error_set(why, DCP_E_INVALID, EINVAL, file->path,

@@ -184,7 +184,7 @@ static bool
 parse_file(const struct dcp_metadata *md, uint32_t index, uint32_t *ret_rank, uint64_t *ret_n)
 {
     const struct dcp_md_file *file = &md->files[index];
-    char name[DCP_VERIFY_NAME_BYTES];
+    char name[DCP_DATA_FILE_NAME_BYTES];
     if (file->name_len >= sizeof name) {
         return false;
     }

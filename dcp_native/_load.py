@@ -179,7 +179,7 @@ class NativeLoad:
 
     def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         self.by_python = _UNTOUCHED
-        self.may_be_replaced = False
+        self.may_be_replaced = False  # until the last agreement says so
         self._agree("plan", native, native.open)
         try:
             self._check_policy(native.info())
@@ -233,7 +233,6 @@ class NativeLoad:
             raise refusal(f"the metadata of {self.reader.path}: {info['foreign']}")
 
     def _agree(self, step: str, native: _native.Load, collective: Any) -> None:
-        self.may_be_replaced = False  # until this agreement says so
         try:
             failures = collective(as_record(self.error))
         except BaseException as error:
@@ -245,10 +244,11 @@ class NativeLoad:
     def _read(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         objects, tensors = native.results()
         receiver = Receiver(self.reader, native.metadata)
-        if native.info()["copies_count"]:
+        copies = native.info()["copies_count"] > 0
+        if copies:
             settle_devices(tensors)
         native.read(receiver)
-        if native.info()["copies_count"]:
+        if copies:
             settle_devices(tensors)  # the reading thread's copies are on a stream of its own
         self.by_python = _PARTLY
         for target, fqn, path in objects:

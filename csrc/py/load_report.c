@@ -36,16 +36,6 @@ load_names_note(struct load_names *names, const char *name, size_t len)
     load_names_add(names, name, len, LISTED_NAMES);
 }
 
-/* Takes `value`. */
-static int
-put(PyObject *dict, const char *name, PyObject *value)
-{
-    int rc = value == NULL ? -1 : PyDict_SetItemString(dict, name, value);
-
-    Py_XDECREF(value);
-    return rc;
-}
-
 static int
 put_text_of(PyObject *dict, const char *name, const struct dcp_buf *buf)
 {
@@ -53,14 +43,14 @@ put_text_of(PyObject *dict, const char *name, const struct dcp_buf *buf)
         PyErr_NoMemory();
         return -1;
     }
-    return put(dict, name,
-               PyBytes_FromStringAndSize((const char *)buf->data, (Py_ssize_t)buf->len));
+    return native_dict_put(
+        dict, name, PyBytes_FromStringAndSize((const char *)buf->data, (Py_ssize_t)buf->len));
 }
 
 static int
 put_names(PyObject *dict, const char *list, const char *count, const struct load_names *names)
 {
-    int rc = put(dict, count, PyLong_FromUnsignedLongLong(names->count));
+    int rc = native_dict_put(dict, count, PyLong_FromUnsignedLongLong(names->count));
 
     return rc == 0 ? put_text_of(dict, list, &names->text) : rc;
 }
@@ -175,8 +165,8 @@ load_report(const struct load_targets *targets)
                             lists[i].marks, LISTED_NAMES);
         }
         rc = rc == 0 ? put_unexpected_prefixes(dict, md, targets->marks) : rc;
-        rc = rc == 0 ? put(dict, "objects_count",
-                           PyLong_FromUnsignedLongLong(targets->plan.objects_count))
+        rc = rc == 0 ? native_dict_put(dict, "objects_count",
+                                       PyLong_FromUnsignedLongLong(targets->plan.objects_count))
                      : rc;
     }
     if (rc != 0) {

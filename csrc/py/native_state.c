@@ -264,6 +264,15 @@ native_call(PyObject *object, PyObject *name)
     return PyObject_CallMethodNoArgs(object, name);
 }
 
+int
+native_dict_put(PyObject *dict, const char *name, PyObject *value)
+{
+    int rc = value == NULL ? -1 : PyDict_SetItemString(dict, name, value);
+
+    Py_XDECREF(value);
+    return rc;
+}
+
 PyObject *
 native_size_new(const struct native_state *state, uint32_t ndim, const uint64_t *numbers)
 {

@@ -133,5 +133,7 @@ int native_numbers_from(PyObject *sequence, uint64_t *ret_numbers, uint32_t *ret
 
 /* Calls object.name(); returns new. */
 PyObject *native_call(PyObject *object, PyObject *name);
+/* dict[name] = value; takes `value`, which may be NULL with an exception.  0 or -1. */
+int native_dict_put(PyObject *dict, const char *name, PyObject *value);
 
 #endif

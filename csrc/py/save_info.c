@@ -7,6 +7,8 @@
 
 #include <stddef.h>
 
+#include "native_state.h"
+
 static const char *const outcome_names[] = {
     [DCP_OUTCOME_UNKNOWN] = "unknown",
     [DCP_OUTCOME_COMMITTED] = "committed",
@@ -81,18 +83,9 @@ static const struct number numbers[] = {
 };
 
 static int
-put(PyObject *dict, const char *name, PyObject *value)
-{
-    int rc = value == NULL ? -1 : PyDict_SetItemString(dict, name, value);
-
-    Py_XDECREF(value);
-    return rc;
-}
-
-static int
 put_number(PyObject *dict, const char *name, uint64_t value)
 {
-    return put(dict, name, PyLong_FromUnsignedLongLong(value));
+    return native_dict_put(dict, name, PyLong_FromUnsignedLongLong(value));
 }
 
 PyObject *

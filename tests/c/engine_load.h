@@ -219,12 +219,11 @@ load_add_random(struct load *load, struct maker_rng *rng, uint32_t per_tensor)
     }
 }
 
-/* One tensor of `rows` x 1000 float32 in `parts` chunks. */
+/* A world without anything, to be added to. */
 static inline void
-one_tensor(struct world *world, uint64_t rows, uint64_t parts)
+world_begin(struct world *world)
 {
     static const struct world_options empty = {.seed = 3, .thread_count = 1};
-    uint64_t size[2] = {rows, 1000}, split[2] = {parts, 1};
     world_make(world, &empty);
     dcp_layout_clean_up(&world->layout);
     dcp_free(world->md.strings);
@@ -232,6 +231,46 @@ one_tensor(struct world *world, uint64_t rows, uint64_t parts)
     dcp_free(world->md.chunks);
     dcp_free(world->md.dims);
     dcp_free(world->md.files);
+}
+
+/* Tensors and an object that ranks want together: of several chunks, whole ones of more than one
+ * checksum block, small ones.  `large`: 9 MB, else 6. */
+static inline void
+world_to_share(struct world *world, uint64_t seed, uint32_t files, bool large)
+{
+    static const uint64_t most[][3] = {
+        {1700, 1000, 0}, {256, 300, 33}, {400, 200, 0}, {512, 512, 0}, {50, 3, 0}};
+    static const uint64_t least[][3] = {
+        {900, 1000, 0}, {64, 20, 33}, {400, 200, 0}, {512, 512, 0}, {50, 3, 0}};
+    static const uint64_t parts[][3] = {{3, 1, 0}, {1, 2, 1}, {4, 1, 0}, {1, 1, 0}, {1, 1, 0}};
+    static const int dtypes[] = {DCP_DTYPE_FLOAT32, DCP_DTYPE_BFLOAT16, DCP_DTYPE_FLOAT32,
+                                 DCP_DTYPE_FLOAT32, DCP_DTYPE_INT64};
+    world_begin(world);
+    world->rng.state = seed;
+    for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
+        world_add_tensor(world, dtypes[i], i == 1 ? 3 : 2, large ? most[i] : least[i], parts[i]);
+    }
+    world_add_object(world, 700);
+    world_finish(world, files, false);
+}
+
+/* All of the world, whole. */
+static inline void
+load_add_all(struct load *load, struct maker_rng *rng, bool strided, size_t shift)
+{
+    for (uint32_t t = 0; t < load->world->tensors_count; t++) {
+        uint64_t offsets[DCP_MAX_DIMS] = {0};
+        load_add(load, rng, t, offsets, load->world->tensors[t].size, strided, shift);
+    }
+    load_add_objects(load);
+}
+
+/* One tensor of `rows` x 1000 float32 in `parts` chunks. */
+static inline void
+one_tensor(struct world *world, uint64_t rows, uint64_t parts)
+{
+    uint64_t size[2] = {rows, 1000}, split[2] = {parts, 1};
+    world_begin(world);
     world_add_tensor(world, DCP_DTYPE_FLOAT32, 2, size, split);
     world_finish(world, 1, false);
 }

@@ -38,26 +38,8 @@ struct party {
 static void
 party_make(struct party *party, uint64_t seed, uint32_t ranks)
 {
-    static const struct world_options empty = {.seed = 3, .thread_count = 1};
-    static const uint64_t sizes[][3] = {
-        {900, 1000, 0}, {64, 20, 33}, {400, 200, 0}, {512, 512, 0}, {50, 3, 0}};
-    static const uint64_t parts[][3] = {{3, 1, 0}, {1, 2, 1}, {4, 1, 0}, {1, 1, 0}, {1, 1, 0}};
-    static const int dtypes[] = {DCP_DTYPE_FLOAT32, DCP_DTYPE_BFLOAT16, DCP_DTYPE_FLOAT32,
-                                 DCP_DTYPE_FLOAT32, DCP_DTYPE_INT64};
     memset(party, 0, sizeof *party);
-    world_make(&party->world, &empty);
-    party->world.rng.state = seed;
-    dcp_layout_clean_up(&party->world.layout);
-    dcp_free(party->world.md.strings);
-    dcp_free(party->world.md.entries);
-    dcp_free(party->world.md.chunks);
-    dcp_free(party->world.md.dims);
-    dcp_free(party->world.md.files);
-    for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
-        world_add_tensor(&party->world, dtypes[i], i == 1 ? 3 : 2, sizes[i], parts[i]);
-    }
-    world_add_object(&party->world, 700);
-    world_finish(&party->world, 1 + (uint32_t)seed % 2, false);
+    world_to_share(&party->world, seed, 1 + (uint32_t)seed % 2, false);
     disk_make(&party->disk, &party->world, 512);
     party->ranks_count = ranks;
 }
@@ -76,16 +58,14 @@ party_begin(struct party *party, enum dcp_direct direct)
     }
 }
 
+/* A party of which every rank wants everything. */
 static void
-want_all(struct party *party, uint32_t rank)
+party_begin_wanting_all(struct party *party, enum dcp_direct direct)
 {
-    struct load *load = &party->ranks[rank].load;
-    for (uint32_t t = 0; t < party->world.tensors_count; t++) {
-        uint64_t offsets[DCP_MAX_DIMS] = {0};
-        load_add(load, &party->world.rng, t, offsets, party->world.tensors[t].size, rank % 2 == 1,
-                 0);
+    party_begin(party, direct);
+    for (uint32_t r = 0; r < party->ranks_count; r++) {
+        load_add_all(&party->ranks[r].load, &party->world.rng, r % 2 == 1, 0);
     }
-    load_add_objects(load);
 }
 
 static void
@@ -174,10 +154,7 @@ what_all_want_is_read_once_by_ranks_in_equal_parts(void)
         struct party party;
         uint64_t read = 0, shared = 0;
         party_make(&party, c, 2 + c % 3);
-        party_begin(&party, c < 3 ? DCP_DIRECT_ON : DCP_DIRECT_OFF);
-        for (uint32_t r = 0; r < party.ranks_count; r++) {
-            want_all(&party, r);
-        }
+        party_begin_wanting_all(&party, c < 3 ? DCP_DIRECT_ON : DCP_DIRECT_OFF);
         party_run(&party);
         for (uint32_t r = 0; r < party.ranks_count; r++) {
             const struct rank_case *rank = &party.ranks[r];
@@ -210,7 +187,7 @@ any_boxes_get_the_bytes_they_would_get_alone(void)
         for (uint32_t r = 0; r < party.ranks_count; r++) {
             load_add_random(&party.ranks[r].load, &party.world.rng, 1 + (uint32_t)(seed % 2));
             if (seed % 3 != 0) {
-                want_all(&party, r);
+                load_add_all(&party.ranks[r].load, &party.world.rng, r % 2 == 1, 0);
             }
             party.ranks[r].engine.verify = seed % 5 != 2;
         }
@@ -234,10 +211,7 @@ nothing_is_read_together_when_one_rank_declines(void)
     struct party party;
     party_make(&party, 1, 3);
     for (uint32_t victim = 0; victim < 3; victim++) {
-        party_begin(&party, DCP_DIRECT_ON);
-        for (uint32_t r = 0; r < 3; r++) {
-            want_all(&party, r);
-        }
+        party_begin_wanting_all(&party, DCP_DIRECT_ON);
         party.ranks[victim].declines = true;
         party_run(&party);
         for (uint32_t r = 0; r < 3; r++) {
@@ -260,10 +234,7 @@ a_failing_read_ends_all_and_names_itself(void)
     for (uint32_t victim = 0; victim < 3; victim++) {
         bool hit = true;
         for (uint32_t nth = 1; hit && ctest_failures < 10; nth++) {
-            party_begin(&party, nth % 2 == 0 ? DCP_DIRECT_ON : DCP_DIRECT_OFF);
-            for (uint32_t r = 0; r < 3; r++) {
-                want_all(&party, r);
-            }
+            party_begin_wanting_all(&party, nth % 2 == 0 ? DCP_DIRECT_ON : DCP_DIRECT_OFF);
             io_faults_arm(&party.ranks[victim].io, FAULT_FOR_EVER, nth, EIO);
             party_run(&party);
             check_only_victim_fails(&party, victim);
@@ -286,10 +257,7 @@ damage_is_named_by_the_rank_that_read_it(void)
     struct party party;
     party_make(&party, 2, 3);
     disk_damage(&party.disk, &party.world, 0, 2 << 20, 1, UINT64_MAX);
-    party_begin(&party, DCP_DIRECT_ON);
-    for (uint32_t r = 0; r < 3; r++) {
-        want_all(&party, r);
-    }
+    party_begin_wanting_all(&party, DCP_DIRECT_ON);
     party_run(&party);
     uint32_t found = 0;
     for (uint32_t r = 0; r < 3; r++) {
@@ -309,10 +277,7 @@ a_cancelled_rank_ends_and_so_do_the_others(void)
     struct party party;
     party_make(&party, 1, 3);
     for (uint32_t victim = 0; victim < 3; victim++) {
-        party_begin(&party, DCP_DIRECT_ON);
-        for (uint32_t r = 0; r < 3; r++) {
-            want_all(&party, r);
-        }
+        party_begin_wanting_all(&party, DCP_DIRECT_ON);
         atomic_store(&party.ranks[victim].cancel, 1);
         party_run(&party);
         check_only_victim_fails(&party, victim);
@@ -329,10 +294,7 @@ a_rank_that_is_lost_in_a_collective_fails_all(void)
     party_make(&party, 1, 3);
     for (uint32_t victim = 0; victim < 3; victim++) {
         for (uint32_t nth = 1; nth < 6; nth++) {
-            party_begin(&party, DCP_DIRECT_ON);
-            for (uint32_t r = 0; r < 3; r++) {
-                want_all(&party, r);
-            }
+            party_begin_wanting_all(&party, DCP_DIRECT_ON);
             party.ranks[victim].comm_mode = FAULT_BEFORE;
             party.ranks[victim].comm_nth = nth;
             party_run(&party);

@@ -388,15 +388,8 @@ a_flipped_byte_of_a_cached_file_is_a_checksum_error(void)
 static void
 columns_make(struct world *world, struct disk *disk)
 {
-    static const struct world_options empty = {.seed = 3, .thread_count = 1};
     uint64_t size[2] = {300, 32768}, split[2] = {1, 1};
-    world_make(world, &empty);
-    dcp_layout_clean_up(&world->layout);
-    dcp_free(world->md.strings);
-    dcp_free(world->md.entries);
-    dcp_free(world->md.chunks);
-    dcp_free(world->md.dims);
-    dcp_free(world->md.files);
+    world_begin(world);
     world_add_tensor(world, DCP_DTYPE_FLOAT32, 2, size, split);
     world_finish(world, 1, false);
     disk_make(disk, world, 512);

@@ -50,32 +50,6 @@ struct party {
     atomic_uint over; /* ranks that are through */
 };
 
-static void
-world_of(struct world *world, uint64_t seed, uint32_t files, bool large)
-{
-    static const struct world_options empty = {.seed = 3, .thread_count = 1};
-    static const uint64_t most[][3] = {
-        {1700, 1000, 0}, {256, 300, 33}, {400, 200, 0}, {512, 512, 0}, {50, 3, 0}};
-    static const uint64_t least[][3] = {
-        {900, 1000, 0}, {64, 20, 33}, {400, 200, 0}, {512, 512, 0}, {50, 3, 0}};
-    static const uint64_t parts[][3] = {{3, 1, 0}, {1, 2, 1}, {4, 1, 0}, {1, 1, 0}, {1, 1, 0}};
-    static const int dtypes[] = {DCP_DTYPE_FLOAT32, DCP_DTYPE_BFLOAT16, DCP_DTYPE_FLOAT32,
-                                 DCP_DTYPE_FLOAT32, DCP_DTYPE_INT64};
-    world_make(world, &empty);
-    world->rng.state = seed;
-    dcp_layout_clean_up(&world->layout);
-    dcp_free(world->md.strings);
-    dcp_free(world->md.entries);
-    dcp_free(world->md.chunks);
-    dcp_free(world->md.dims);
-    dcp_free(world->md.files);
-    for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
-        world_add_tensor(world, dtypes[i], i == 1 ? 3 : 2, large ? most[i] : least[i], parts[i]);
-    }
-    world_add_object(world, 700);
-    world_finish(world, files, false);
-}
-
 /* ---- a table that notes what is read ---- */
 
 static struct party *noting;
@@ -159,7 +133,7 @@ static void
 party_make(struct party *party, uint64_t seed, uint32_t ranks, uint32_t files, bool large)
 {
     memset(party, 0, sizeof *party);
-    world_of(&party->world, seed, files, large);
+    world_to_share(&party->world, seed, files, large);
     party->slot_bytes = large ? 0 : DCP_BLOCK_BYTES + 2 * DCP_DIRECT_ALIGN_BYTES;
     disk_make(&party->disk, &party->world, 512);
     party->ranks_count = ranks;
@@ -198,13 +172,7 @@ party_begin(struct party *party, enum dcp_direct direct)
 static void
 want_all(struct party *party, uint32_t rank)
 {
-    struct load *load = &party->ranks[rank].load;
-    for (uint32_t t = 0; t < party->world.tensors_count; t++) {
-        uint64_t offsets[DCP_MAX_DIMS] = {0};
-        load_add(load, &party->world.rng, t, offsets, party->world.tensors[t].size, rank % 2 == 1,
-                 rank == 2 ? 64 : 0);
-    }
-    load_add_objects(load);
+    load_add_all(&party->ranks[rank].load, &party->world.rng, rank % 2 == 1, rank == 2 ? 64 : 0);
 }
 
 /* Names of a load end in "-<process>-<rank>". */

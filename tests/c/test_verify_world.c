@@ -191,32 +191,39 @@ remove_all(struct io_memory *fs)
     tensors_remove(fs, DIR);
 }
 
+/* Checks a checkpoint, during which `act` happens before system call number `at`. */
+static void
+check_while(void (*act)(struct io_memory *fs), uint64_t at, struct dcp_verify_result *ret_result)
+{
+    struct io_memory *fs = io_memory_new(at);
+    struct saving saving = {.dir = DIR};
+    struct dcp_save_info info;
+    struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
+    struct dcp_error err = {0};
+    tensors_save(NULL, fs, &versions[0], &saving, &info);
+    io_memory_process(fs, 0)->before = count_down;
+    hooked_fs = fs;
+    when_due = act;
+    calls_left = at;
+    const struct dcp_io *io = &io_memory_process(fs, 0)->io;
+    CHECK_OK(dcp_verify_run(io, DIR, &verify, ret_result, &err), &err);
+    io_memory_process(fs, 0)->before = NULL;
+    when_due = NULL;
+    io_memory_free(fs);
+    dcp_engine_trim();
+}
+
 static void
 a_checkpoint_that_is_replaced_meanwhile_is_checked_anew(void)
 {
     uint32_t replaced = 0;
     for (uint64_t at = 1; at < 30; at++) {
-        struct io_memory *fs = io_memory_new(at);
-        struct saving saving = {.dir = DIR};
-        struct dcp_save_info info;
-        struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
         struct dcp_verify_result result;
-        struct dcp_error err = {0};
-        tensors_save(NULL, fs, &versions[0], &saving, &info);
-        io_memory_process(fs, 0)->before = count_down;
-        hooked_fs = fs;
-        when_due = save_again;
-        calls_left = at;
-        const struct dcp_io *io = &io_memory_process(fs, 0)->io;
-        CHECK_OK(dcp_verify_run(io, DIR, &verify, &result, &err), &err);
-        io_memory_process(fs, 0)->before = NULL;
+        check_while(save_again, at, &result);
         CHECK_EQ(result.problems_found, 0);
         CHECK(result.replaced_count <= 1);
         replaced += result.replaced_count;
         dcp_verify_result_clean_up(&result);
-        when_due = NULL;
-        io_memory_free(fs);
-        dcp_engine_trim();
     }
     CHECK(replaced > 0);
 }
@@ -225,26 +232,12 @@ static void
 a_checkpoint_that_is_deleted_meanwhile_is_not_whole(void)
 {
     for (uint64_t at = 1; at < 8; at += 2) {
-        struct io_memory *fs = io_memory_new(at);
-        struct saving saving = {.dir = DIR};
-        struct dcp_save_info info;
-        struct dcp_verify_options verify = {.level = DCP_VERIFY_FULL};
         struct dcp_verify_result result;
-        struct dcp_error err = {0};
-        tensors_save(NULL, fs, &versions[0], &saving, &info);
-        io_memory_process(fs, 0)->before = count_down;
-        hooked_fs = fs;
-        when_due = remove_all;
-        calls_left = at;
-        const struct dcp_io *io = &io_memory_process(fs, 0)->io;
-        CHECK_OK(dcp_verify_run(io, DIR, &verify, &result, &err), &err);
-        io_memory_process(fs, 0)->before = NULL;
+        check_while(remove_all, at, &result);
         CHECK_EQ(result.problems_found, 1);
         CHECK(result.problems_count == 1 && result.problems[0].code == DCP_E_NOENT &&
               strcmp(result.problems[0].file, ".metadata") == 0);
         dcp_verify_result_clean_up(&result);
-        io_memory_free(fs);
-        dcp_engine_trim();
     }
 }
 

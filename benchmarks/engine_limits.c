@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 #include "dcp_engine.h"
-#include "median.h"
+#include "measure.h"
 
 enum { MAX_ROUNDS = 31, REQUEST_BYTES = 8 << 20, CACHED_BYTES = 1 << 20, MOST_TENSORS = 4096 };
 
@@ -74,54 +74,17 @@ struct bench {
 };
 
 static void
-must(bool ok, const char *what, const struct dcp_error *err)
-{
-    if (!ok) {
-        fprintf(stderr, "engine_limits: %s: %s\n", what,
-                err != NULL && err->code != 0 ? err->message : strerror(errno));
-        exit(1);
-    }
-}
-
-static double
-now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
-static double
-cpu_now(void)
-{
-    struct rusage use;
-    getrusage(RUSAGE_SELF, &use);
-    return (double)use.ru_utime.tv_sec + (double)use.ru_utime.tv_usec / 1e6 +
-           (double)use.ru_stime.tv_sec + (double)use.ru_stime.tv_usec / 1e6;
-}
-
-static void
 start(struct bench *bench)
 {
-    bench->started = now();
-    bench->cpu_started = cpu_now();
+    bench->started = seconds_of(CLOCK_MONOTONIC);
+    bench->cpu_started = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
 }
 
 static void
 stop(struct bench *bench, enum row row)
 {
-    bench->seconds[row][bench->round] = now() - bench->started;
-    bench->cpu[row][bench->round] = cpu_now() - bench->cpu_started;
-}
-
-static uint8_t *
-map(uint64_t bytes)
-{
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    must(memory != MAP_FAILED, "mmap", NULL);
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    memset(memory, 1, bytes);
-    return memory;
+    bench->seconds[row][bench->round] = seconds_of(CLOCK_MONOTONIC) - bench->started;
+    bench->cpu[row][bench->round] = seconds_of(CLOCK_PROCESS_CPUTIME_ID) - bench->cpu_started;
 }
 
 /* Weights of a transformer: matrices of 32 to 128 MiB and some small vectors. */
@@ -368,8 +331,8 @@ main(int argc, char **argv)
     bench.in_memory = align.in_memory || align.mem_bytes == 0;
     memset(bench.save_id.bytes, 7, sizeof bench.save_id.bytes);
     uint64_t room = bench.bytes + (64u << 20);
-    bench.source = map(room);
-    bench.target = map(room);
+    bench.source = map_touched(room);
+    bench.target = map_touched(room);
     for (uint64_t i = 0; i < room / 8; i++) {
         uint64_t word = i * 0x9E3779B97F4A7C15u;
         memcpy(bench.source + i * 8, &word, 8);

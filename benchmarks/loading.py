@@ -15,18 +15,13 @@ them (/proc/self/io). Exits with 1 if any load was wrong; a missed target is onl
 import argparse
 import contextlib
 import pathlib
-import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 
 import loading_cases as cases
 from loading_cases import APART, APART_UNVERIFIED, OURS, TORCH, UNVERIFIED, Limit
 from program import (
-    BenchError,
-    machine,
-    options_of_parts,
-    publish,
+    main_of_parts,
     row,
     run_program,
     say,
@@ -324,24 +319,13 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = options_of_parts(__doc__, 5, PARTS).parse_args(argv)
-    args.dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
-    about = machine()
-    with contextlib.ExitStack() as stack:
-        disk, scratch = (
-            pathlib.Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp-bench-", dir=base))
-            )
-            for base in (args.dir, args.tmpfs)
-        )
-        run = Run(args, disk, scratch)
-        try:
-            run.all()
-        except BenchError as e:
-            say(f"loading: {e}")
-            return 1
-    return publish("loading", args, about, run.rows, run.details, run.wrong)
+    return main_of_parts(
+        "loading",
+        __doc__,
+        PARTS,
+        lambda args, disk, _, scratch: Run(args, disk, scratch),
+        argv,
+    )
 
 
 if __name__ == "__main__":

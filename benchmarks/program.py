@@ -6,15 +6,19 @@ own output wrong exits with 1; a missed target does not count as wrong.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -160,6 +164,36 @@ def options_of_parts(doc: str, repeats: int, names: tuple[str, ...]) -> argparse
     )
     p.add_argument("--tmpfs", type=pathlib.Path, default=pathlib.Path("/dev/shm"))
     return p
+
+
+def main_of_parts(
+    name: str,
+    doc: str,
+    parts: tuple[str, ...],
+    make: Callable[[argparse.Namespace, pathlib.Path, pathlib.Path, pathlib.Path], Any],
+    argv: list[str] | None = None,
+) -> int:
+    """Runs the program `name`: ``make(args, disk, tmpfs, scratch)``, directories that are removed
+    afterwards, gives what has ``all()``, ``rows``, ``details`` and ``wrong``.
+    """
+    args = options_of_parts(doc, 5, parts).parse_args(argv)
+    args.dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
+    about = machine()
+    with contextlib.ExitStack() as stack:
+        directories = (
+            pathlib.Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp-bench-", dir=base))
+            )
+            for base in (args.dir, args.tmpfs, args.tmpfs)
+        )
+        run = make(args, *directories)
+        try:
+            run.all()
+        except BenchError as e:
+            say(f"{name}: {e}")
+            return 1
+    return publish(name, args, about, run.rows, run.details, run.wrong)
 
 
 def write_json(path: pathlib.Path, results: dict) -> None:

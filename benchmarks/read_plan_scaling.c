@@ -13,7 +13,7 @@
 #include <time.h>
 
 #include "dcp_engine.h"
-#include "median.h"
+#include "measure.h"
 
 enum { ROUNDS = 7, SIDE = 8 /* elements of a chunk along each dim */ };
 
@@ -26,15 +26,6 @@ struct shape {
     uint32_t ndim, along;
     uint64_t slabs;
 };
-
-static void
-must(int rc, const struct dcp_error *err)
-{
-    if (rc != 0) {
-        fprintf(stderr, "read_plan_scaling: %s\n", err->message);
-        exit(1);
-    }
-}
 
 static void *
 must_have(void *memory)
@@ -129,7 +120,8 @@ add_targets(const struct shape *shape, struct dcp_read_plan *plan)
             offsets[shape->along] = start;
             sizes[shape->along] = end - start;
             overlaps += others * ((end + SIDE - 1) / SIDE - start / SIDE);
-            must(dcp_read_plan_add(plan, t, memory, NULL, offsets, sizes, NULL, &err), &err);
+            must(dcp_read_plan_add(plan, t, memory, NULL, offsets, sizes, NULL, &err) == 0,
+                 "planning", &err);
         }
     }
     return overlaps;
@@ -148,7 +140,7 @@ run(const struct shape *shape, bool as_json)
         uint64_t t0 = now_ns();
         overlaps = add_targets(shape, &plan);
         uint64_t t1 = now_ns();
-        must(dcp_read_plan_build(&plan, true, NULL, &err), &err);
+        must(dcp_read_plan_build(&plan, true, NULL, &err) == 0, "planning", &err);
         build[round] = (double)(now_ns() - t1);
         add[round] = (double)(t1 - t0);
         if (plan.items_count != overlaps) {

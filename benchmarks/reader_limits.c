@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 #include "dcp_engine.h"
-#include "median.h"
+#include "measure.h"
 
 enum {
     RANKS = 2,
@@ -105,34 +105,6 @@ struct bench {
     bool in_memory;
     const char *only; /* the steps to run; NULL: all */
 };
-
-static void
-must(bool ok, const char *what, const struct dcp_error *err)
-{
-    if (!ok) {
-        fprintf(stderr, "reader_limits: %s: %s\n", what,
-                err != NULL && err->code != 0 ? err->message : strerror(errno));
-        _exit(1);
-    }
-}
-
-static double
-clock_now(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
-static uint8_t *
-map(uint64_t bytes)
-{
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    must(memory != MAP_FAILED, "mmap", NULL);
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    memset(memory, 1, bytes);
-    return memory;
-}
 
 /* A number of a /proc file of this process. */
 static uint64_t
@@ -347,17 +319,17 @@ start(const struct bench *bench, int row)
     struct result *result = result_of(bench, row);
     result->device_bytes = proc_number("io", "read_bytes:");
     meet(bench);
-    result->cpu_seconds = clock_now(CLOCK_PROCESS_CPUTIME_ID);
-    result->seconds = clock_now(CLOCK_MONOTONIC);
+    result->cpu_seconds = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
+    result->seconds = seconds_of(CLOCK_MONOTONIC);
 }
 
 static void
 stop(const struct bench *bench, int row, uint64_t bytes)
 {
     struct result *result = result_of(bench, row);
-    result->cpu_seconds = clock_now(CLOCK_PROCESS_CPUTIME_ID) - result->cpu_seconds;
+    result->cpu_seconds = seconds_of(CLOCK_PROCESS_CPUTIME_ID) - result->cpu_seconds;
     meet(bench);
-    result->seconds = clock_now(CLOCK_MONOTONIC) - result->seconds;
+    result->seconds = seconds_of(CLOCK_MONOTONIC) - result->seconds;
     result->device_bytes = proc_number("io", "read_bytes:") - result->device_bytes;
     result->wanted_bytes = bytes;
 }
@@ -570,8 +542,8 @@ run_rank(struct bench *bench, const char *dir, int rounds)
 {
     uint64_t room = dcp_max_u64(bench->bytes, WIDTHS * bench->cut_bytes);
     room = dcp_max_u64(room, bench->small_count * 4096) + (64u << 20);
-    bench->source = map(room);
-    bench->target = map(room);
+    bench->source = map_touched(room);
+    bench->target = map_touched(room);
     for (uint64_t i = 0; i < room / 8; i++) {
         uint64_t word = word_at(bench->rank, i);
         memcpy(bench->source + i * 8, &word, 8);

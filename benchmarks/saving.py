@@ -12,19 +12,13 @@ target is only shown.
 """
 
 import argparse
-import contextlib
 import pathlib
-import signal
 import sys
-import tempfile
 
 import saving_cases as cases
 from bench import run_case
 from program import (
-    BenchError,
-    machine,
-    options_of_parts,
-    publish,
+    main_of_parts,
     row,
     run_program,
     say,
@@ -235,24 +229,13 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = options_of_parts(__doc__, 5, PARTS).parse_args(argv)
-    args.dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
-    about = machine()
-    with contextlib.ExitStack() as stack:
-        disk, tmpfs, scratch = (
-            pathlib.Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="dcp-bench-", dir=base))
-            )
-            for base in (args.dir, args.tmpfs, args.tmpfs)
-        )
-        run = Run(args, {"disk": disk, "tmpfs": tmpfs}, scratch)
-        try:
-            run.all()
-        except BenchError as e:
-            say(f"saving: {e}")
-            return 1
-    return publish("saving", args, about, run.rows, run.details, run.wrong)
+    return main_of_parts(
+        "saving",
+        __doc__,
+        PARTS,
+        lambda args, disk, tmpfs, scratch: Run(args, {"disk": disk, "tmpfs": tmpfs}, scratch),
+        argv,
+    )
 
 
 if __name__ == "__main__":

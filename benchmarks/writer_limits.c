@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 #include "dcp_engine.h"
-#include "median.h"
+#include "measure.h"
 
 enum { REQUEST_BYTES = 8 << 20, SMALL_BYTES = 16 << 10, MOST_ROUNDS = 64, MOST_PROCESSES = 16 };
 
@@ -60,33 +60,6 @@ struct bench {
     struct job large, small;
     struct dcp_save_id save_id;
 };
-
-static void
-must(bool ok, const char *what, const struct dcp_error *err)
-{
-    if (!ok) {
-        fprintf(stderr, "writer_limits: %s: %s\n", what,
-                err != NULL && err->code != 0 ? err->message : strerror(errno));
-        exit(1);
-    }
-}
-
-static double
-seconds_of(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
-static double
-cpu_now(void)
-{
-    struct rusage use;
-    getrusage(RUSAGE_SELF, &use);
-    return (double)use.ru_utime.tv_sec + (double)use.ru_utime.tv_usec / 1e6 +
-           (double)use.ru_stime.tv_sec + (double)use.ru_stime.tv_usec / 1e6;
-}
 
 static void
 make_job(struct bench *bench, struct job *job, uint32_t count, uint64_t bytes_each)
@@ -194,7 +167,7 @@ static void
 run_way(struct bench *bench, enum way way)
 {
     pthread_barrier_wait(&bench->shared->barrier);
-    double start = seconds_of(CLOCK_MONOTONIC), cpu = cpu_now();
+    double start = seconds_of(CLOCK_MONOTONIC), cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
     switch (way) {
     case WAY_IMAGE:
     case WAY_ALLOCATED:
@@ -214,7 +187,8 @@ run_way(struct bench *bench, enum way way)
         break;
     }
     bench->shared->seconds[way][bench->round][bench->process] = seconds_of(CLOCK_MONOTONIC) - start;
-    bench->shared->cpu[way][bench->round][bench->process] = cpu_now() - cpu;
+    bench->shared->cpu[way][bench->round][bench->process] =
+        seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
     pthread_barrier_wait(&bench->shared->barrier);
     if (bench->round == 0 && (way == WAY_THREAD || way == WAY_QUEUE)) {
         char name[64];

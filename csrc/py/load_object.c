@@ -5,46 +5,11 @@
  * only Python can finish is handed over while it is read (load_receive.c).  leave makes whichever
  * agreement the other ranks wait in.
  */
-#include "module.h"
-
-#include <stdatomic.h>
+#include "load_object.h"
 
 #include "errors.h"
 #include "key_filter.h"
-#include "load_receive.h"
-#include "load_report.h"
 #include "native_run.h"
-
-/* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
- * can make a rank enter the same one twice. */
-enum phase { PHASE_OPENING, PHASE_PLANNING, PHASE_READING, PHASE_OVER };
-
-struct load_object {
-    PyObject_HEAD PyObject *group; /* struct group_object */
-    struct dcp_load *load;
-    enum phase phase;
-    struct load_targets targets;
-    struct dcp_failure mine; /* argument of the collective call in progress */
-    bool mine_given;
-    PyObject *mine_record;
-    struct dcp_failure_list failures;
-    int local_code; /* what parsing the metadata gave on this rank */
-    struct dcp_error local_err;
-    bool strict_coverage;
-    uint64_t hole_bytes;
-    struct dcp_read_stats stats;
-    struct load_receiver receiver;
-    atomic_int cancel;
-    _Atomic uint64_t progress_bytes;
-    PyObject *pending;   /* exception of a signal handler, raised at the next local step */
-    PyObject *interrupt; /* the first one of them, kept to tell it from other errors */
-};
-
-static struct load_object *
-as_load(PyObject *object)
-{
-    return (struct load_object *)object;
-}
 
 /* Runs a core step off the GIL.  False when it had to be left running: the interrupt is raised. */
 static bool
@@ -397,92 +362,6 @@ load_has_meta(PyObject *object, PyObject *state_dict)
     return found < 0 ? NULL : PyBool_FromLong(found);
 }
 
-PyDoc_STRVAR(results_doc, "results()\n--\n\n"
-                          "(objects, tensors): (target, fqn, path) of every object that is wanted; "
-                          "by target, the tensor that it fills, or None.");
-
-static PyObject *
-load_results(PyObject *object, PyObject *unused)
-{
-    struct load_object *self = as_load(object);
-
-    (void)unused;
-    return Py_BuildValue("(OO)", self->targets.objects, self->targets.tensors);
-}
-
-PyDoc_STRVAR(metadata_doc,
-             "metadata()\n--\n\nThe metadata image that was read, or its end, as bytes.");
-
-static PyObject *
-load_metadata(PyObject *object, PyObject *unused)
-{
-    struct dcp_span image = dcp_load_metadata_image(as_load(object)->load);
-
-    (void)unused;
-    return PyBytes_FromStringAndSize((const char *)image.data, (Py_ssize_t)image.len);
-}
-
-PyDoc_STRVAR(info_doc, "info()\n--\n\nWhat is known of the load: counts and bytes.");
-
-static PyObject *
-load_info(PyObject *object, PyObject *unused)
-{
-    struct load_object *self = as_load(object);
-    const struct dcp_read_stats *stats = &self->stats;
-    bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
-    const char *foreign = dcp_load_metadata(self->load)->foreign;
-
-    (void)unused;
-    return Py_BuildValue(
-        "{szszsOsssKsKsKsKsKsKsKsKsKsKsKsKsKsK}", "unsupported",
-        unsupported ? self->local_err.message : NULL, "foreign", foreign[0] == 0 ? NULL : foreign,
-        "rank_local", dcp_load_rank_local(self->load) ? Py_True : Py_False, "share_reason",
-        dcp_load_share_reason(self->load), "read_bytes", (unsigned long long)stats->read_bytes,
-        "hot_bytes", (unsigned long long)stats->hot_bytes, "shared_bytes",
-        (unsigned long long)stats->shared_bytes, "wanted_bytes",
-        (unsigned long long)stats->wanted_bytes, "verified_bytes",
-        (unsigned long long)stats->verified_bytes, "unverified_bytes",
-        (unsigned long long)stats->unverified_bytes, "straight_bytes",
-        (unsigned long long)stats->straight_bytes, "requests_count",
-        (unsigned long long)stats->requests_count, "files_count",
-        (unsigned long long)stats->files_count, "wall_ns", (unsigned long long)stats->wall_ns,
-        "hole_bytes", (unsigned long long)self->hole_bytes, "progress_bytes",
-        (unsigned long long)atomic_load(&self->progress_bytes), "copies_count",
-        (unsigned long long)self->targets.copies_count, "whole_copies",
-        (unsigned long long)self->receiver.whole_copies);
-}
-
-PyDoc_STRVAR(report_doc, "report()\n--\n\n"
-                         "What became of which name, once targets() has planned; lists of names as "
-                         "bytes (load_report.h).");
-
-static PyObject *
-load_get_report(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    return load_report(&as_load(object)->targets);
-}
-
-PyDoc_STRVAR(outcome_doc,
-             "outcome(objects, /)\n--\n\n"
-             "After a failure: the names whose memory was filled, filled partly, or not touched.  "
-             "`objects`: what became of these: 0 untouched, 1 partly, 2 filled.");
-
-static PyObject *
-load_get_outcome(PyObject *object, PyObject *objects)
-{
-    long state = PyLong_AsLong(objects);
-
-    if (state == -1 && PyErr_Occurred() != NULL) {
-        return NULL;
-    }
-    if (state < DCP_TARGET_UNTOUCHED || state > DCP_TARGET_FILLED) {
-        PyErr_SetString(PyExc_ValueError, "objects must be 0, 1 or 2");
-        return NULL;
-    }
-    return load_outcome(&as_load(object)->targets, (enum dcp_target_state)state);
-}
-
 static PyMethodDef load_methods[] = {
     {"open", load_open, METH_O, open_doc},
     {"has_meta", load_has_meta, METH_O, has_meta_doc},
@@ -492,11 +371,11 @@ static PyMethodDef load_methods[] = {
     {"leave", load_leave, METH_O, leave_doc},
     {"interrupt", load_interrupt, METH_NOARGS, interrupt_doc},
     {"read", load_read, METH_O, read_doc},
-    {"results", load_results, METH_NOARGS, results_doc},
-    {"metadata", load_metadata, METH_NOARGS, metadata_doc},
-    {"info", load_info, METH_NOARGS, info_doc},
-    {"report", load_get_report, METH_NOARGS, report_doc},
-    {"outcome", load_get_outcome, METH_O, outcome_doc},
+    {"results", load_results, METH_NOARGS, load_results_doc},
+    {"metadata", load_metadata, METH_NOARGS, load_metadata_doc},
+    {"info", load_info, METH_NOARGS, load_info_doc},
+    {"report", load_get_report, METH_NOARGS, load_report_doc},
+    {"outcome", load_get_outcome, METH_O, load_outcome_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -273,6 +273,20 @@ native_dict_put(PyObject *dict, const char *name, PyObject *value)
     return rc;
 }
 
+int
+native_dict_put_numbers(PyObject *dict, const void *base, const struct native_number *numbers,
+                        size_t count)
+{
+    int rc = 0;
+
+    for (size_t i = 0; rc == 0 && i < count; i++) {
+        const uint64_t *value = (const void *)((const char *)base + numbers[i].offset);
+
+        rc = native_dict_put(dict, numbers[i].name, PyLong_FromUnsignedLongLong(*value));
+    }
+    return rc;
+}
+
 PyObject *
 native_size_new(const struct native_state *state, uint32_t ndim, const uint64_t *numbers)
 {

@@ -136,4 +136,14 @@ PyObject *native_call(PyObject *object, PyObject *name);
 /* dict[name] = value; takes `value`, which may be NULL with an exception.  0 or -1. */
 int native_dict_put(PyObject *dict, const char *name, PyObject *value);
 
+/* Where a uint64_t lies in a struct. */
+struct native_number {
+    const char *name;
+    size_t offset;
+};
+
+/* The same for numbers of the struct at `base`. */
+int native_dict_put_numbers(PyObject *dict, const void *base, const struct native_number *numbers,
+                            size_t count);
+
 #endif

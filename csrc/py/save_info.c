@@ -36,16 +36,10 @@ save_outcome_parse(PyObject *name, enum dcp_outcome *ret_outcome)
     return -1;
 }
 
-/* Where a number lies in struct dcp_save_info. */
-struct number {
-    const char *name;
-    size_t offset;
-};
-
 #define OF_SAVE(field) {#field, offsetof(struct dcp_save_info, field)}
 #define OF_WRITER(field) {#field, offsetof(struct dcp_save_info, write.field)}
 
-static const struct number numbers[] = {
+static const struct native_number numbers[] = {
     OF_SAVE(n0),
     {"metadata_bytes", offsetof(struct dcp_save_info, metadata.len)},
     OF_SAVE(kept_items),
@@ -82,12 +76,6 @@ static const struct number numbers[] = {
     OF_WRITER(priority_failures),
 };
 
-static int
-put_number(PyObject *dict, const char *name, uint64_t value)
-{
-    return native_dict_put(dict, name, PyLong_FromUnsignedLongLong(value));
-}
-
 PyObject *
 save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
 {
@@ -103,16 +91,11 @@ save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
                          "call_agrees", info->call_agrees ? Py_True : Py_False, "is_coordinator",
                          info->is_coordinator ? Py_True : Py_False, "incremental",
                          info->incremental ? Py_True : Py_False, "base_reason", reason);
-    if (dict == NULL || put_number(dict, "progress_bytes", progress_bytes) != 0) {
-        Py_XDECREF(dict);
-        return NULL;
-    }
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
-        const uint64_t *value = (const void *)((const char *)info + numbers[i].offset);
-        if (put_number(dict, numbers[i].name, *value) != 0) {
-            Py_DECREF(dict);
-            return NULL;
-        }
+    if (dict != NULL &&
+        (native_dict_put(dict, "progress_bytes", PyLong_FromUnsignedLongLong(progress_bytes)) !=
+             0 ||
+         native_dict_put_numbers(dict, info, numbers, sizeof numbers / sizeof numbers[0]) != 0)) {
+        Py_CLEAR(dict);
     }
     return dict;
 }

@@ -83,5 +83,9 @@
  * grace, in ns, to end, before their memory is given up for lost. */
 #define DCP_QUEUE_SLICE_NS 100000000u
 #define DCP_QUEUE_GRACE_NS 60000000000u
+/* Arenas that a process keeps: two saves in flight, and one each of private and shared memory. */
+#define DCP_MAX_ARENAS 4
+/* Of the memory that the machine can spare an arena takes at most this many percent. */
+#define DCP_ARENA_SPARE_PERCENT 80
 
 #endif

@@ -1,0 +1,57 @@
+/*
+ * dcp_image.h: the data files of a save as they will be, in memory.
+ *
+ * Staging builds the image in one pass over the tensors: headers, payloads by fused copy and CRC,
+ * tables.  What is left is to write it, which needs neither the plan nor the tensors: a C thread or
+ * another process does it at the cost of the system calls.
+ *
+ * Thread rule: none; a place belongs to whoever made it.
+ */
+#ifndef DCP_IMAGE_H
+#define DCP_IMAGE_H
+
+#include "dcp_engine.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct dcp_image_file {
+    uint64_t offset_bytes; /* in the image; a multiple of DCP_DIRECT_ALIGN_BYTES */
+    uint64_t length_bytes; /* of the file; zeros follow up to the next such multiple */
+    uint64_t n;            /* of the name __{rank}_{n}.distcp */
+};
+
+/* Where files lie in an image.  Zero-initialised is a valid empty one. */
+struct dcp_image {
+    uint32_t rank;
+    uint32_t files_count;
+    struct dcp_image_file *files; /* owned */
+    uint64_t bytes;               /* of memory that holds the image */
+    uint64_t total_bytes;         /* of all files */
+    uint64_t payload_bytes;       /* for progress */
+};
+
+int dcp_image_place(const struct dcp_layout *layout, uint32_t rank, uint64_t n0,
+                    struct dcp_image *ret_image, struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_image_clean_up(struct dcp_image *image);
+
+/* Builds all files of `layout` in `memory` (image->bytes, page aligned).  Of `options` cancel,
+ * hashes and progress_bytes are used.  `ret_crcs` as of dcp_writer_run. */
+int dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
+                   const struct dcp_layout *layout, const struct dcp_source *sources,
+                   const struct dcp_save_id *save_id, uint64_t n0,
+                   const struct dcp_engine_options *options, uint32_t *ret_crcs,
+                   struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Creates (O_EXCL), writes, syncs and closes every file, as dcp_writer_run does.  The progress is
+ * of image->payload_bytes, by the share of file bytes that are written. */
+int dcp_image_write(const struct dcp_io *io, int dirfd, const char *dir_path,
+                    const struct dcp_image *image, const uint8_t *memory,
+                    const struct dcp_engine_options *options, struct dcp_write_stats *ret_stats,
+                    struct dcp_error *err) DCP_MUST_CHECK;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -55,6 +55,16 @@ class Config:
             coordinator read it from the checkpoint when they first look at it.  Only where all
             ranks of a save have this set, and not for ``async_save``, whose background runs no
             collective.
+        arenas: background saves that may be in flight at once, each with staging memory of its own.
+        arena_cap_bytes: most staging memory of this process; 0: what the machine and its cgroups
+            can spare.  A save that does not fit is written before ``async_save`` returns.
+        async_overlap: what an ``async_save`` does that finds ``arenas`` saves (or one of the same
+            directory) in flight.  ``"wait"``: for the oldest; ``"skip"``: all ranks leave it out if
+            any of them is busy, its future gives None; ``"fail"``: the same with an exception.
+        async_timeout_s: seconds from the end of staging after which a background save is given up;
+            0: the process group's timeout, a day for a single process.
+        host_timeout_s: seconds without a sign of life of another host until a background save
+            fails; a process that dies on this host is noticed at once.
         native: False sends every call through torch's own implementation.
     """
 
@@ -71,6 +81,11 @@ class Config:
     write_limit_bytes_s: int = 0
     split_replicated: Literal["auto", "off"] | int = "auto"
     broadcast_metadata: bool = False
+    arenas: int = 1
+    arena_cap_bytes: int = 0
+    async_overlap: Literal["wait", "skip", "fail"] = "wait"
+    async_timeout_s: float = 0.0
+    host_timeout_s: float = 10.0
     native: bool = True
 
     def __post_init__(self) -> None:
@@ -97,6 +112,17 @@ class Config:
             raise ValueError(
                 f"write_limit_bytes_s must be 0 to 2**60, not {self.write_limit_bytes_s!r}"
             )
+        if not 1 <= self.arenas <= MOST_ARENAS:
+            raise ValueError(f"arenas must be 1 to {MOST_ARENAS}, not {self.arenas!r}")
+        if self.async_overlap not in ASYNC_OVERLAP:
+            raise ValueError(
+                f"async_overlap must be one of {list(ASYNC_OVERLAP)}, not {self.async_overlap!r}"
+            )
+        for name in ("arena_cap_bytes", "async_timeout_s"):
+            if not 0 <= getattr(self, name) < 1 << 60:
+                raise ValueError(f"{name} must be 0 to 2**60, not {getattr(self, name)!r}")
+        if not 0 < self.host_timeout_s < 1e9:
+            raise ValueError(f"host_timeout_s must be above 0, not {self.host_timeout_s!r}")
         io_priority(self.writer_io_class)
         split, off = self.split_replicated, SPLIT_REPLICATED["off"]
         if not (
@@ -115,6 +141,9 @@ READ_ONCE = {"host": 0, "group": 1, "off": 2}
 """Values of enum dcp_read_once (csrc/include/dcp_transfer.h)."""
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+ASYNC_OVERLAP = ("wait", "skip", "fail")
+MOST_ARENAS = 4
+"""DCP_MAX_ARENAS (csrc/include/dcp_limits.h)."""
 IO_URING = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_queue_use (csrc/include/dcp_engine.h)."""
 
@@ -178,6 +207,11 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_WRITE_LIMIT_BYTES_S": ("write_limit_bytes_s", int),
     "DCP_NATIVE_SPLIT_REPLICATED": ("split_replicated", _as_split),
     "DCP_NATIVE_BROADCAST_METADATA": ("broadcast_metadata", _as_bool),
+    "DCP_NATIVE_ARENAS": ("arenas", int),
+    "DCP_NATIVE_ARENA_CAP_BYTES": ("arena_cap_bytes", int),
+    "DCP_NATIVE_ASYNC_OVERLAP": ("async_overlap", str),
+    "DCP_NATIVE_ASYNC_TIMEOUT_S": ("async_timeout_s", float),
+    "DCP_NATIVE_HOST_TIMEOUT_S": ("host_timeout_s", float),
     "DCP_NATIVE": ("native", _as_bool),
 }
 """Environment variable -> (field, parser).  Read once, at import."""

@@ -64,6 +64,7 @@ class NativeSave:
         self.kind = kind
         self.base = None if base is None else os.fspath(base)
         self.error: BaseException | None = None
+        self.in_background = False
         self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
@@ -150,13 +151,63 @@ class NativeSave:
             except BaseException as error:
                 self.fail(error)
 
-    def stage(self) -> None:
-        """Copy what this rank keeps, so that the caller may go on."""
-        if self.error is None:
-            try:
-                self._native.stage()
-            except BaseException as error:
-                self.fail(error)
+    # ---- background saves ----
+
+    def meet(self) -> None:
+        """Collective, once per group: which ranks share a host, and can watch each other."""
+        if self.use_collectives and self.group.size > 1:
+            self._native.meet()
+
+    def stage(self, *, shared: bool) -> str:
+        """Build this rank's files in memory, so that the caller may go on.
+
+        Returns:
+            ``"arena"``; ``"streamed"`` where there is no memory for that: then they are written and
+            durable on return.
+        """
+        if self.error is not None:
+            return "failed"
+        try:
+            reason = self._native.stage(shared=shared, cap_bytes=config().arena_cap_bytes)
+            if reason is None:
+                return "arena"
+            logger.warning("staging in the foreground instead of in memory: %s", reason)
+        except BaseException as error:
+            self.fail(error)
+            return "failed"
+        self.write()
+        return "streamed"
+
+    def upload(self, watch: _native.Watch, **how: Any) -> None:
+        """Write, agree and commit on threads of the core."""
+        self._native.upload(
+            watch, failure=as_record(self.error), host_timeout_s=config().host_timeout_s, **how
+        )
+        self.in_background = True
+
+    def upload_state(self) -> str:
+        """``"running"``, ``"settled"`` (there is a result) or ``"ended"``."""
+        return self._native.upload_state()
+
+    def upload_result(self) -> list[tuple[int, Any]] | None:
+        """None when it was committed, or what failed where."""
+        return self._native.upload_result()
+
+    def upload_left_s(self) -> float:
+        """Seconds until the upload is to be expired."""
+        return self._native.upload_left_s()
+
+    def expire(self) -> None:
+        """End an upload that is stuck behind its deadline."""
+        self._native.expire()
+
+    def cancel(self) -> bool:
+        """Stop writing; False when there is nothing left to stop."""
+        return self._native.cancel()
+
+    def progress_bytes(self) -> int:
+        """Payload bytes that the upload has handed to the disk."""
+        return self._native.upload_progress()
 
     # ---- agreements ----
 
@@ -227,10 +278,10 @@ class NativeSave:
         raise_failures("write", failures, self.group.rank, self.error, self._native.interrupt())
         return self.result()
 
-    def result(self) -> Metadata:
-        """Report a committed save; its Metadata, not yet read."""
+    def result(self, **facts: Any) -> Metadata:
+        """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
         info = self._native.info()
-        set_report({"kind": self.kind, "path": "native", "reason": None, **info})
+        set_report({"kind": self.kind, "path": "native", "reason": None, **info, **facts})
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()
@@ -266,15 +317,3 @@ class NativeSave:
         if isinstance(self.error, (KeyboardInterrupt, SystemExit)):
             return self.error
         return self._native.interrupt()
-
-    def publish(self) -> None:
-        """Coordinator of a background save, after every rank is durable: commit."""
-        self._native.publish()
-
-    def conclude(self, outcome: str) -> None:
-        """The coordinator's verdict on a background save."""
-        self._native.conclude(outcome)
-
-    def abandon(self) -> str:
-        """Give the save up unless it is committed; ``"unknown"`` alone is not certain."""
-        return self._native.abandon()

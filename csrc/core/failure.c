@@ -140,6 +140,29 @@ dcp_failure_exchange(const struct dcp_comm *comm, const struct dcp_failure *mine
     return rc;
 }
 
+int
+dcp_failure_list_copy(const struct dcp_failure_list *list, struct dcp_failure_list *ret_copy)
+{
+    struct dcp_failure_list copy = {.items = dcp_calloc(list->count, sizeof *copy.items)};
+
+    if (copy.items == NULL) {
+        return DCP_E_NOMEM;
+    }
+    for (size_t i = 0; i < list->count; i++) {
+        const struct dcp_failure *from = &list->items[i];
+        copy.items[i] = *from;
+        copy.items[i].bytes = dcp_malloc(from->len);
+        copy.count = i + 1;
+        if (copy.items[i].bytes == NULL) {
+            dcp_failure_list_clean_up(&copy);
+            return DCP_E_NOMEM;
+        }
+        memcpy(copy.items[i].bytes, from->bytes, from->len);
+    }
+    *ret_copy = copy;
+    return 0;
+}
+
 void
 dcp_failure_list_clean_up(struct dcp_failure_list *list)
 {

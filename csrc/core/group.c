@@ -21,20 +21,45 @@ dcp_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-void
-dcp_installed_plan_clean_up(struct dcp_installed_plan *installed)
+int
+dcp_installed_plan_new(struct dcp_installed_plan **ret_plan, struct dcp_error *err)
 {
-    dcp_free(installed->keep);
-    dcp_own_cuts_clean_up(&installed->cuts);
-    dcp_layout_clean_up(&installed->layout);
-    dcp_global_plan_clean_up(&installed->global);
-    for (uint32_t i = 0; installed->plans != NULL && i < installed->plans_count; i++) {
-        dcp_plan_clean_up(&installed->plans[i]);
+    struct dcp_installed_plan *plan = dcp_calloc(1, sizeof *plan);
+
+    if (plan == NULL || pthread_mutex_init(&plan->lock, NULL) != 0) {
+        dcp_free(plan);
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a plan");
     }
-    dcp_free(installed->plans);
-    dcp_last_crcs_clean_up(&installed->last);
-    dcp_free(installed->sees_claim);
-    memset(installed, 0, sizeof *installed);
+    atomic_init(&plan->refs, 1);
+    *ret_plan = plan;
+    return 0;
+}
+
+struct dcp_installed_plan *
+dcp_installed_plan_acquire(struct dcp_installed_plan *plan)
+{
+    atomic_fetch_add(&plan->refs, 1);
+    return plan;
+}
+
+void
+dcp_installed_plan_release(struct dcp_installed_plan *plan)
+{
+    if (plan == NULL || atomic_fetch_sub(&plan->refs, 1) != 1) {
+        return;
+    }
+    dcp_free(plan->keep);
+    dcp_own_cuts_clean_up(&plan->cuts);
+    dcp_layout_clean_up(&plan->layout);
+    dcp_global_plan_clean_up(&plan->global);
+    for (uint32_t i = 0; plan->plans != NULL && i < plan->plans_count; i++) {
+        dcp_plan_clean_up(&plan->plans[i]);
+    }
+    dcp_free(plan->plans);
+    dcp_last_crcs_clean_up(&plan->last);
+    dcp_free(plan->sees_claim);
+    pthread_mutex_destroy(&plan->lock);
+    dcp_free(plan);
 }
 
 int
@@ -122,7 +147,8 @@ dcp_group_destroy(struct dcp_group *group)
     if (group == NULL) {
         return;
     }
-    dcp_installed_plan_clean_up(&group->installed);
+    dcp_installed_plan_release(group->installed);
+    dcp_peers_clean_up(&group->peers);
     if (group->comm.destroy != NULL) {
         group->comm.destroy(group->comm.ctx);
     }
@@ -141,10 +167,48 @@ dcp_group_coordinator(const struct dcp_group *group)
     return group->coordinator;
 }
 
+int
+dcp_group_meet(struct dcp_group *group, const struct dcp_shm *shm, struct dcp_error *err)
+{
+    int rc = group->met ? 0 : dcp_group_check(group, err);
+
+    if (rc == 0 && !group->met) {
+        rc = dcp_peers_exchange(&group->comm, shm, &group->peers, err);
+        if (rc != 0) {
+            return dcp_group_give_up(group, rc, err);
+        }
+        group->met = true;
+    }
+    return rc;
+}
+
+const struct dcp_peers *
+dcp_group_peers(const struct dcp_group *group)
+{
+    return group->met ? &group->peers : NULL;
+}
+
+uint32_t
+dcp_group_host_ranks(const struct dcp_group *group)
+{
+    const struct dcp_peers *peers = &group->peers;
+    static const uint8_t unknown[sizeof peers->hosts[0].id];
+    uint32_t ranks = 0;
+
+    if (!group->met || memcmp(peers->hosts[peers->rank].id, unknown, sizeof unknown) == 0) {
+        return 0;
+    }
+    for (uint32_t i = 0; i < peers->count; i++) {
+        ranks += memcmp(peers->hosts[i].id, peers->hosts[peers->rank].id, sizeof unknown) == 0;
+    }
+    return ranks;
+}
+
 void
 dcp_group_forget_plan(struct dcp_group *group)
 {
-    dcp_installed_plan_clean_up(&group->installed);
+    dcp_installed_plan_release(group->installed);
+    group->installed = NULL;
 }
 
 void

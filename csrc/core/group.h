@@ -4,12 +4,14 @@
 #ifndef DCP_CORE_GROUP_H
 #define DCP_CORE_GROUP_H
 
+#include <pthread.h>
+#include <stdatomic.h>
+
 #include "cut.h"
 #include "dcp_transfer.h"
 
 /* Checksums of what the last save of a plan saved. */
 struct dcp_last_crcs {
-    struct dcp_hash128 plan_id; /* of the installed plan */
     struct dcp_save_id save_id;
     uint32_t *crcs; /* owned, per item of this rank's plan; NULL: there was no such save */
     uint8_t *known; /* owned bitmap: items whose checksum is there */
@@ -17,9 +19,11 @@ struct dcp_last_crcs {
 
 void dcp_last_crcs_clean_up(struct dcp_last_crcs *last);
 
-/* A plan that every rank of the group installed; it stays until another one is installed. */
+/* A plan that every rank of the group installed.  The group refers to it until another one is
+ * installed, and every save that goes by it until that save is over: a background save must not
+ * lose it to the next one.  Nothing in it changes but `last`. */
 struct dcp_installed_plan {
-    bool valid;
+    _Atomic uint32_t refs;
     struct dcp_hash128 plan_id;     /* random, the coordinator's */
     struct dcp_hash128 fingerprint; /* of this rank's plan */
     struct dcp_hash128 names_hash;  /* of its names: the coordinator of `plan_id` has them */
@@ -29,6 +33,7 @@ struct dcp_installed_plan {
     struct dcp_plan *plans;         /* coordinator: owned, all ranks, cut */
     uint32_t plans_count;
     struct dcp_global_plan global; /* coordinator: borrows `plans` */
+    pthread_mutex_t lock;          /* guards `last` */
     struct dcp_last_crcs last;     /* owned */
     bool *sees_claim;      /* coordinator: owned, per rank: it saves to the same directory */
     uint64_t shared_bytes; /* coordinator: that those ranks write */
@@ -37,11 +42,18 @@ struct dcp_installed_plan {
 struct dcp_group {
     struct dcp_comm comm; /* owned */
     uint32_t coordinator;
-    bool poisoned;
-    struct dcp_installed_plan installed;
+    atomic_bool poisoned;
+    struct dcp_installed_plan *installed; /* a reference; NULL: none */
+    bool met;
+    struct dcp_peers peers; /* owned; once they have met */
 };
 
-void dcp_installed_plan_clean_up(struct dcp_installed_plan *installed);
+/* Empty, with one reference. */
+int dcp_installed_plan_new(struct dcp_installed_plan **ret_plan,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+struct dcp_installed_plan *dcp_installed_plan_acquire(struct dcp_installed_plan *plan);
+/* NULL is fine. */
+void dcp_installed_plan_release(struct dcp_installed_plan *plan);
 int dcp_group_check(const struct dcp_group *group, struct dcp_error *err) DCP_MUST_CHECK;
 uint64_t dcp_now_ns(void);
 

@@ -82,6 +82,11 @@ dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
         dcp_save_destroy(save);
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a save");
     }
+    int rc = dcp_installed_plan_new(&save->next, err);
+    if (rc != 0) {
+        dcp_save_destroy(save);
+        return rc;
+    }
     *ret_save = save;
     return 0;
 }
@@ -101,9 +106,12 @@ dcp_save_destroy(struct dcp_save *save)
     dcp_reuse_clean_up(&save->reuse);
     dcp_joined_reuse_clean_up(&save->joined);
     dcp_layout_clean_up(&save->layout);
+    dcp_image_clean_up(&save->image);
+    dcp_arena_release(save->arena);
     dcp_free(save->write);
     dcp_last_crcs_clean_up(&save->crcs);
-    dcp_installed_plan_clean_up(&save->own);
+    dcp_installed_plan_release(save->installed);
+    dcp_installed_plan_release(save->next);
     dcp_plan_clean_up(&save->plan);
     dcp_buf_clean_up(&save->metadata);
     dcp_free(save->dir_path);
@@ -199,9 +207,9 @@ static int
 vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_error *err)
 {
     struct dcp_group *group = save->group;
-    const struct dcp_installed_plan *installed = &group->installed;
+    const struct dcp_installed_plan *installed = group->installed;
     struct dcp_vote ballot = {
-        .reuse = ok && installed->valid &&
+        .reuse = ok && installed != NULL &&
                  dcp_hash128_equal(installed->fingerprint, save->fingerprint) &&
                  (!save->info.is_coordinator || dcp_save_fits_again(save)),
         .ok = ok,
@@ -215,7 +223,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
-    if (installed->valid) {
+    if (installed != NULL) {
         ballot.plan_id = installed->plan_id;
         ballot.held_plan = installed->plan_id.lo;
     }
@@ -241,7 +249,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
 static void
 count_kept(struct dcp_save *save)
 {
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
+    const struct dcp_installed_plan *installed = save->installed;
 
     save->info.kept_items = installed->layout.records_count;
     save->info.kept_bytes = installed->layout.total_bytes;
@@ -277,7 +285,8 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
         } else if (rc == 0 && verdict == DCP_VERDICT_SLOW) {
             rc = dcp_save_plan_slow(save, ret_failures, err);
         } else if (rc == 0) {
-            dcp_plan_cut(&save->plan, &save->group->installed.cuts.list);
+            save->installed = dcp_installed_plan_acquire(save->group->installed);
+            dcp_plan_cut(&save->plan, &save->installed->cuts.list);
         }
         save->info.plan_ns = dcp_now_ns() - start_ns;
     }
@@ -290,7 +299,6 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                  "another rank was given no base");
     }
     save->info.fast = verdict == DCP_VERDICT_FAST;
-    save->agreed = true;
     count_kept(save);
     return 0;
 }
@@ -298,14 +306,19 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
 void
 dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources)
 {
-    DCP_ASSERT(save->agreed);
-    dcp_cuts_fit_sources(&dcp_save_installed(save)->cuts, &save->plan, sources);
+    DCP_ASSERT(save->installed != NULL);
+    dcp_cuts_fit_sources(&save->installed->cuts, &save->plan, sources);
 }
 
 void
 dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret)
 {
+    const struct dcp_layout *layout = save->installed == NULL ? NULL : dcp_save_layout(save);
+
     *ret = save->info;
+    for (uint32_t i = 0; layout != NULL && i < layout->records_count; i++) {
+        ret->planned_bytes += layout->records[i].payload_bytes;
+    }
 }
 
 const struct dcp_plan *
@@ -320,5 +333,5 @@ dcp_save_keep(const struct dcp_save *save)
     if (save->compared) {
         return save->write;
     }
-    return save->independent ? save->own.keep : save->group->installed.keep;
+    return save->installed->keep;
 }

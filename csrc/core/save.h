@@ -6,6 +6,7 @@
 
 #include <sys/types.h>
 
+#include "dcp_image.h"
 #include "group.h"
 #include "incremental.h"
 
@@ -40,32 +41,31 @@ struct dcp_save {
     /* From the vote: which names the coordinator has (save_gather.c). */
     struct dcp_hash128 coordinator_names_hash;
     uint64_t coordinator_held_plan;
-    struct dcp_installed_plan own; /* of an independent save; else the group's is used */
-    struct dcp_buf metadata;       /* the image, where info.metadata tells */
+    /* A reference: the plan this save goes by, once agreed; the group's, or, of an independent
+     * save, its own. */
+    struct dcp_installed_plan *installed;
+    /* A reference: an empty plan to fill when one has to be made.  Here from the start, for a rank
+     * without memory for it could not leave the others alone. */
+    struct dcp_installed_plan *next;
+    struct dcp_buf metadata; /* the image, where info.metadata tells */
     struct dcp_save_info info;
-    bool agreed; /* the plan in `dcp_save_installed` holds for this save */
     /* Of a save that was compared with a base: what is reused, and what is left to write. */
     bool compared;
     struct dcp_reuse reuse;
     struct dcp_joined_reuse joined; /* coordinator */
     uint8_t *write;                 /* owned bitmap */
     struct dcp_layout layout;       /* of `write` */
+    struct dcp_image image;         /* of a staged save */
+    struct dcp_arena *arena;        /* holds it, until it is written; else NULL */
     struct dcp_last_crcs crcs;      /* of this save, until it is committed */
     _Atomic uint32_t created_files; /* by this save: the first ones of the layout */
 };
 
-/* The plan this save goes by, once agreed. */
-static inline struct dcp_installed_plan *
-dcp_save_installed(struct dcp_save *save)
-{
-    return save->independent ? &save->own : &save->group->installed;
-}
-
 /* This rank's files: of all kept items, or of those that have changed since the base. */
 static inline const struct dcp_layout *
-dcp_save_layout(struct dcp_save *save)
+dcp_save_layout(const struct dcp_save *save)
 {
-    return save->compared ? &save->layout : &dcp_save_installed(save)->layout;
+    return save->compared ? &save->layout : &save->installed->layout;
 }
 
 /* Collective: every rank's plan to the coordinator.  `local`, *ret_local_rc: what failed on this

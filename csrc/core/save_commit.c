@@ -168,17 +168,25 @@ discard_files(struct dcp_save *save)
 }
 
 enum dcp_outcome
-dcp_save_abandon(struct dcp_save *save)
+dcp_save_settle(struct dcp_save *save)
 {
     struct dcp_error ignored;
 
+    if (save->info.outcome == DCP_OUTCOME_UNKNOWN && is_ours(save) && save->claimed) {
+        dcp_error_clear(&ignored);
+        save->info.outcome = dcp_claim_settle(&save->claim, &ignored);
+    }
+    return save->info.outcome;
+}
+
+enum dcp_outcome
+dcp_save_abandon(struct dcp_save *save)
+{
     if (save->info.outcome != DCP_OUTCOME_UNKNOWN || !is_ours(save)) {
         return save->info.outcome;
     }
-    dcp_error_clear(&ignored);
     if (save->claimed) {
-        save->info.outcome = dcp_claim_settle(&save->claim, &ignored);
-        dcp_save_conclude(save, save->info.outcome);
+        dcp_save_conclude(save, dcp_save_settle(save));
     } else if (!save->group->poisoned) {
         /* Everybody heard of the failure, so the coordinator commits nothing. */
         dcp_save_conclude(save, DCP_OUTCOME_ABORTED);

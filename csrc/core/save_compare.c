@@ -65,7 +65,7 @@ read_base(struct comparison *c, struct dcp_error *err)
 static int
 lay_out_rest(struct dcp_save *save, struct dcp_error *err)
 {
-    const uint8_t *keep = dcp_save_installed(save)->keep;
+    const uint8_t *keep = save->installed->keep;
     size_t bytes = dcp_keep_bytes(save->plan.items_count);
 
     save->write = dcp_malloc(bytes);
@@ -83,7 +83,7 @@ static int
 decide(struct comparison *c, struct dcp_error *err)
 {
     struct dcp_save *save = c->save;
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
+    const struct dcp_installed_plan *installed = save->installed;
     enum dcp_base_state state;
     int rc;
 
@@ -126,7 +126,7 @@ decide(struct comparison *c, struct dcp_error *err)
 static int
 join(struct comparison *c, const struct dcp_span *messages, struct dcp_error *err)
 {
-    const struct dcp_global_plan *global = &dcp_save_installed(c->save)->global;
+    const struct dcp_global_plan *global = &c->save->installed->global;
 
     for (uint32_t i = 0; i < global->plans_count; i++) {
         if (messages[i].len == 0) {
@@ -215,7 +215,7 @@ dcp_save_compare(struct dcp_save *save, const struct dcp_failure *mine,
     if (!save->info.incremental) {
         return 0;
     }
-    if (!save->agreed || save->compared) {
+    if (save->installed == NULL || save->compared) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "a save was compared with its base before it was agreed, or twice");
     }

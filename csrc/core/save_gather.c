@@ -23,11 +23,11 @@
 static bool
 coordinator_has_names(const struct dcp_save *save)
 {
-    const struct dcp_installed_plan *installed = &save->group->installed;
+    const struct dcp_installed_plan *installed = save->group->installed;
     if (dcp_hash128_equal(save->names_hash, save->coordinator_names_hash)) {
         return true;
     }
-    return installed->valid && save->coordinator_held_plan != 0 &&
+    return installed != NULL && save->coordinator_held_plan != 0 &&
            installed->plan_id.lo == save->coordinator_held_plan &&
            dcp_hash128_equal(save->names_hash, installed->names_hash);
 }
@@ -50,10 +50,10 @@ encode(const struct dcp_save *save, struct dcp_buf *message, struct dcp_error *e
 static int
 collect_tables(const struct dcp_save *save, struct dcp_name_tables *tables, struct dcp_error *err)
 {
-    const struct dcp_installed_plan *installed = &save->group->installed;
+    const struct dcp_installed_plan *installed = save->group->installed;
     const struct dcp_name_table *before = NULL;
     int rc = 0;
-    for (uint32_t i = 0; rc == 0 && i < installed->plans_count; i++) {
+    for (uint32_t i = 0; rc == 0 && installed != NULL && i < installed->plans_count; i++) {
         struct dcp_name_table *table = installed->plans[i].table;
         if (table != before) {
             rc = dcp_name_tables_add(tables, table, err);

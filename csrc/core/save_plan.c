@@ -129,7 +129,7 @@ dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
 {
     struct dcp_group *group = save->group;
     bool is_coordinator = group->comm.rank == group->coordinator;
-    struct dcp_installed_plan next = {0};
+    struct dcp_installed_plan *next = save->next;
     struct dcp_buf answer = {0};
     struct dcp_span *spans = NULL;
     struct dcp_error local;
@@ -138,24 +138,24 @@ dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
     int rc, local_rc;
 
     dcp_error_clear(&local);
-    rc = dcp_save_gather_plans(save, &next, &spans, &local, &local_rc, err);
+    rc = dcp_save_gather_plans(save, next, &spans, &local, &local_rc, err);
     if (rc != 0) {
         goto done;
     }
     if (is_coordinator && local_rc == 0) {
-        local_rc = decide(save, &next, &local);
+        local_rc = decide(save, next, &local);
     }
-    rc = scatter_answers(save, &next, local_rc == 0, spans, &answer, err);
+    rc = scatter_answers(save, next, local_rc == 0, spans, &answer, err);
     if (rc != 0) {
         goto done;
     }
     if (local_rc == 0) {
-        local_rc = take_answer(save, &answer, &next, &local);
+        local_rc = take_answer(save, &answer, next, &local);
     }
     mine = dcp_failure_from_error(&local, group->comm.rank);
     memset(&id, 0, sizeof id);
     if (local_rc == 0) {
-        memcpy(id.bytes, &next.plan_id, sizeof id.bytes);
+        memcpy(id.bytes, &next->plan_id, sizeof id.bytes);
     }
     /* DCP_E_PEER without a record: another rank failed, and brings its own reason. */
     rc = dcp_group_settle_failures(group, &id, local_rc == 0 || local.code == 0 ? NULL : &mine,
@@ -164,13 +164,11 @@ dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failures,
         rc = dcp_error_set(err, DCP_E_INTERNAL, 0, NULL, "a plan was refused without a reason");
     }
     if (rc == 0) {
-        next.valid = true;
-        dcp_installed_plan_clean_up(&group->installed);
-        group->installed = next;
-        memset(&next, 0, sizeof next);
+        dcp_installed_plan_release(group->installed);
+        group->installed = dcp_installed_plan_acquire(next);
+        save->installed = dcp_installed_plan_acquire(next);
     }
 done:
-    dcp_installed_plan_clean_up(&next);
     dcp_buf_clean_up(&answer);
     dcp_free(spans);
     return rc;
@@ -179,7 +177,7 @@ done:
 int
 dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err)
 {
-    struct dcp_installed_plan *own = &save->own;
+    struct dcp_installed_plan *own = save->next;
     int rc;
 
     /* The metadata is made from `plans`, the data from `plan`: one encode gives an equal copy. */
@@ -207,7 +205,9 @@ dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err)
         memcpy(own->keep, own->global.keep.bits[0], dcp_keep_bytes(save->plan.items_count));
         rc = dcp_layout_build(&save->plan, own->keep, &own->layout, err);
     }
-    own->valid = rc == 0;
+    if (rc == 0) {
+        save->installed = dcp_installed_plan_acquire(own);
+    }
 done:
     dcp_buf_clean_up(&image);
     return rc;

@@ -77,7 +77,7 @@ dcp_save_sees_claim(const struct dcp_save *save)
 bool
 dcp_save_fits_again(struct dcp_save *save)
 {
-    return save->base_path != NULL || save->group->installed.shared_bytes <= free_bytes(save);
+    return save->base_path != NULL || save->group->installed->shared_bytes <= free_bytes(save);
 }
 
 int

@@ -25,7 +25,7 @@ struct metadata_job {
 static int
 build_metadata(struct dcp_save *save, struct dcp_error *err)
 {
-    struct dcp_global_plan global = dcp_save_installed(save)->global;
+    struct dcp_global_plan global = save->installed->global;
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
@@ -58,7 +58,7 @@ metadata_start(struct dcp_save *save, struct metadata_job *job, struct dcp_error
     if (!save->info.is_coordinator) {
         return 0;
     }
-    if (dcp_save_installed(save)->global.chunks_count >= METADATA_THREAD_CHUNKS) {
+    if (save->installed->global.chunks_count >= METADATA_THREAD_CHUNKS) {
         job->threaded = dcp_engine_thread(&job->thread, metadata_main, job) == 0;
     }
     return job->threaded ? 0 : build_metadata(save, err);
@@ -95,8 +95,8 @@ sync_names(const struct dcp_save *save, struct dcp_error *err)
 }
 
 static int
-write_files(struct dcp_save *save, const struct dcp_source *sources,
-            const struct dcp_engine_options *options, struct dcp_error *err)
+write_sources(struct dcp_save *save, const struct dcp_source *sources,
+              const struct dcp_engine_options *options, struct dcp_error *err)
 {
     const struct dcp_layout *layout = dcp_save_layout(save);
     uint32_t *crcs = dcp_malloc_array(layout->records_count, sizeof *crcs);
@@ -115,15 +115,30 @@ write_files(struct dcp_save *save, const struct dcp_source *sources,
     return rc;
 }
 
+/* What was staged: its checksums are known since then. */
+static int
+write_image(struct dcp_save *save, struct dcp_writer_process *process,
+            const struct dcp_engine_options *options, struct dcp_error *err)
+{
+    if (process == NULL) {
+        return dcp_image_write(save->io, save->dirfd, save->dir_path, &save->image,
+                               save->arena->memory, options, &save->info.write, err);
+    }
+    return dcp_writer_process_write(process, save->dirfd, save->dir_path, &save->info.save_id,
+                                    &save->image, save->arena, options, &save->info.write, err);
+}
+
 void
 dcp_save_lend_thread(struct dcp_save *save)
 {
     save->own_thread = true;
 }
 
-int
-dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
-               _Atomic uint64_t *progress_bytes, struct dcp_error *err)
+/* `sources` NULL: what was staged. */
+static int
+write_all(struct dcp_save *save, const struct dcp_source *sources,
+          struct dcp_writer_process *process, atomic_int *cancel, _Atomic uint64_t *progress_bytes,
+          struct dcp_error *err)
 {
     struct dcp_engine_options options = {
         .direct = save->direct,
@@ -137,24 +152,47 @@ dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_i
     };
     uint64_t start_ns = dcp_now_ns();
     struct metadata_job metadata;
-    int rc;
+    int rc = dcp_save_check_own(save, err);
 
-    if (!save->agreed) {
-        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
-                             "a save was written before it was agreed");
-    }
-    rc = dcp_save_check_own(save, err);
     if (rc != 0) {
         return rc;
     }
     rc = metadata_start(save, &metadata, err);
     if (rc == 0) {
-        rc = write_files(save, sources, &options, err);
+        rc = sources != NULL ? write_sources(save, sources, &options, err)
+                             : write_image(save, process, &options, err);
     }
     rc = metadata_join(&metadata, rc, err);
     if (rc == 0 && save->sync) {
         rc = sync_names(save, err);
     }
     save->info.write_ns = dcp_now_ns() - start_ns;
+    return rc;
+}
+
+int
+dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
+               _Atomic uint64_t *progress_bytes, struct dcp_error *err)
+{
+    if (save->installed == NULL) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                             "a save was written before it was agreed");
+    }
+    return write_all(save, sources, NULL, cancel, progress_bytes, err);
+}
+
+int
+dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process, atomic_int *cancel,
+                      _Atomic uint64_t *progress_bytes, struct dcp_error *err)
+{
+    int rc;
+
+    if (save->arena == NULL) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                             "a save was written from memory in which it was not staged");
+    }
+    rc = write_all(save, NULL, process, cancel, progress_bytes, err);
+    dcp_arena_release(save->arena);
+    save->arena = NULL;
     return rc;
 }

@@ -10,7 +10,7 @@
  * is the very save that the old one is of; else it is not known, and the next save is not compared
  * in this item.
  *
- * Threads: those of the save, one at a time.
+ * Threads: those of the save, one at a time; several saves of one plan, each on threads of its own.
  */
 #include "save.h"
 
@@ -72,12 +72,7 @@ is_reused(const struct dcp_save *save, uint32_t item)
 static const struct dcp_last_crcs *
 last_of_plan(struct dcp_save *save)
 {
-    const struct dcp_installed_plan *installed = dcp_save_installed(save);
-
-    return installed->last.crcs != NULL &&
-                   dcp_hash128_equal(installed->last.plan_id, installed->plan_id)
-               ? &installed->last
-               : NULL;
+    return save->installed->last.crcs != NULL ? &save->installed->last : NULL;
 }
 
 static bool
@@ -101,7 +96,6 @@ gather_crcs(struct dcp_save *save, const uint32_t *crcs, const struct dcp_last_c
     uint32_t items_count = save->plan.items_count;
 
     dcp_last_crcs_clean_up(&save->crcs);
-    save->crcs.plan_id = dcp_save_installed(save)->plan_id;
     save->crcs.save_id = save->info.save_id;
     save->crcs.crcs = dcp_malloc_array(items_count, sizeof *save->crcs.crcs);
     save->crcs.known = dcp_calloc(dcp_keep_bytes(items_count), 1);
@@ -124,12 +118,12 @@ gather_crcs(struct dcp_save *save, const uint32_t *crcs, const struct dcp_last_c
     return 0;
 }
 
-int
-dcp_unchanged_count(struct dcp_save *save, const uint32_t *crcs, struct dcp_error *err)
+static int
+count_locked(struct dcp_save *save, const uint32_t *crcs, struct dcp_error *err)
 {
     const struct dcp_last_crcs *last = last_of_plan(save);
     const struct dcp_plan *plan = &save->plan;
-    const uint8_t *keep = dcp_save_installed(save)->keep;
+    const uint8_t *keep = save->installed->keep;
     bool by_gradients = any_wants_gradients(plan);
     struct dcp_save_info *info = &save->info;
     int rc = gather_crcs(save, crcs, last, err);
@@ -156,15 +150,27 @@ dcp_unchanged_count(struct dcp_save *save, const uint32_t *crcs, struct dcp_erro
     return rc;
 }
 
+int
+dcp_unchanged_count(struct dcp_save *save, const uint32_t *crcs, struct dcp_error *err)
+{
+    int rc;
+
+    pthread_mutex_lock(&save->installed->lock);
+    rc = count_locked(save, crcs, err);
+    pthread_mutex_unlock(&save->installed->lock);
+    return rc;
+}
+
 void
 dcp_unchanged_keep(struct dcp_save *save)
 {
-    struct dcp_installed_plan *installed = dcp_save_installed(save);
+    struct dcp_installed_plan *installed = save->installed;
 
-    if (save->crcs.crcs != NULL && installed->valid &&
-        dcp_hash128_equal(save->crcs.plan_id, installed->plan_id)) {
+    if (save->crcs.crcs != NULL && installed != NULL) {
+        pthread_mutex_lock(&installed->lock);
         dcp_last_crcs_clean_up(&installed->last);
         installed->last = save->crcs;
         memset(&save->crcs, 0, sizeof save->crcs);
+        pthread_mutex_unlock(&installed->lock);
     }
 }

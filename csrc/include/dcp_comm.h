@@ -110,6 +110,8 @@ struct dcp_failure_list {
 int dcp_failure_exchange(const struct dcp_comm *comm, const struct dcp_failure *mine,
                          struct dcp_failure_list *ret_list, struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_failure_list_clean_up(struct dcp_failure_list *list);
+int dcp_failure_list_copy(const struct dcp_failure_list *list,
+                          struct dcp_failure_list *ret_copy) DCP_MUST_CHECK;
 
 /* ---- variable sizes over the fixed-size table: lengths first, then messages padded to the longest
  * ---- */

@@ -5,6 +5,7 @@
  * A group is what ranks share between saves: the comm table and the installed plan.  A save goes
  *     open -> claim (coordinator) -> agree (vote, plan) -> compare (with a base) -> write
  *          -> finish (status, commit, result)
+ * or, in the background, from compare on -> stage -> upload (dcp_upload.h)
  * and a load
  *     open (vote, metadata) -> status of planning -> read -> status of reading.
  * Every step that talks to other ranks is entered by every rank exactly once, whatever failed
@@ -17,10 +18,13 @@
 #ifndef DCP_TRANSFER_H
 #define DCP_TRANSFER_H
 
+#include "dcp_arena.h"
 #include "dcp_comm.h"
 #include "dcp_commit.h"
 #include "dcp_engine.h"
 #include "dcp_shm.h"
+#include "dcp_store.h"
+#include "dcp_writer_process.h"
 
 /* ---- group ---- */
 struct dcp_group;
@@ -33,6 +37,13 @@ const struct dcp_comm *dcp_group_comm(const struct dcp_group *group);
 uint32_t dcp_group_coordinator(const struct dcp_group *group);
 /* Forgets the installed plan: the next save gathers plans again. */
 void dcp_group_forget_plan(struct dcp_group *group);
+/* Collective, once per group: which of its processes share a host.  Later calls do nothing. */
+int dcp_group_meet(struct dcp_group *group, const struct dcp_shm *shm,
+                   struct dcp_error *err) DCP_MUST_CHECK;
+/* NULL before they have met. */
+const struct dcp_peers *dcp_group_peers(const struct dcp_group *group);
+/* Ranks of this host, this one included; 0 when it is not known. */
+uint32_t dcp_group_host_ranks(const struct dcp_group *group);
 /* After a caller left a collective early: every later call on the group is refused by name. */
 void dcp_group_poison(struct dcp_group *group);
 
@@ -104,6 +115,30 @@ int dcp_save_compare(struct dcp_save *save, const struct dcp_failure *mine,
  * params.tuning, as the engine's own threads do. */
 void dcp_save_lend_thread(struct dcp_save *save);
 
+/* ---- staging: the files of a background save, in memory of ours ---- */
+
+struct dcp_stage_params {
+    enum dcp_arena_kind kind;
+    struct dcp_arena_limits limits;
+    atomic_int *cancel; /* may be NULL */
+};
+
+/* After dcp_save_compare, once: builds this rank's files in an arena; afterwards `sources` may
+ * change or go away.  DCP_E_LIMIT, DCP_E_NOMEM: there is no memory for it and nothing has happened;
+ * the caller writes from the sources instead. */
+int dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
+                   const struct dcp_stage_params *params, struct dcp_error *err) DCP_MUST_CHECK;
+/* Touches an arena ahead that is as large as this save's would be; it is kept for the next save. */
+int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params,
+                     struct dcp_error *err) DCP_MUST_CHECK;
+/* Writes what was staged, by `process` or, where that is NULL, by this process; then the arena is
+ * free for the next save, whatever happened. */
+int dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process,
+                          atomic_int *cancel, _Atomic uint64_t *progress_bytes,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- writing and ending ---- */
+
 /* Writes the kept items and builds the metadata image (coordinator).  `sources`: parallel to the
  * plan's items, fitted. */
 int dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
@@ -120,6 +155,9 @@ int dcp_save_publish(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHEC
 void dcp_save_sweep(struct dcp_save *save);
 /* Gives the save up: drops the claim and this rank's files unless it turns out to be committed. */
 enum dcp_outcome dcp_save_abandon(struct dcp_save *save);
+/* The same while files of it may still be written: touches the claim alone.  dcp_save_conclude does
+ * the rest later. */
+enum dcp_outcome dcp_save_settle(struct dcp_save *save);
 /* Another rank's verdict: only removes this rank's files when `outcome` is aborted. */
 void dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome);
 
@@ -130,6 +168,7 @@ struct dcp_save_info {
     bool fast;        /* the installed plan was reused */
     bool call_agrees; /* false: ranks named different checkpoints */
     bool is_coordinator;
+    uint64_t planned_bytes; /* payload that this rank is to write, after compare */
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
     uint64_t cut_items; /* kept items of which other ranks keep other rows */
     bool incremental;   /* every rank named a base */
@@ -142,6 +181,7 @@ struct dcp_save_info {
      * floating point. */
     uint64_t trainable_items, trainable_bytes, trainable_unchanged;
     uint64_t vote_ns, plan_ns, hash_ns, compare_ns, metadata_ns, write_ns, commit_ns;
+    uint64_t stage_ns, staged_bytes, arena_bytes; /* of a save that was staged */
     struct dcp_write_stats write;
     /* Coordinator: after dcp_save_write.  Others: after a dcp_save_finish that shared it. */
     struct dcp_span metadata;
@@ -150,24 +190,6 @@ void dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret);
 const struct dcp_plan *dcp_save_plan(const struct dcp_save *save);
 /* Bitmap of the items that this rank writes, after dcp_save_agree and dcp_save_compare. */
 const uint8_t *dcp_save_keep(const struct dcp_save *save);
-
-/* ---- staging: a private copy of what a save will write ---- */
-struct dcp_stage {
-    struct dcp_source *sources; /* owned; parallel to the plan's items, kept ones filled */
-    uint8_t *block;             /* owned mapping; reused by the next stage */
-    size_t block_bytes;
-    int64_t pid; /* whose mapping it is: a forked child has no copy of it */
-};
-
-/* Copies the kept items row major into memory of our own; afterwards `sources` may change or go
- * away.  `cancel`, which may be NULL, is looked at between items. */
-int dcp_stage_build(const struct dcp_plan *plan, const uint8_t *keep,
-                    const struct dcp_source *sources, atomic_int *cancel,
-                    struct dcp_stage *ret_stage, struct dcp_error *err) DCP_MUST_CHECK;
-/* Gives the mapping back for the next stage (one is kept). */
-void dcp_stage_release(struct dcp_stage *stage);
-/* Frees the kept mapping. */
-void dcp_stage_trim(void);
 
 /* ---- load ---- */
 struct dcp_load;

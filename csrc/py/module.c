@@ -80,7 +80,7 @@ module_trim(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
-    dcp_stage_trim();
+    dcp_arena_trim();
     dcp_engine_trim();
     Py_RETURN_NONE;
 }
@@ -198,8 +198,14 @@ module_exec(PyObject *module)
     state->group_type = add_type(module, &group_type_spec);
     state->save_type = add_type(module, &save_type_spec);
     state->load_type = add_type(module, &load_type_spec);
-    return state->group_type == NULL || state->save_type == NULL || state->load_type == NULL ? -1
-                                                                                             : 0;
+    state->store_type = add_type(module, &store_type_spec);
+    state->writer_process_type = add_type(module, &writer_process_type_spec);
+    state->watch_type = add_type(module, &watch_type_spec);
+    return state->group_type == NULL || state->save_type == NULL || state->load_type == NULL ||
+                   state->store_type == NULL || state->writer_process_type == NULL ||
+                   state->watch_type == NULL
+               ? -1
+               : 0;
 }
 
 static int

@@ -2,8 +2,8 @@
  * module.h: what the types of `_native` share: the module's state and how to get at it.
  *
  * Process-global state of the extension (there is no other):
- *   - the writer's ring buffers and one staging mapping, kept between saves (csrc/core/ring.c,
- * stage.c), by pid;
+ *   - the engine's ring buffers and the arenas, kept between saves (csrc/core/ring.c, arena.c), by
+ * pid;
  *   - the choice of the CRC32 implementation (csrc/core/crc32.c), made once.
  */
 #ifndef DCP_PY_MODULE_H
@@ -17,10 +17,12 @@ struct module_state {
     struct native_state native; /* first: native_state_load expects it there */
     PyObject *error_class;      /* dcp_native.NativeError */
     PyTypeObject *group_type, *save_type, *load_type;
+    PyTypeObject *store_type, *writer_process_type, *watch_type;
 };
 
 extern struct PyModuleDef native_module;
 extern PyType_Spec group_type_spec, save_type_spec, load_type_spec;
+extern PyType_Spec store_type_spec, writer_process_type_spec, watch_type_spec;
 
 /* State of the module that made `type` or a subclass of it. */
 struct module_state *module_state_of(PyTypeObject *type);

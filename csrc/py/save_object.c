@@ -1,8 +1,8 @@
 /*
  * save_object.c: _native.Save: one save in flight.
  *
- * Order of calls: open, claim, add, agree, compare, (stage), write, finish; or after a background
- * write publish / conclude / abandon.  agree, compare (with a base) and finish are collective and
+ * Order of calls: open, claim, add, agree, compare, write, finish; or, in the background, after
+ * compare what save_upload.c has.  agree, compare (with a base) and finish are collective and
  * return None, or the failures of all ranks as a list of (rank, pickled exception or exception).
  * leave makes whichever of them the other ranks wait in.
  *
@@ -14,6 +14,7 @@
 #include "errors.h"
 #include "save_info.h"
 #include "save_params.h"
+#include "save_upload.h"
 
 /* ---- construction ---- */
 
@@ -78,9 +79,10 @@ save_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
 
     PyObject_GC_UnTrack(object);
-    dcp_save_destroy(self->save);
-    dcp_stage_release(&self->stage);
-    save_items_clean_up(&self->items);
+    if (save_upload_release(self)) {
+        dcp_save_destroy(self->save);
+        save_items_clean_up(&self->items);
+    }
     dcp_failure_list_clean_up(&self->failures);
     Py_XDECREF(self->mine_record);
     Py_XDECREF(self->pending);
@@ -239,40 +241,6 @@ save_compare(PyObject *object, PyObject *record)
     return result;
 }
 
-PyDoc_STRVAR(stage_doc, "stage()\n--\n\n"
-                        "Copy the items this rank keeps; afterwards the tensors may change.");
-
-static int
-step_stage(void *arg, struct dcp_error *err)
-{
-    struct save_object *self = arg;
-
-    return dcp_stage_build(dcp_save_plan(self->save), dcp_save_keep(self->save),
-                           self->items.sources, &self->cancel, &self->stage, err);
-}
-
-static PyObject *
-save_stage(PyObject *object, PyObject *unused)
-{
-    struct save_object *self = as_save(object);
-    int rc;
-
-    (void)unused;
-    if (native_raise_pending(&self->pending) != 0) {
-        return NULL;
-    }
-    if (save_run_step(object, step_stage, false, &rc) != 0) {
-        struct dcp_group *group = group_object_get(self->group);
-        if (self->left && group != NULL) {
-            dcp_group_poison(group); /* what still runs goes by the group's plan */
-        }
-        return NULL;
-    }
-    self->staged = true;
-    save_items_clean_up(&self->items);
-    Py_RETURN_NONE;
-}
-
 PyDoc_STRVAR(write_doc, "write()\n--\n\n"
                         "Write this rank's files, durable on return (with sync_files).");
 
@@ -281,13 +249,8 @@ step_write(void *arg, struct dcp_error *err)
 {
     struct save_object *self = arg;
 
-    /* A background save is written by a helper thread that nobody else uses; a save in the
-     * foreground is waited for, and where no helper could be had this thread is the trainer's. */
-    if (self->staged && !pthread_equal(pthread_self(), self->caller)) {
-        dcp_save_lend_thread(self->save);
-    }
-    return dcp_save_write(self->save, self->staged ? self->stage.sources : self->items.sources,
-                          &self->cancel, &self->progress_bytes, err);
+    return dcp_save_write(self->save, self->items.sources, &self->cancel, &self->progress_bytes,
+                          err);
 }
 
 static PyObject *
@@ -297,12 +260,8 @@ save_write(PyObject *object, PyObject *unused)
     int rc;
 
     (void)unused;
-    self->caller = pthread_self();
     rc = native_raise_pending(&self->pending) != 0 ? -1
                                                    : save_run_step(object, step_write, false, &rc);
-    if (!self->left) {
-        dcp_stage_release(&self->stage); /* written or never to be: nobody reads it any more */
-    }
     if (rc != 0 || native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
@@ -376,71 +335,6 @@ save_interrupt(PyObject *object, PyObject *unused)
     return Py_NewRef(self->interrupt == NULL ? Py_None : self->interrupt);
 }
 
-PyDoc_STRVAR(publish_doc, "publish()\n--\n\n"
-                          "Coordinator of a background save: commit, and sweep what it replaces.");
-
-static int
-step_publish(void *arg, struct dcp_error *err)
-{
-    struct save_object *self = arg;
-    int rc = dcp_save_publish(self->save, err);
-
-    if (rc == 0) {
-        dcp_save_sweep(self->save);
-    }
-    return rc;
-}
-
-static PyObject *
-save_publish(PyObject *object, PyObject *unused)
-{
-    int rc;
-
-    (void)unused;
-    if (save_run_step(object, step_publish, false, &rc) != 0) {
-        return NULL;
-    }
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(abandon_doc, "abandon()\n--\n\n"
-                          "Give the save up unless it is committed; returns what became of it.");
-
-static PyObject *
-save_abandon(PyObject *object, PyObject *unused)
-{
-    enum dcp_outcome outcome;
-
-    (void)unused;
-    Py_BEGIN_ALLOW_THREADS outcome = dcp_save_abandon(as_save(object)->save);
-    Py_END_ALLOW_THREADS return PyUnicode_FromString(save_outcome_name(outcome));
-}
-
-PyDoc_STRVAR(conclude_doc, "conclude(outcome, /)\n--\n\n"
-                           "Take over what the coordinator said became of a background save.");
-
-static PyObject *
-save_conclude(PyObject *object, PyObject *arg)
-{
-    enum dcp_outcome outcome;
-
-    if (save_outcome_parse(arg, &outcome) != 0) {
-        return NULL;
-    }
-    Py_BEGIN_ALLOW_THREADS dcp_save_conclude(as_save(object)->save, outcome);
-    Py_END_ALLOW_THREADS Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(cancel_doc, "cancel()\n--\n\nStop writing at the next request.");
-
-static PyObject *
-save_cancel(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    atomic_store(&as_save(object)->cancel, 1);
-    Py_RETURN_NONE;
-}
-
 /* ---- what is known about it ---- */
 
 PyDoc_STRVAR(metadata_doc, "metadata()\n--\n\n"
@@ -480,16 +374,12 @@ static PyMethodDef save_methods[] = {
     {"add", (PyCFunction)(void (*)(void))save_add, METH_VARARGS | METH_KEYWORDS, add_doc},
     {"agree", save_agree, METH_O, agree_doc},
     {"compare", save_compare, METH_O, compare_doc},
-    {"stage", save_stage, METH_NOARGS, stage_doc},
     {"write", save_write, METH_NOARGS, write_doc},
     {"finish", save_finish, METH_O, finish_doc},
     {"leave", save_leave, METH_O, leave_doc},
     {"agreed", save_agreed, METH_NOARGS, agreed_doc},
     {"interrupt", save_interrupt, METH_NOARGS, interrupt_doc},
-    {"publish", save_publish, METH_NOARGS, publish_doc},
-    {"abandon", save_abandon, METH_NOARGS, abandon_doc},
-    {"conclude", save_conclude, METH_O, conclude_doc},
-    {"cancel", save_cancel, METH_NOARGS, cancel_doc},
+    SAVE_UPLOAD_METHODS,
     {"metadata", save_metadata, METH_NOARGS, metadata_doc},
     {"info", save_info, METH_NOARGS, info_doc},
     {NULL, NULL, 0, NULL},

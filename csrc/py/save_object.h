@@ -1,16 +1,18 @@
 /*
- * save_object.h: _native.Save and how its steps run (private to save_object.c and save_run.c).
+ * save_object.h: _native.Save and how its steps run (private to save_object.c, save_run.c and
+ * save_upload.c).
  */
 #ifndef DCP_PY_SAVE_OBJECT_H
 #define DCP_PY_SAVE_OBJECT_H
 
 #include "module.h"
 
-#include <pthread.h>
 #include <stdatomic.h>
 
 #include "native_run.h"
 #include "save_items.h"
+
+#include "dcp_upload.h"
 
 /* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
  * can make a rank enter the same one twice. */
@@ -23,9 +25,13 @@ struct save_object {
     bool independent; /* agree is not collective */
     bool left;        /* a step was left running on the group's plan */
     struct save_items items;
-    struct dcp_stage stage;
     bool staged;
-    pthread_t caller;        /* of write */
+    struct dcp_stage_params staging; /* of the step in progress */
+    /* Of a background save: what it borrows until it has ended. */
+    struct dcp_upload *upload;
+    PyObject *store, *process, *watch; /* or NULL */
+    PyObject *upload_record;           /* keeps the bytes of this rank's failure */
+    struct dcp_failure upload_mine;
     struct dcp_failure mine; /* argument of the collective call in progress */
     bool mine_given;
     PyObject *mine_record; /* keeps mine.bytes alive */

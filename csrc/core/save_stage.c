@@ -1,0 +1,94 @@
+/*
+ * save_stage.c: a save's files in memory of ours, so that the trainer may go on while they are
+ * written.
+ *
+ * The arena holds the files themselves and not copies of the tensors: the one pass that has to be
+ * made while the trainer waits also computes the checksums, and the background is left with writing
+ * alone.  Checksums are compared with those of the save before here, where they are made.
+ *
+ * Nothing here is collective: what fails is told to the others over the store.
+ */
+#include "save.h"
+
+static int
+take_arena(struct dcp_save *save, const struct dcp_stage_params *params, struct dcp_error *err)
+{
+    int rc;
+
+    if (save->installed == NULL || save->arena != NULL) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                             "a save was staged before it was agreed, or twice");
+    }
+    dcp_image_clean_up(&save->image);
+    rc = dcp_image_place(dcp_save_layout(save), save->plan.rank, save->info.n0, &save->image, err);
+    if (rc != 0) {
+        return rc;
+    }
+    return dcp_arena_acquire(params->kind, save->image.bytes, &params->limits, &save->arena, err);
+}
+
+static void
+give_back_arena(struct dcp_save *save)
+{
+    dcp_arena_release(save->arena);
+    save->arena = NULL;
+}
+
+static int
+fill(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
+     struct dcp_error *err)
+{
+    const struct dcp_layout *layout = dcp_save_layout(save);
+    const struct dcp_engine_options options = {.cancel = cancel, .hashes = save->reuse.hashes};
+    uint32_t *crcs = dcp_malloc_array(layout->records_count, sizeof *crcs);
+    int rc;
+
+    if (crcs == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the checksums of %u records",
+                             layout->records_count);
+    }
+    rc = dcp_image_fill(&save->image, save->arena->memory, &save->plan, layout, sources,
+                        &save->info.save_id, save->info.n0, &options, crcs, err);
+    if (rc == 0) {
+        rc = dcp_unchanged_count(save, crcs, err);
+    }
+    dcp_free(crcs);
+    return rc;
+}
+
+int
+dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
+               const struct dcp_stage_params *params, struct dcp_error *err)
+{
+    uint64_t start_ns = dcp_now_ns();
+    int rc = take_arena(save, params, err);
+
+    if (rc != 0) {
+        return rc;
+    }
+    rc = fill(save, sources, params->cancel, err);
+    if (rc != 0) {
+        give_back_arena(save);
+        return rc;
+    }
+    save->info.stage_ns = dcp_now_ns() - start_ns;
+    save->info.staged_bytes = save->image.total_bytes;
+    save->info.arena_bytes = save->arena->bytes;
+    return 0;
+}
+
+int
+dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params,
+                 struct dcp_error *err)
+{
+    int rc = take_arena(save, params, err);
+
+    if (rc != 0) {
+        return rc;
+    }
+    rc = dcp_arena_populate(save->arena, save->image.bytes, params->cancel, err);
+    save->info.staged_bytes = save->image.total_bytes;
+    save->info.arena_bytes = save->arena->bytes;
+    give_back_arena(save);
+    return rc;
+}

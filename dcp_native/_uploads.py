@@ -1,0 +1,287 @@
+"""Background saves in flight: their futures, the thread that ends them, what they borrow.
+
+The work is done by threads of the core (csrc/core/upload.c).  One Python thread per process sleeps
+in C without the GIL, wakes when an upload has a result or has ended, sets its future and runs the
+callbacks.  Stores and writer processes are used by one upload at a time and kept for the next.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.metadata import Metadata
+
+from . import _native
+from ._failures import raise_failures
+from ._fork import fork_safe
+from ._report import logger
+from ._save import NativeSave
+
+__all__ = ["SaveFuture", "Upload", "begin", "in_flight", "store_for", "wait_for_uploads"]
+
+LEAVE_S = 35.0
+"""How long the interpreter's exit waits for saves that have ended to take leave of other ranks."""
+INTERRUPT_S = 10.0
+"""How long it waits after a Ctrl-C."""
+WRITER = Path(__file__).parent / "_writer"
+"""The executable of the writer process (csrc/writer)."""
+
+_lock = fork_safe(threading.RLock)
+_uploads: list[Upload] = []
+_watch = _native.Watch()
+_watcher: threading.Thread | None = None
+_closing = False
+_stores: weakref.WeakKeyDictionary[dist.ProcessGroup, list[_native.Store]] = (
+    weakref.WeakKeyDictionary()
+)
+_processes: list[_native.WriterProcess] = []
+
+
+def _start_anew_after_fork() -> None:
+    """The parent's threads, connections and processes are not the child's."""
+    global _uploads, _watch, _watcher, _closing, _stores, _processes
+    _inherited.extend((_uploads, _watch, _stores, _processes))  # freeing them would end them
+    _uploads, _watch, _watcher, _closing = [], _native.Watch(), None, False
+    _stores, _processes = weakref.WeakKeyDictionary(), []
+
+
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=_start_anew_after_fork)
+
+
+class SaveFuture(Future):
+    """What ``async_save`` returns: the checkpoint's ``Metadata``, or why it was not saved.
+
+    A ``concurrent.futures.Future``.  A failure on any rank is a ``CheckpointException`` on every
+    rank's.
+    """
+
+    def __init__(self, save: NativeSave) -> None:
+        super().__init__()
+        self._save: NativeSave | None = save
+        self._report: dict[str, Any] = {}
+        self._done_bytes = 0
+        self.set_running_or_notify_cancel()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Facts about this save (see :func:`last_report`): all of them once it is done, before that
+        those of planning and staging."""
+        return dict(self._report)
+
+    def progress(self) -> tuple[int, int]:
+        """``(done, total)``: payload bytes of this rank that were handed to the disk, of how many.
+
+        The save is committed later than its last byte is written, when all ranks have.
+        """
+        save = self._save
+        if save is not None and save.in_background:
+            self._done_bytes = save.progress_bytes()
+        return self._done_bytes, self._report.get("planned_bytes", 0)
+
+    def cancel(self) -> bool:
+        """Stop writing.  True: the save will fail on every rank, with this rank's cancellation as
+        the reason, and what was loadable before still is.  False: it is too late for that.
+
+        Unlike ``Future.cancel`` it does not resolve the future itself: the ranks agree first.
+        """
+        save = self._save
+        return save is not None and save.cancel()
+
+    def _end(self, report: dict[str, Any]) -> None:
+        if self._save is not None and self._save.in_background:
+            self._done_bytes = self._save.progress_bytes()
+        self._report = report
+        self._save = None
+
+
+class Upload:
+    """One save between the end of staging and the end of its threads."""
+
+    def __init__(self, save: NativeSave, future: SaveFuture, **facts: Any) -> None:
+        self.save = save
+        self.future = future
+        self.facts = facts
+        self.store: _native.Store | None = None
+        self.process: _native.WriterProcess | None = None
+        self.process_group: dist.ProcessGroup | None = None
+        self._kept: Any = None
+
+    def borrow_store(self, process_group: dist.ProcessGroup) -> None:
+        """A connection to the group's store; before the ranks agree, so that all hear of failure."""
+        self.process_group = process_group
+        # The trainer may destroy its group meanwhile: the host's side of the store must live.
+        self._kept = process_group.get_group_store()
+        self.store = store_for(process_group)
+
+    def borrow_process(self) -> None:
+        """A writer process that lives, started if there is none."""
+        with _lock():
+            while _processes:
+                process = _processes.pop()
+                if process.usable():
+                    self.process = process
+                    return
+                process.stop()
+        self.process = _native.WriterProcess(os.fspath(WRITER))
+
+    def give_back(self) -> None:
+        """Keep what was borrowed for the next save."""
+        with _lock():
+            if self.store is not None and self.process_group is not None:
+                _stores.setdefault(self.process_group, []).append(self.store)
+            if self.process is not None:
+                _processes.append(self.process)
+        self.store = self.process = self.process_group = self._kept = None
+
+    def look(self) -> bool:
+        """Set the future when there is a result.  True when nothing of the upload runs any more."""
+        state = self.save.upload_state()
+        if state == "running" and self.left_s() <= 0:
+            self.save.expire()
+            state = self.save.upload_state()
+        if state != "running" and not self.future.done():
+            self._settle()
+        if state == "ended":
+            self.give_back()
+        return state == "ended"
+
+    def left_s(self) -> float:
+        """Seconds until an upload that has no result is given up."""
+        return self.save.upload_left_s()
+
+    def _settle(self) -> None:
+        save, future = self.save, self.future
+        error: BaseException | None = None
+        metadata: Metadata | None = None
+        try:
+            metadata = self._result()
+        except BaseException as raised:
+            error = raised
+        future._end({**save.info(), "kind": save.kind, "path": "native", **self.facts})
+        save.error = None  # its traceback holds the save
+        if error is None:
+            future.set_result(metadata)
+        else:
+            future.set_exception(error)
+
+    def _result(self) -> Metadata:
+        save = self.save
+        rank = save.group.rank
+        try:
+            failures = save.upload_result()
+        except Exception as alone:
+            raise CheckpointException("write", {rank: _wrap_exception(alone)}) from alone
+        try:
+            raise_failures("write", failures, rank, save.error, save.interrupt())
+        except CheckpointException as together:
+            mine = together.failures.get(rank)
+            if not save.use_collectives and mine is not None:
+                raise mine[0] from None
+            raise
+        return save.result(**self.facts)
+
+
+def store_for(process_group: dist.ProcessGroup) -> _native.Store:
+    """A connection of our own: a blocked call on the trainer's would block the trainer."""
+    with _lock():
+        idle = _stores.get(process_group)
+        if idle:
+            return idle.pop()
+    return _native.Store(process_group)
+
+
+def in_flight() -> list[Upload]:
+    """Saves whose outcome is not known yet, oldest first."""
+    with _lock():
+        return [upload for upload in _uploads if not upload.future.done()]
+
+
+def wait_for_uploads(uploads: Iterable[Upload] | None = None) -> None:
+    """Block until these saves (default: all of this process) have ended in whatever way."""
+    wait([upload.future for upload in (in_flight() if uploads is None else uploads)])
+
+
+def begin(upload: Upload, start: Callable[[_native.Watch], None]) -> None:
+    """Start it and see to its end."""
+    with _lock():
+        _start_watcher()
+        start(_watch)
+        _uploads.append(upload)
+    _watch.notify()
+
+
+def _start_watcher() -> None:
+    global _watcher
+    if _watcher is not None and _watcher.is_alive():
+        return
+    _watcher = threading.Thread(target=_run, name="dcp_native-saves", daemon=True)
+    _watcher.start()
+    try:
+        threading._register_atexit(_end_of_interpreter)  # as concurrent.futures does
+    except (AttributeError, RuntimeError):  # the end has begun: the save is waited for below
+        logger.debug("a background save began while the interpreter was about to end")
+
+
+def _run() -> None:
+    seen = 0
+    while True:
+        with _lock():
+            uploads = list(_uploads)
+        ended = [upload for upload in uploads if _look_at(upload)]
+        with _lock():
+            for upload in ended:
+                _uploads.remove(upload)
+            if _closing and not _uploads:
+                return
+            left = [upload.left_s() for upload in _uploads if not upload.future.done()]
+        uploads = ended = upload = None  # the last save's memory is not ours to keep
+        seen = _watch.wait(seen, min(left, default=3600.0))
+
+
+def _look_at(upload: Upload) -> bool:
+    try:
+        return upload.look()
+    except BaseException:
+        logger.exception("a background save could not be ended")
+        return False
+
+
+def _end_of_interpreter() -> None:
+    """Wait for saves up to their deadlines, then for their leave of the other ranks."""
+    global _closing
+    _closing = True
+    try:
+        wait_for_uploads()
+        _join_watcher(LEAVE_S)
+    except KeyboardInterrupt:
+        for upload in in_flight():
+            upload.future.cancel()
+        _join_watcher(INTERRUPT_S)
+        raise
+
+
+def _join_watcher(timeout_s: float) -> None:
+    _watch.notify()
+    if _watcher is not None:
+        _watcher.join(timeout_s)
+
+
+def wait_until_ended(timeout_s: float) -> bool:
+    """Wait until no thread of any save runs any more: tests count what is left behind."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with _lock():
+            if not _uploads:
+                return True
+        time.sleep(0.01)
+    return False

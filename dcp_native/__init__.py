@@ -50,6 +50,7 @@ from .state_dict_saver import (
     async_save,
     save,
     save_state_dict,
+    warm_up,
 )
 
 __version__ = "0.1.0"
@@ -91,6 +92,7 @@ __all__ = [
     "save_state_dict",
     "trim",
     "verify",
+    "warm_up",
 ]
 
 

@@ -8,14 +8,20 @@ another key.
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
-from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import (
+    AsyncSaveResponse,
+    _stateful_to_state_dict,
+)
 
+from . import _roles
 from ._config import config
 from ._report import logger
 from ._save import NativeSave, hash64
@@ -39,8 +45,8 @@ def start(
     alone: bool,
     *,
     in_process: bool,
-    borrow: bool,
-) -> SaveFuture:
+    stager: AsyncStager | None,
+) -> SaveFuture | AsyncSaveResponse:
     """Plan and stage now, write and commit in the background.
 
     Collective up to here.  An exception of a Stateful's ``state_dict()`` and an interrupt are
@@ -48,13 +54,16 @@ def start(
 
     Args:
         in_process: the writer process writes.
-        borrow: ``state_dict`` is a private copy already, which the save holds until it is written.
+        stager: None, one that stages as we do, or one of the user's own.
     """
     upload = Upload(save, SaveFuture(save))
+    borrow = _roles.stage_reason(stager, save.writer) is not None
+    staged = stages_asynchronously(stager)
     try:
         _make_room(save)
-        if not borrow:
-            state_dict = _stateful_to_state_dict(state_dict)
+        state_dict = _stateful_to_state_dict(state_dict)
+        if borrow and save.error is None:
+            state_dict, staged = _stage_by(stager, state_dict)
     except BaseException as error:
         save.leave(error)
         raise
@@ -72,7 +81,7 @@ def start(
             save.leave(error)
             if error is interrupt or isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            return _failed(upload.future, error)
+            return _response(_failed(upload.future, error), staged)
         # The others are past their last collective: they hear of it over the store.
         save.fail(error)
     try:
@@ -83,7 +92,56 @@ def start(
     _begin(upload, process_group, alone)
     if interrupt is not None:
         raise interrupt  # nobody may ever look at the future
-    return upload.future
+    return _response(upload.future, staged)
+
+
+def stages_asynchronously(stager: AsyncStager | None) -> bool:
+    """Whether torch would return an AsyncSaveResponse for this stager."""
+    options = getattr(stager, "_config", None)
+    return bool(getattr(options, "use_async_staging", False))
+
+
+def _stage_by(stager: AsyncStager, state_dict: STATE_DICT_TYPE) -> tuple[STATE_DICT_TYPE, bool]:
+    """A private copy by the user's own stager, which the save holds until it is written; whether
+    the stager gave a future of it.  It is waited for: planning needs the copy, and is collective.
+    """
+    staged = stager.stage(state_dict)
+    if isinstance(staged, Future):
+        return staged.result(), True
+    if stager.should_synchronize_after_execute:
+        stager.synchronize_staging()
+    return staged, False
+
+
+def _response(future: SaveFuture, staged: bool) -> SaveFuture | AsyncSaveResponse:
+    if not staged:
+        return future
+    staging: Future[None] = Future()
+    staging.set_result(None)
+    return AsyncSaveResponse(staging_completion=staging, upload_completion=future)
+
+
+def warm_up(
+    save: NativeSave,
+    state_dict: STATE_DICT_TYPE,
+    process_group: dist.ProcessGroup | None,
+    alone: bool,
+    *,
+    in_process: bool,
+) -> None:
+    """Memory, connection and process of the first save, ahead of it."""
+    upload = Upload(save, SaveFuture(save))
+    try:
+        state_dict = _stateful_to_state_dict(state_dict)
+        _borrow(upload, process_group, alone, in_process)
+        reason = save.warm_up(state_dict, shared=in_process)
+    except BaseException as error:
+        save.leave(error)
+        raise
+    finally:
+        upload.give_back()
+    if reason is not None:
+        logger.warning("staging memory can not be made ready: %s", reason)
 
 
 def _failed(future: SaveFuture, error: BaseException) -> SaveFuture:

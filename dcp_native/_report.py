@@ -123,6 +123,13 @@ def last_report() -> dict[str, Any] | None:
         trainable_items, trainable_bytes, trainable_unchanged: tensors with gradients among them.
     Saves, time and memory:
         vote_ns, plan_ns, hash_ns, compare_ns, metadata_ns, write_ns, commit_ns: steps, in order.
+        stage_ns: of ``async_save``: from the agreed plan to a private copy of every byte.
+        settle_ns: from the last durable byte of this rank to the outcome that all ranks agree on.
+        staging: how that copy was made: ``"arena"``; ``"streamed"`` (no memory: written before
+            ``async_save`` returned); ``"borrowed"`` from the stager of the user's own.
+        staged_bytes, arena_bytes: files in staging memory; all of that memory.
+        planned_bytes: payload that this rank is to write.
+        store_calls: of this rank, to end the save with the others; in ``future.report``.
         copy_ns, sync_ns, limited_ns: of writing: copying, fdatasync, asleep for
             ``write_limit_bytes_s``.
         ring_bytes: memory of the writer.

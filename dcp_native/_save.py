@@ -107,8 +107,13 @@ class NativeSave:
             self.error = error
 
     def plan(self, state_dict: STATE_DICT_TYPE) -> None:
-        """Open and claim the directory, flatten ``state_dict`` into this rank's plan."""
-        writer, planner = self.writer, self.planner
+        """Open and claim the directory, flatten ``state_dict`` into this rank's plan.
+
+        Nothing where something has failed already: a claim would fence older saves.
+        """
+        writer = self.writer
+        if self.error is not None:
+            return
         try:
             writer.set_up_storage_writer(
                 self.group.rank == self.group.coordinator_rank,
@@ -120,16 +125,20 @@ class NativeSave:
             if self._native.open():
                 self._check_overwrite()
             self._native.claim()
-            self._native.add(
-                state_dict,
-                rank=self.group.rank,
-                thread_count=writer.thread_count,
-                single_file_per_rank=writer.single_file_per_rank,
-                flatten_state_dict=getattr(planner, "flatten_state_dict", True),
-                flatten_sharded_tensors=getattr(planner, "flatten_sharded_tensors", True),
-            )
+            self._add(state_dict)
         except BaseException as error:
             self.fail(error)
+
+    def _add(self, state_dict: STATE_DICT_TYPE) -> None:
+        writer, planner = self.writer, self.planner
+        self._native.add(
+            state_dict,
+            rank=self.group.rank,
+            thread_count=writer.thread_count,
+            single_file_per_rank=writer.single_file_per_rank,
+            flatten_state_dict=getattr(planner, "flatten_state_dict", True),
+            flatten_sharded_tensors=getattr(planner, "flatten_sharded_tensors", True),
+        )
 
     def _check_overwrite(self) -> None:
         overwrite = self.writer.overwrite
@@ -178,6 +187,26 @@ class NativeSave:
         self.write()
         return "streamed"
 
+    def warm_up(self, state_dict: STATE_DICT_TYPE, *, shared: bool) -> str | None:
+        """Collective: plan as a save would, touch the memory it would take, keep no plan.
+
+        Returns:
+            None, or why there is no memory for it.
+        """
+        try:
+            self._add(state_dict)
+        except BaseException as error:
+            self.fail(error)
+        try:
+            self.agree()
+            self.meet()
+            return self._native.warm_up(
+                shared=shared, cap_bytes=config().arena_cap_bytes, arenas=config().arenas
+            )
+        finally:
+            # It was made without a directory: the first save must find out who shares it.
+            self.group.forget_plan()
+
     def upload(self, watch: _native.Watch, **how: Any) -> None:
         """Write, agree and commit on threads of the core."""
         self._native.upload(
@@ -192,6 +221,10 @@ class NativeSave:
     def upload_result(self) -> list[tuple[int, Any]] | None:
         """None when it was committed, or what failed where."""
         return self._native.upload_result()
+
+    def upload_stats(self) -> dict[str, int]:
+        """Time from durable to the outcome; once ended also calls of the store."""
+        return self._native.upload_stats()
 
     def upload_left_s(self) -> float:
         """Seconds until the upload is to be expired."""
@@ -220,7 +253,7 @@ class NativeSave:
                 self._native.agree(None)
             except BaseException as error:
                 self.fail(error)
-        if self.error is None:
+        if self.error is None and self.kind != "warm_up":
             ranks = self.group.size if self.use_collectives else 1
             decides = self._native.info()["is_coordinator"]
             plan_installed(self.planner, self._plan_number, ranks, decides)

@@ -117,7 +117,7 @@ class Upload:
         self._kept: Any = None
 
     def borrow_store(self, process_group: dist.ProcessGroup) -> None:
-        """A connection to the group's store; before the ranks agree, so that all hear of failure."""
+        """A connection to the group's store, before the ranks agree: all hear of a failure."""
         self.process_group = process_group
         # The trainer may destroy its group meanwhile: the host's side of the store must live.
         self._kept = process_group.get_group_store()
@@ -152,6 +152,7 @@ class Upload:
         if state != "running" and not self.future.done():
             self._settle()
         if state == "ended":
+            self.future._report.update(self.save.upload_stats())
             self.give_back()
         return state == "ended"
 
@@ -177,6 +178,7 @@ class Upload:
     def _result(self) -> Metadata:
         save = self.save
         rank = save.group.rank
+        self.facts.update(save.upload_stats())
         try:
             failures = save.upload_result()
         except Exception as alone:

@@ -26,12 +26,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
-from . import _async, _roles
+from . import _roles
 from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
 from ._load import NativeLoad, UnsupportedCheckpoint
 from ._report import LISTED_NAMES, note_path, set_report
+from ._uploads import wait_for_uploads
 
 __all__ = ["_load_state_dict_from_keys", "load", "load_state_dict"]
 
@@ -148,7 +149,7 @@ def _tell(
             with contextlib.suppress(CheckpointException):
                 _refuse(error, process_group, 0, no_dist)
     else:
-        _async.wait_for_save_in_flight()
+        wait_for_uploads()
         NativeLoad(reader, planner, group_for(process_group, no_dist)).tell(error)
 
 
@@ -166,7 +167,7 @@ def _load_state_dict(
 ) -> None:
     """As torch's private function of this name: no Stateful calls, no reset."""
     torch._C._log_api_usage_once("dcp_native.load_state_dict")
-    _async.wait_for_save_in_flight()
+    wait_for_uploads()
     reason = _roles.load_reason(storage_reader, planner)
     reason = reason or _roles.group_reason(process_group, no_dist)
     if reason is None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -31,6 +32,7 @@ from . import _async, _roles
 from ._groups import group_for
 from ._report import logger, note_path
 from ._save import NativeSave
+from ._uploads import wait_for_uploads
 
 __all__ = [
     "AsyncCheckpointerType",
@@ -38,6 +40,7 @@ __all__ = [
     "async_save",
     "save",
     "save_state_dict",
+    "warm_up",
 ]
 
 _NO_DIST_TEXT = (
@@ -150,15 +153,15 @@ def async_save(
                 "A CPU backend must be enabled for async save; try initializing process group "
                 "with 'cpu:gloo,cuda:nccl'"
             )
-    reason = _roles.stage_reason(async_stager, storage_writer)
-    if reason is None:
-        writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
-        reason = _roles.save_reason(writer, planner)
-    if reason is None and not use_collectives and not alone:
-        reason = "use_collectives is False"
+    in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
+    writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
+    reason = _roles.save_reason(writer, planner)
     note_path("async_save", reason)
     if reason is not None:
         _note_unused_base(base, reason)
+        if in_process and _roles.save_reason(writer, None) is None:
+            # Planner hooks run in the trainer, on the staged state.
+            async_checkpointer_type = AsyncCheckpointerType.THREAD
         return _torch.async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
@@ -170,7 +173,6 @@ def async_save(
             no_dist=no_dist,
             use_collectives=use_collectives,
         )
-    _async.wait_for_save_in_flight()
     save_ = NativeSave(
         writer,
         planner,
@@ -179,12 +181,55 @@ def async_save(
         kind="async_save",
         base=base,
     )
-    upload = _async.start(save_, state_dict, None if alone else process_group, alone)
-    if async_stager is not None and _async.stages_asynchronously(async_stager):
-        staged: Future[None] = Future()
-        staged.set_result(None)
-        return AsyncSaveResponse(staging_completion=staged, upload_completion=upload)
-    return upload
+    return _async.start(
+        save_,
+        state_dict,
+        None if alone else process_group,
+        alone,
+        in_process=in_process,
+        stager=async_stager,
+    )
+
+
+def warm_up(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    no_dist: bool = False,
+) -> None:
+    """Make ready what the first ``async_save`` of such a state dict would have to make (not in
+    torch): staging memory, touched; a connection to the store; the writer process.
+
+    Collective.  Nothing of the state dict is copied or changed, and no file is made.  Without room
+    for the memory (see ``Config.arena_cap_bytes``) it says so in a warning.
+
+    Args:
+        state_dict: as it will be saved.
+        storage_writer: as it will be saved with; default: ``FileSystemWriter``.
+        planner, process_group, async_checkpointer_type, no_dist: as of :func:`async_save`.
+
+    Raises:
+        CheckpointException: on every rank when any rank failed.
+    """
+    alone = no_dist or (not dist.is_available()) or (not dist.is_initialized())
+    writer = storage_writer if storage_writer is not None else FileSystemWriter(".")
+    reason = _roles.save_reason(writer, planner)
+    if reason is not None:
+        logger.debug("warm_up: nothing to do, because %s", reason)
+        return
+    save_ = NativeSave(
+        writer, planner, group_for(process_group, alone), use_collectives=True, kind="warm_up"
+    )
+    _async.warm_up(
+        save_,
+        state_dict,
+        None if alone else process_group,
+        alone,
+        in_process=async_checkpointer_type == AsyncCheckpointerType.PROCESS,
+    )
 
 
 def _note_unused_base(base: str | os.PathLike | None, reason: str) -> None:
@@ -244,7 +289,7 @@ def _save(
             planner,
             use_collectives,
         )
-    _async.wait_for_save_in_flight()
+    wait_for_uploads()
     alone = no_dist or not (dist.is_available() and dist.is_initialized())
     group = group_for(process_group, alone, 0 if alone else coordinator_rank)
     save_ = NativeSave(

@@ -78,17 +78,24 @@ dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
 }
 
 int
-dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params,
+dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, uint32_t arenas,
                  struct dcp_error *err)
 {
-    int rc = take_arena(save, params, err);
+    struct dcp_arena *taken[DCP_MAX_ARENAS] = {NULL}; /* at once: each is another one */
+    int rc = 0;
 
-    if (rc != 0) {
-        return rc;
+    for (uint32_t i = 0; rc == 0 && i < dcp_min_u64(arenas, DCP_MAX_ARENAS); i++) {
+        rc = take_arena(save, params, err);
+        if (rc == 0) {
+            taken[i] = save->arena;
+            save->arena = NULL;
+            rc = dcp_arena_populate(taken[i], save->image.bytes, params->cancel, err);
+            save->info.arena_bytes += taken[i]->bytes;
+        }
     }
-    rc = dcp_arena_populate(save->arena, save->image.bytes, params->cancel, err);
     save->info.staged_bytes = save->image.total_bytes;
-    save->info.arena_bytes = save->arena->bytes;
-    give_back_arena(save);
+    for (uint32_t i = 0; i < DCP_MAX_ARENAS; i++) {
+        dcp_arena_release(taken[i]);
+    }
     return rc;
 }

@@ -128,8 +128,8 @@ struct dcp_stage_params {
  * the caller writes from the sources instead. */
 int dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
                    const struct dcp_stage_params *params, struct dcp_error *err) DCP_MUST_CHECK;
-/* Touches an arena ahead that is as large as this save's would be; it is kept for the next save. */
-int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params,
+/* Touches arenas ahead that are as large as this save's would be; they are kept for the next. */
+int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, uint32_t arenas,
                      struct dcp_error *err) DCP_MUST_CHECK;
 /* Writes what was staged, by `process` or, where that is NULL, by this process; then the arena is
  * free for the next save, whatever happened. */

@@ -217,6 +217,9 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->group_type);
     Py_VISIT(state->save_type);
     Py_VISIT(state->load_type);
+    Py_VISIT(state->store_type);
+    Py_VISIT(state->writer_process_type);
+    Py_VISIT(state->watch_type);
     return native_state_traverse(&state->native, visit, arg);
 }
 
@@ -229,6 +232,9 @@ module_clear(PyObject *module)
     Py_CLEAR(state->group_type);
     Py_CLEAR(state->save_type);
     Py_CLEAR(state->load_type);
+    Py_CLEAR(state->store_type);
+    Py_CLEAR(state->writer_process_type);
+    Py_CLEAR(state->watch_type);
     native_state_clear(&state->native);
     return 0;
 }

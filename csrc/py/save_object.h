@@ -27,6 +27,7 @@ struct save_object {
     struct save_items items;
     bool staged;
     struct dcp_stage_params staging; /* of the step in progress */
+    unsigned int arenas;             /* the same */
     /* Of a background save: what it borrows until it has ended. */
     struct dcp_upload *upload;
     PyObject *store, *process, *watch; /* or NULL */

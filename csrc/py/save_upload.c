@@ -43,14 +43,15 @@ save_meet(PyObject *object, PyObject *unused)
 static int
 parse_staging(PyObject *object, PyObject *args, PyObject *kwargs, const char *format)
 {
-    static char *names[] = {"shared", "cap_bytes", NULL};
+    static char *names[] = {"shared", "cap_bytes", "arenas", NULL};
     struct save_object *self = as_save(object);
     struct dcp_group *group = group_object_get(self->group);
     unsigned long long cap_bytes = 0;
     int shared = 0;
 
-    if (group == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &shared, &cap_bytes)) {
+    self->arenas = 1;
+    if (group == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &shared,
+                                                      &cap_bytes, &self->arenas)) {
         return -1;
     }
     self->staging = (struct dcp_stage_params){.kind = shared ? DCP_ARENA_SHARED : DCP_ARENA_PRIVATE,
@@ -108,7 +109,7 @@ save_stage(PyObject *object, PyObject *args, PyObject *kwargs)
     struct save_object *self = as_save(object);
     PyObject *result;
 
-    if (parse_staging(object, args, kwargs, "|$pK:stage") != 0) {
+    if (parse_staging(object, args, kwargs, "|$pKI:stage") != 0) {
         return NULL;
     }
     result = run_staging(object, step_stage);
@@ -120,7 +121,7 @@ save_stage(PyObject *object, PyObject *args, PyObject *kwargs)
 }
 
 const char save_warm_up_doc[] =
-    "warm_up(*, shared=False, cap_bytes=0)\n--\n\n"
+    "warm_up(*, shared=False, cap_bytes=0, arenas=1)\n--\n\n"
     "Touch the memory ahead that staging will use.  None, or the text that says which limit left "
     "no memory for it.";
 
@@ -129,13 +130,13 @@ step_warm_up(void *arg, struct dcp_error *err)
 {
     struct save_object *self = arg;
 
-    return dcp_save_warm_up(self->save, &self->staging, err);
+    return dcp_save_warm_up(self->save, &self->staging, self->arenas, err);
 }
 
 PyObject *
 save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    return parse_staging(object, args, kwargs, "|$pK:warm_up") != 0
+    return parse_staging(object, args, kwargs, "|$pKI:warm_up") != 0
                ? NULL
                : run_staging(object, step_warm_up);
 }
@@ -318,6 +319,26 @@ save_upload_result(PyObject *object, PyObject *unused)
     }
     return rc == DCP_E_PEER ? native_failures(module_error_class(object), failures)
                             : native_set_error(module_error_class(object), &err);
+}
+
+const char save_upload_stats_doc[] =
+    "upload_stats()\n--\n\n"
+    "`settle_ns`, from durable to the outcome; once ended `store_calls`, of this rank.";
+
+PyObject *
+save_upload_stats(PyObject *object, PyObject *unused)
+{
+    struct dcp_upload *upload = upload_of(object);
+    struct dcp_agreement_stats stats;
+    uint64_t settle_ns;
+
+    (void)unused;
+    if (upload == NULL) {
+        return NULL;
+    }
+    dcp_upload_get_stats(upload, &stats, &settle_ns);
+    return Py_BuildValue("{sKsK}", "settle_ns", (unsigned long long)settle_ns, "store_calls",
+                         (unsigned long long)stats.store_calls);
 }
 
 const char save_upload_left_doc[] = "upload_left_s()\n--\n\n"

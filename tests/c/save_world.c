@@ -223,22 +223,18 @@ static int
 write_items(struct dcp_save *save, const struct save_request *request, struct save_state *state,
             struct dcp_error *err)
 {
-    struct dcp_stage stage = {0};
-    int rc = 0;
+    const struct dcp_stage_params params = {.kind = DCP_ARENA_PRIVATE};
+    int rc;
 
-    if (request->stage) {
-        rc = dcp_stage_build(dcp_save_plan(save), dcp_save_keep(save), state->sources, NULL, &stage,
-                             err);
-        for (size_t i = 0; rc == 0 && i < SAVE_ITEMS; i++) {
-            dcp_free(state->memory[i]); /* the caller may go on, and do what it likes */
-            state->memory[i] = NULL;
-        }
+    if (!request->stage) {
+        return dcp_save_write(save, state->sources, NULL, NULL, err);
     }
-    if (rc == 0) {
-        rc = dcp_save_write(save, request->stage ? stage.sources : state->sources, NULL, NULL, err);
+    rc = dcp_save_stage(save, state->sources, &params, err);
+    for (size_t i = 0; rc == 0 && i < SAVE_ITEMS; i++) {
+        dcp_free(state->memory[i]); /* the caller may go on, and do what it likes */
+        state->memory[i] = NULL;
     }
-    dcp_stage_release(&stage);
-    return rc;
+    return rc != 0 ? rc : dcp_save_write_staged(save, NULL, NULL, NULL, err);
 }
 
 static void

@@ -182,7 +182,7 @@ cut_replicas_are_written_once_and_load_right(void)
         dcp_free(run.results);
         io_memory_free(run.fs);
     }
-    dcp_stage_trim();
+    dcp_arena_trim();
     dcp_engine_trim();
 }
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-import time
 import zipfile
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -119,20 +117,3 @@ def test_unsafe_objects_can_be_refused(tmp_path):
     target = {"s": None}
     dcp.load(target, checkpoint_id=tmp_path)
     assert target == {"s": 1}
-
-
-def test_process_saves_in_a_thread_for_now(tmp_path):
-    """[async-process]"""
-    sd = {"w": value("w", (1 << 16,))}
-    start = time.monotonic()
-    future = dcp.async_save(
-        sd,
-        checkpoint_id=tmp_path,
-        async_checkpointer_type=dcp.AsyncCheckpointerType.PROCESS,
-    )
-    assert isinstance(future, Future)
-    future.result(timeout=60)
-    assert time.monotonic() - start < 60
-    target = {"w": torch.zeros(1 << 16)}
-    torch_dcp.load(target, checkpoint_id=tmp_path)
-    assert_equal(target, sd)

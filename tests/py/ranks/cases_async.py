@@ -13,7 +13,7 @@ from common import assert_equal, files_can_not_grow, like, mesh_of, raises_every
 from torch.distributed.tensor import Shard
 
 import dcp_native as dcp
-from dcp_native import _async
+from dcp_native import _uploads
 from dcp_native._save import NativeSave
 
 
@@ -117,7 +117,7 @@ def case_an_interrupt_behind_the_last_collective_reaches_the_others_over_the_sto
         if future is not None:
             with raises_everywhere("write", 1, KeyboardInterrupt):
                 future.result(timeout=20)
-        _async.wait_for_save_in_flight()
+        _uploads.wait_for_uploads()
         ctx.barrier()
         target = like(before)
         dcp.load(target, checkpoint_id=ctx.dir)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +19,9 @@ from torch.distributed.tensor import Shard
 import dcp_native as dcp
 from dcp_native import _uploads
 from dcp_native._save import NativeSave
+
+
+THREAD, PROCESS = dcp.AsyncCheckpointerType.THREAD, dcp.AsyncCheckpointerType.PROCESS
 
 
 def state(ctx, name):
@@ -34,9 +41,9 @@ def scribble(sd):
 
 
 def case_the_caller_may_scribble_after_the_call(ctx):
-    for step in range(3):
+    for step, mode in enumerate((THREAD, THREAD, PROCESS, PROCESS)):
         sd, want = state(ctx, f"s{step}"), state(ctx, f"s{step}")
-        future = dcp.async_save(sd, checkpoint_id=ctx.dir / str(step))
+        future = dcp.async_save(sd, checkpoint_id=ctx.dir / str(step), async_checkpointer_type=mode)
         scribble(sd)
         assert isinstance(future, Future)
         metadata = future.result(timeout=60)
@@ -123,3 +130,154 @@ def case_an_interrupt_behind_the_last_collective_reaches_the_others_over_the_sto
         dcp.load(target, checkpoint_id=ctx.dir)
         assert_equal(target, before, step)
     dcp.async_save(before, checkpoint_id=ctx.dir).result(timeout=60)
+
+
+def writers_of_this_process():
+    """Process ids of the writer processes that this one has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text()
+            except OSError:
+                continue
+            name, rest = fields[fields.index("(") + 1 :].rsplit(")", 1)
+            if name == "dcp_writer" and int(rest.split()[1]) == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def slow(ctx, mode=THREAD, **more):
+    """A save that takes a second on every rank."""
+    before = dcp.configure(write_limit_bytes_s=4 << 20)
+    sd = {"w": shard(value("slow", (ctx.size << 10, 1024)), mesh_of(ctx.size), Shard(0))}
+    try:
+        return dcp.async_save(sd, checkpoint_id=ctx.dir, async_checkpointer_type=mode, **more)
+    finally:
+        dcp.configure(**vars(before))
+
+
+def case_a_writer_process_that_dies_fails_the_save_everywhere_and_is_replaced(ctx):
+    before = state(ctx, "before")
+    dcp.async_save(before, checkpoint_id=ctx.dir, async_checkpointer_type=PROCESS).result(60)
+    ctx.barrier()
+    future = slow(ctx, PROCESS)
+    if ctx.rank == 1:
+        (pid,) = writers_of_this_process()
+        os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    with raises_everywhere("write", 1, OSError, "writer process"):
+        future.result(timeout=60)
+    assert time.monotonic() - killed < 10
+    target = like(before)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, before)
+    after = state(ctx, "after")
+    dcp.async_save(after, checkpoint_id=ctx.dir, async_checkpointer_type=PROCESS).result(60)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, after)
+    assert len(writers_of_this_process()) == 1
+
+
+def case_a_cancelled_save_fails_on_every_rank(ctx):
+    """[async-future]"""
+    before = state(ctx, "before")
+    dcp.save(before, checkpoint_id=ctx.dir)
+    for mode in (THREAD, PROCESS):
+        ctx.barrier()
+        future = slow(ctx, mode)
+        if ctx.rank == 1:
+            assert future.cancel()
+        with raises_everywhere("write", 1, RuntimeError, "cancelled"):
+            future.result(timeout=60)
+    target = like(before)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, before)
+
+
+def case_ranks_leave_out_a_save_together(ctx):
+    """[async-in-flight]"""
+    before = dcp.configure(async_overlap="skip")
+    try:
+        first = slow(ctx)
+        second = dcp.async_save(state(ctx, "x"), checkpoint_id=ctx.dir / "other")
+        assert second.result(timeout=60) is None
+        first.result(timeout=60)
+        ctx.barrier()
+        assert not (ctx.dir / "other" / ".metadata").exists()
+        dcp.configure(async_overlap="fail")
+        first = slow(ctx)
+        second = dcp.async_save(state(ctx, "x"), checkpoint_id=ctx.dir / "other")
+        try:
+            second.result(timeout=60)
+            raise AssertionError("not refused")
+        except dcp.CheckpointException as error:
+            assert "in flight" in str(error)
+        first.result(timeout=60)
+    finally:
+        dcp.configure(**vars(before))
+
+
+def case_a_rank_without_memory_streams_and_the_others_stage(ctx):
+    before = dcp.configure(arena_cap_bytes=4096 if ctx.rank == 1 else 0)
+    try:
+        sd, want = state(ctx, "x"), state(ctx, "x")
+        future = dcp.async_save(sd, checkpoint_id=ctx.dir)
+        assert future.report["staging"] == ("streamed" if ctx.rank == 1 else "arena")
+        scribble(sd)
+        future.result(timeout=60)
+    finally:
+        dcp.configure(**vars(before))
+    target = like(want)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, want)
+
+
+def case_two_saves_are_in_flight_with_two_arenas(ctx):
+    before = dcp.configure(arenas=2, write_limit_bytes_s=4 << 20)
+    try:
+        futures = [
+            dcp.async_save(
+                {"w": shard(value(f"n{i}", (ctx.size << 10, 512)), mesh_of(ctx.size), Shard(0))},
+                checkpoint_id=ctx.dir / str(i),
+            )
+            for i in range(3)
+        ]
+        assert not futures[2].done()
+        for future in futures:
+            future.result(timeout=60)
+    finally:
+        dcp.configure(**vars(before))
+    for i in range(3):
+        want = {"w": shard(value(f"n{i}", (ctx.size << 10, 512)), mesh_of(ctx.size), Shard(0))}
+        target = like(want)
+        dcp.load(target, checkpoint_id=ctx.dir / str(i))
+        assert_equal(target, want)
+
+
+def case_warm_up_makes_nothing_but_memory(ctx):
+    sd = state(ctx, "x")
+    for mode in (THREAD, PROCESS):
+        dcp.warm_up(sd, async_checkpointer_type=mode)
+    dcp.async_save(sd, checkpoint_id=ctx.dir).result(timeout=60)
+    assert not (Path.cwd() / ".metadata").exists()
+    target = like(sd)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, state(ctx, "x"))
+
+
+def case_without_collectives_every_rank_commits_its_own_and_hears_of_the_others(ctx):
+    sd = {"mine": value(f"r{ctx.rank}", (100, 7)), "rank": ctx.rank}
+    dcp.async_save(sd, checkpoint_id=ctx.dir, use_collectives=False).result(timeout=60)
+    assert (ctx.dir / f"__{ctx.rank}.metadata").exists()
+    ctx.barrier()
+    big = {"mine": value(f"r{ctx.rank}", (1 << 16,)), "rank": ctx.rank}
+    with files_can_not_grow(ctx.rank == 1):
+        future = dcp.async_save(big, checkpoint_id=ctx.dir, use_collectives=False)
+        try:
+            future.result(timeout=60)
+            raise AssertionError("no failure")
+        except dcp.CheckpointException as error:
+            assert ctx.rank != 1 and set(error.failures) == {1}, error
+        except OSError:
+            assert ctx.rank == 1

@@ -1,6 +1,6 @@
 /*
- * bridge.cpp: the module `_bridge`, the only C++ here: torch's tensors and process groups as the
- * plain C of dcp_bridge.h, in one table in a capsule.
+ * bridge.cpp: the module `_bridge`, the only C++ here: torch's tensors, process groups and
+ * stores as the plain C of dcp_bridge.h, in one table in a capsule.
  *
  * `_native` never links libtorch.  What it needs of it is this table.  Each source includes the
  * leanest headers that declare what it uses; torch/extension.h would triple the build time.
@@ -23,6 +23,7 @@ namespace
 {
 
 using dcp_bridge::comm_from_group;
+using dcp_bridge::store_from_group;
 using dcp_bridge::tensor_mutable_data;
 using dcp_bridge::tensor_view;
 
@@ -30,6 +31,7 @@ constexpr struct dcp_bridge_table table = {
     DCP_BRIDGE_VERSION,  sizeof(struct dcp_bridge_table),
     TORCH_VERSION,       tensor_view,
     tensor_mutable_data, comm_from_group,
+    store_from_group,
 };
 
 /* "2.13.0+cpu" is release 2.13.0: what follows the plus names the build, not the headers. */

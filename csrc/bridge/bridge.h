@@ -14,6 +14,8 @@ namespace dcp_bridge
 int tensor_view(void *object, struct dcp_tensor_view *ret) noexcept;
 uint8_t *tensor_mutable_data(void *object) noexcept;
 int comm_from_group(void *process_group, struct dcp_comm *ret_comm, struct dcp_error *err) noexcept;
+int store_from_group(void *process_group, struct dcp_store *ret_store,
+                     struct dcp_error *err) noexcept;
 
 } // namespace dcp_bridge
 

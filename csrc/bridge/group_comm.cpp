@@ -14,6 +14,7 @@
 #include <pybind11/conduit/pybind11_conduit_v1.h> /* must be first: it includes Python.h */
 
 #include "bridge.h"
+#include "bridge_error.h"
 
 #include <ATen/ops/from_blob.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -21,8 +22,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
-#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,41 +29,14 @@
 namespace
 {
 
+using dcp_bridge::current_exception_text;
+using dcp_bridge::set_error;
+
 /* Bytes of one call to a backend, all ranks together: lengths of 2^31 and more overflow an int in
  * some transports.  Defined smaller by the test of the splitting. */
 #ifndef DCP_BRIDGE_CALL_BYTES
 #define DCP_BRIDGE_CALL_BYTES (size_t{1} << 30)
 #endif
-
-/* dcp_error_set belongs to the core, which is linked into `_native` only. */
-int
-set_error(struct dcp_error *err, int code, int rank, const std::string &message) noexcept
-{
-    if (err == nullptr || err->code != DCP_OK) {
-        return code;
-    }
-    *err = {};
-    err->code = code;
-    err->rank = rank;
-    err->offset_bytes = UINT64_MAX;
-    std::snprintf(err->message, sizeof err->message, "%s", message.c_str());
-    return code;
-}
-
-/* The text of the exception being handled, without torch's C++ backtrace. */
-std::string
-current_exception_text()
-{
-    try {
-        throw;
-    } catch (const c10::Error &e) {
-        return e.what_without_backtrace();
-    } catch (const std::exception &e) {
-        return e.what();
-    } catch (...) {
-        return "an exception of unknown type";
-    }
-}
 
 struct GroupComm {
     c10::intrusive_ptr<c10d::Backend> backend; /* owned; released under the GIL */

@@ -1,5 +1,6 @@
 /*
- * comm_bytes.h: the variable-size all-gather, private to the core (the failure exchange uses it).
+ * comm_bytes.h: messages between ranks that more than one file of the core reads: the variable-size
+ * all-gather, and the record of a failure.
  */
 #ifndef DCP_CORE_COMM_BYTES_H
 #define DCP_CORE_COMM_BYTES_H
@@ -10,5 +11,9 @@
 int dcp_comm_all_gather_bytes(const struct dcp_comm *comm, const uint8_t *data, size_t len,
                               uint8_t **ret_block, struct dcp_span **ret_spans,
                               struct dcp_error *err) DCP_MUST_CHECK;
+
+/* A failure as it travels: its kind (one byte), then its bytes.  ECHO stays in the kind. */
+int dcp_failure_decode(uint32_t rank, const struct dcp_span *record,
+                       struct dcp_failure *ret_failure, struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

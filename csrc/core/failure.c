@@ -60,10 +60,16 @@ drop_echoes(struct dcp_failure_list *list)
     list->count = kept;
 }
 
-static int
-take_record(uint32_t rank, const struct dcp_span *record, struct dcp_failure *ret_failure,
-            struct dcp_error *err)
+int
+dcp_failure_decode(uint32_t rank, const struct dcp_span *record, struct dcp_failure *ret_failure,
+                   struct dcp_error *err)
 {
+    if (record->len < KIND_BYTES) {
+        return dcp_error_set(err, DCP_E_COMM, 0, NULL,
+                             "rank %u sent a failure of no bytes; install the same dcp_native on "
+                             "all ranks",
+                             rank);
+    }
     size_t len = record->len - KIND_BYTES;
     uint32_t kind = record->data[0];
     int rc = check_record(rank, kind & ~(uint32_t)DCP_FAILURE_ECHO, len, err);
@@ -102,7 +108,7 @@ take_records(const struct dcp_span *records, uint32_t records_count,
         if (records[i].len == 0) {
             continue;
         }
-        int rc = take_record(i, &records[i], &list.items[list.count], err);
+        int rc = dcp_failure_decode(i, &records[i], &list.items[list.count], err);
         if (rc != 0) {
             dcp_failure_list_clean_up(&list);
             return rc;

@@ -10,13 +10,14 @@
 
 #include "dcp_comm.h"
 #include "dcp_dtype.h"
+#include "dcp_store.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 #define DCP_BRIDGE_CAPSULE "dcp_native._bridge.table"
-enum { DCP_BRIDGE_VERSION = 1 };
+enum { DCP_BRIDGE_VERSION = 2 };
 
 enum dcp_tensor_class {
     DCP_NOT_A_TENSOR = 0,
@@ -67,6 +68,13 @@ struct dcp_bridge_table {
     /* The CPU backend of a ProcessGroup as a comm table whose calls need no GIL.  Fails with a text
      * when the group has no CPU backend.  destroy() needs the GIL. */
     int (*comm_from_group)(void *process_group, struct dcp_comm *ret_comm, struct dcp_error *err);
+
+    /* A client of the group's store, cloned: where the store has connections, one of our own.
+     * Connecting can take seconds, and longer than any timeout when the host of the store is
+     * frozen; the GIL is let go meanwhile.  The calls and destroy() need no GIL; the calls of a
+     * store written in Python take it. */
+    int (*store_from_group)(void *process_group, struct dcp_store *ret_store,
+                            struct dcp_error *err);
 };
 
 #ifdef __cplusplus

@@ -88,4 +88,27 @@
 /* Of the memory that the machine can spare an arena takes at most this many percent. */
 #define DCP_ARENA_SPARE_PERCENT 80
 
+/* The agreement of a background save, in ns.  Looks at the store begin with the first pause, which
+ * doubles: at most to the coordinator's, and for the others to a share of the store's time for each
+ * rank, within bounds, so that a store of one thread answers 10,000 ranks and hears 2,500 calls a
+ * second. */
+#define DCP_STORE_FIRST_PAUSE_NS 1000000u
+#define DCP_STORE_COORDINATOR_PAUSE_NS 100000000u
+#define DCP_STORE_PAUSE_PER_RANK_NS 400000u
+#define DCP_STORE_LEAST_PAUSE_NS 100000000u
+#define DCP_STORE_MOST_PAUSE_NS 2000000000u
+/* Between two looks at the processes of one's host, and how many of them each one looks at: all of
+ * a machine with 8 accelerators. */
+#define DCP_PEER_LOOK_NS 100000000u
+#define DCP_WATCHED_PEERS 8
+/* Between two beats of a host. */
+#define DCP_HOST_BEAT_NS 2000000000u
+/* A host that said that it publishes cannot beat meanwhile: it has this many times the timeout. */
+#define DCP_HOST_BUSY_TIMES 6
+/* The coordinator gives up this much before the deadline, or an eighth of the time if that is less,
+ * so that the others hear of it before theirs. */
+#define DCP_VERDICT_MARGIN_NS 5000000000u
+/* Whoever gave the verdict waits so long for the others to have read it. */
+#define DCP_FAREWELL_NS 30000000000u
+
 #endif

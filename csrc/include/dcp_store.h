@@ -29,11 +29,11 @@ struct dcp_store {
     /* Only of a key that is there.  DCP_E_LIMIT when the value is over `cap` bytes. */
     int (*get)(void *ctx, const char *key, void *buf, size_t cap, size_t *ret_len,
                struct dcp_error *err);
-    /* Adds to a counter; 0 reads it (and makes it). */
+    /* Adds to a counter; 0 reads it (and makes it).  Not tried again: it may have counted. */
     int (*add)(void *ctx, const char *key, int64_t delta, int64_t *ret_value,
                struct dcp_error *err);
     int (*check)(void *ctx, const char *key, bool *ret_there, struct dcp_error *err);
-    int (*remove)(void *ctx, const char *key, struct dcp_error *err);
+    int (*remove)(void *ctx, const char *key, struct dcp_error *err); /* there or not */
     void (*destroy)(void *ctx); /* of the real one: needs no GIL */
 };
 
@@ -42,6 +42,7 @@ struct dcp_store {
 /* The processes of a group by rank, exchanged once per group. */
 struct dcp_peers {
     struct dcp_shm_host *hosts; /* owned; by rank; all zero: not known */
+    uint32_t *leaders; /* owned; by rank: the lowest rank of its host; its own where not known */
     uint32_t count, rank;
 };
 
@@ -71,11 +72,14 @@ struct dcp_agreement {
     bool independent; /* every rank publishes its own before it says durable; a failure of one rank
                          undoes nothing of the others */
     void *ctx;        /* of the calls below, all from the thread that runs the agreement */
-    /* Waits up to `wait_ns` for a change, then tells. */
+    uint64_t (*now_ns)(void *ctx); /* NULL: dcp_now_ns().  Tests have a clock of their own */
+    /* Waits up to `wait_ns` for a change, then tells.  After DURABLE and FAILED it only waits. */
     enum dcp_bytes_state (*bytes)(void *ctx, uint64_t wait_ns, struct dcp_failure *ret_failure);
-    int (*publish)(void *ctx, struct dcp_error *err);      /* coordinator, or `independent` */
-    enum dcp_outcome (*abandon)(void *ctx);                /* coordinator, or `independent` */
-    void (*conclude)(void *ctx, enum dcp_outcome outcome); /* the others: the verdict */
+    int (*publish)(void *ctx, struct dcp_error *err); /* coordinator, or `independent` */
+    /* Both may be called while the bytes are still being written: they stop that first. */
+    enum dcp_outcome (*abandon)(void *ctx); /* coordinator, or `independent` */
+    /* The others, not `independent`: the verdict.  UNKNOWN: nobody knows it, files are left. */
+    void (*conclude)(void *ctx, enum dcp_outcome outcome);
     /* The outcome is certain and told (the coordinator) or known: the caller's future may end.
      * After it the agreement only takes leave.  `failures`: NULL when committed. */
     void (*settled)(void *ctx, int rc, const struct dcp_failure_list *failures,
@@ -88,8 +92,9 @@ struct dcp_agreement_stats {
 };
 
 /* Runs the protocol to its end: from writing to leave taken.  Calls `settled` exactly once.  rc of
- * it: 0, DCP_E_PEER with `failures` (the same on all ranks that hear of them), DCP_E_TIMEOUT or
- * DCP_E_COMM with `err`. */
+ * it: 0, DCP_E_PEER with `failures` (the same on all ranks that hear of them), or with `err`
+ * DCP_E_TIMEOUT (no verdict), DCP_E_COMM (the store was lost), DCP_E_NOMEM or DCP_E_LIMIT.  With
+ * `err`, whether the checkpoint was committed is not known, but on the coordinator. */
 void dcp_agreement_run(const struct dcp_agreement *agreement,
                        struct dcp_agreement_stats *ret_stats);
 

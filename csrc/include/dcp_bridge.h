@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define DCP_BRIDGE_CAPSULE "dcp_native._bridge.table"
-enum { DCP_BRIDGE_VERSION = 1 };
+enum { DCP_BRIDGE_VERSION = 2 };
 
 enum dcp_tensor_class {
     DCP_NOT_A_TENSOR = 0,
@@ -44,6 +44,7 @@ struct dcp_tensor_view {
     uint8_t *data;          /* element 0; reading only (copy-on-write is not triggered) */
     const int64_t *sizes;   /* elements */
     const int64_t *strides; /* elements */
+    uint8_t *storage;       /* its first byte; NULL when it has none or is not strided memory */
     uint64_t storage_bytes;
     uint32_t ndim;
     uint32_t flags; /* enum dcp_tensor_flags */

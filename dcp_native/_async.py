@@ -25,6 +25,7 @@ from . import _roles
 from ._config import config
 from ._report import logger
 from ._save import NativeSave, hash64
+from ._staging import choose_stager, run_stager
 from ._uploads import SaveFuture, Upload, begin, in_flight, wait_for_uploads
 
 ALONE_TIMEOUT_S = 24 * 3600.0
@@ -58,12 +59,16 @@ def start(
     """
     upload = Upload(save, SaveFuture(save))
     borrow = _roles.stage_reason(stager, save.writer) is not None
-    staged = stages_asynchronously(stager)
+    staged = _stages_asynchronously(stager)
     try:
         _make_room(save)
         state_dict = _stateful_to_state_dict(state_dict)
         if borrow and save.error is None:
-            state_dict, staged = _stage_by(stager, state_dict)
+            stager, _ = choose_stager(stager, save.writer)
+            copy, future = run_stager(stager, state_dict)
+            # Planning needs the copy, and is collective: it is waited for.
+            state_dict = copy if future is None else future.result()
+            staged = future is not None
     except BaseException as error:
         save.leave(error)
         raise
@@ -95,22 +100,10 @@ def start(
     return _response(upload.future, staged)
 
 
-def stages_asynchronously(stager: AsyncStager | None) -> bool:
+def _stages_asynchronously(stager: AsyncStager | None) -> bool:
     """Whether torch would return an AsyncSaveResponse for this stager."""
     options = getattr(stager, "_config", None)
     return bool(getattr(options, "use_async_staging", False))
-
-
-def _stage_by(stager: AsyncStager, state_dict: STATE_DICT_TYPE) -> tuple[STATE_DICT_TYPE, bool]:
-    """A private copy by the user's own stager, which the save holds until it is written; whether
-    the stager gave a future of it.  It is waited for: planning needs the copy, and is collective.
-    """
-    staged = stager.stage(state_dict)
-    if isinstance(staged, Future):
-        return staged.result(), True
-    if stager.should_synchronize_after_execute:
-        stager.synchronize_staging()
-    return staged, False
 
 
 def _response(future: SaveFuture, staged: bool) -> SaveFuture | AsyncSaveResponse:

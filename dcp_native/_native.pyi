@@ -1,7 +1,7 @@
 """Types of the C extension (csrc/py)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class NativeError(RuntimeError):
 def crc32(data: Any, crc: int = 0, /) -> int: ...
 def trim() -> None: ...
 def live_bytes() -> int: ...
+def copy_storages(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], /) -> None: ...
 def peek_save_id(image: bytes, /) -> str | None: ...
 def verify_checkpoint(
     path: str | os.PathLike,

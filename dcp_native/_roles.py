@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import _state_dict_stager as _torch_stager
+from torch.distributed.checkpoint import staging as _torch_staging
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
@@ -18,9 +20,9 @@ from torch.distributed.checkpoint.filesystem import (
     FileSystemWriter,
     SerializationFormat,
 )
-from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager
+from torch.distributed.checkpoint.staging import AsyncStager
 
-from . import filesystem
+from . import _state_dict_stager, filesystem, staging
 from ._config import config
 
 _SAVE_PLANNER_HOOKS = (
@@ -63,23 +65,41 @@ _READER_HOOKS = (
     "_slice_file",
 )
 
+_STAGER_HOOKS = ("stage", "synchronize_staging", "close")
+_COPIER_HOOKS = (
+    "stage",
+    "deepcopy_with_tensor_offload",
+    "_offload_tensor",
+    "_stage_untyped_storage",
+)
+
 _STOCK_FUNCTIONS = {
-    cls: {name: getattr(cls, name) for name in names}
-    for cls, names in (
-        (DefaultSavePlanner, _SAVE_PLANNER_HOOKS),
-        (DefaultLoadPlanner, _LOAD_PLANNER_HOOKS),
-        (FileSystemWriter, _WRITER_HOOKS),
-        (FileSystemReader, _READER_HOOKS),
-        (filesystem.FileSystemReader, _READER_HOOKS),
+    (what, cls): {name: getattr(cls, name) for name in names}
+    for what, cls, names in (
+        ("planner", DefaultSavePlanner, _SAVE_PLANNER_HOOKS),
+        ("planner", DefaultLoadPlanner, _LOAD_PLANNER_HOOKS),
+        ("writer", FileSystemWriter, _WRITER_HOOKS),
+        ("reader", FileSystemReader, _READER_HOOKS),
+        ("reader", filesystem.FileSystemReader, _READER_HOOKS),
+        ("stager", FileSystemWriter, _STAGER_HOOKS),
+        ("stager", _torch_staging.BlockingAsyncStager, _STAGER_HOOKS),
+        ("stager", staging.BlockingAsyncStager, _STAGER_HOOKS),
+        ("stager", _torch_staging.DefaultStager, (*_STAGER_HOOKS, "_stage")),
+        ("stager", staging.DefaultStager, (*_STAGER_HOOKS, "_stage")),
+        ("copier", _torch_stager.StateDictStager, _COPIER_HOOKS),
+        ("copier", _state_dict_stager.StateDictStager, _COPIER_HOOKS),
     )
 }
 """Torch's functions and ours as they were at the import of this module: a patch is noticed."""
 
 
+_MUST_SYNCHRONIZE = AsyncStager.should_synchronize_after_execute
+
+
 def _not_stock(role: Any, what: str, *classes: type) -> str | None:
     if type(role) not in classes:
         return f"the {what} is a {type(role).__module__}.{type(role).__qualname__}"
-    for name, function in _STOCK_FUNCTIONS[type(role)].items():
+    for name, function in _STOCK_FUNCTIONS[what, type(role)].items():
         if getattr(getattr(role, name), "__func__", None) is not function:
             return f"the {what}'s {name} is not torch's"
     return None
@@ -127,11 +147,28 @@ def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str 
 
 
 def stage_reason(stager: AsyncStager | None, writer: Any) -> str | None:
-    """None when staging can run natively, else why not."""
-    if stager is None or stager is writer:
-        if writer is not None and writer.cache_staged_state_dict:
-            return "the writer caches staged state dicts"
+    """None when staging can run natively, else why not.
+
+    As in torch a writer that is a stager is the one, unless another is given.
+    """
+    if stager is None and isinstance(writer, AsyncStager):
+        stager = writer
+    if stager is None:
         return None
-    if type(stager) is not DefaultStager:
-        return f"the stager is a {type(stager).__module__}.{type(stager).__qualname__}"
-    return None
+    classes = [cls for what, cls in _STOCK_FUNCTIONS if what == "stager"]
+    reason = _not_stock(stager, "stager", *classes)
+    if reason is None and type(stager).should_synchronize_after_execute is not _MUST_SYNCHRONIZE:
+        reason = "the stager's should_synchronize_after_execute is not torch's"
+    if reason is not None:
+        return reason
+    if isinstance(stager, _torch_staging.DefaultStager):
+        return _copier_reason(stager._state_dict_stager)
+    return "the stager checks types" if stager.type_check else None
+
+
+def _copier_reason(copier: Any) -> str | None:
+    classes = [cls for what, cls in _STOCK_FUNCTIONS if what == "copier"]
+    reason = _not_stock(copier, "copier", *classes)
+    if reason is None and getattr(copier, "_closed", not copier._deepcopy_dispatch):
+        reason = "the stager is closed"
+    return reason

@@ -109,29 +109,43 @@ def load(
         warnings.warn(_NO_DIST_TEXT, stacklevel=2)
     with _profile():
         reader = cast(StorageReader, _storage_setup(storage_reader, checkpoint_id, reader=True))
-        tops = sorted(state_dict.keys())
-        try:
-            selection = None if keys is None else KeyFilter(keys)
-            if verify is not None and verify not in VERIFY:
-                raise ValueError(f"verify must be None or one of {list(VERIFY)}, not {verify!r}")
-            loaded = {
-                key: value.state_dict() if isinstance(value, Stateful) else value
-                for key, value in ((key, state_dict[key]) for key in tops)
-            }
-        except BaseException as error:
-            _tell(error, reader, planner, process_group, no_dist)
-            raise
-        _load_state_dict(
-            loaded, reader, process_group, 0, no_dist, planner,
-            keys=selection, verify=verify, top_is_copy=True,
-        )  # fmt: skip
-        for key in tops:
-            if selection is not None and str(key) not in selection.touched:
-                continue
-            if isinstance(value := state_dict[key], Stateful):
-                value.load_state_dict(loaded[key])
-            else:
-                state_dict[key] = loaded[key]
+        _load(state_dict, reader, process_group, 0, no_dist, planner, keys, verify)
+
+
+def _load(
+    state_dict: dict[str, Any],
+    reader: StorageReader,
+    process_group: dist.ProcessGroup | None,
+    coordinator_rank: int,
+    no_dist: bool,
+    planner: LoadPlanner | None,
+    keys: Keys | None = None,
+    verify: bool | Literal["strict"] | None = None,
+) -> None:
+    """``load`` with its roles made; ``coordinator_rank`` is a rank of the group."""
+    tops = sorted(state_dict.keys())
+    try:
+        selection = None if keys is None else KeyFilter(keys)
+        if verify is not None and verify not in VERIFY:
+            raise ValueError(f"verify must be None or one of {list(VERIFY)}, not {verify!r}")
+        loaded = {
+            key: value.state_dict() if isinstance(value, Stateful) else value
+            for key, value in ((key, state_dict[key]) for key in tops)
+        }
+    except BaseException as error:
+        _tell(error, reader, planner, process_group, coordinator_rank, no_dist)
+        raise
+    _load_state_dict(
+        loaded, reader, process_group, coordinator_rank, no_dist, planner,
+        keys=selection, verify=verify, top_is_copy=True,
+    )  # fmt: skip
+    for key in tops:
+        if selection is not None and str(key) not in selection.touched:
+            continue
+        if isinstance(value := state_dict[key], Stateful):
+            value.load_state_dict(loaded[key])
+        else:
+            state_dict[key] = loaded[key]
 
 
 def _tell(
@@ -139,6 +153,7 @@ def _tell(
     reader: StorageReader,
     planner: LoadPlanner | None,
     process_group: dist.ProcessGroup | None,
+    coordinator_rank: int,
     no_dist: bool,
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
@@ -147,10 +162,11 @@ def _tell(
         set_report(_failed({"kind": "load", "path": "torch", "reason": reason}, error))
         if isinstance(error, Exception):
             with contextlib.suppress(CheckpointException):
-                _refuse(error, process_group, 0, no_dist)
+                _refuse(error, process_group, coordinator_rank, no_dist)
     else:
         wait_for_uploads()
-        NativeLoad(reader, planner, group_for(process_group, no_dist)).tell(error)
+        group = group_for(process_group, no_dist, 0 if no_dist else coordinator_rank)
+        NativeLoad(reader, planner, group).tell(error)
 
 
 def _load_state_dict(

@@ -176,11 +176,12 @@ fill_memory(const c10::TensorImpl *impl, struct dcp_tensor_view *view)
     }
     const c10::Storage &storage = impl->unsafe_storage();
     view->storage_bytes = storage.nbytes();
+    view->flags |= impl->numel() == 0 ? DCP_TENSOR_HAS_MEMORY : 0;
+    const auto *base = static_cast<const uint8_t *>(storage.data());
+    view->storage = const_cast<uint8_t *>(base);
     if (impl->numel() == 0) {
-        view->flags |= DCP_TENSOR_HAS_MEMORY;
         return;
     }
-    const auto *base = static_cast<const uint8_t *>(storage.data());
     uint64_t end, end_bytes;
     if (base == nullptr || !extent_of(impl, view, &end) ||
         dcp_mul_overflows_u64(end, view->item_bytes, &end_bytes) ||

@@ -45,6 +45,7 @@ struct dcp_tensor_view {
     uint8_t *data;          /* element 0; reading only (copy-on-write is not triggered) */
     const int64_t *sizes;   /* elements */
     const int64_t *strides; /* elements */
+    uint8_t *storage;       /* its first byte; NULL when it has none or is not strided memory */
     uint64_t storage_bytes;
     uint32_t ndim;
     uint32_t flags; /* enum dcp_tensor_flags */

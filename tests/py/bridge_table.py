@@ -69,6 +69,7 @@ class TensorView(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("sizes", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("storage", ctypes.c_void_p),
         ("storage_bytes", ctypes.c_uint64),
         ("ndim", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
@@ -142,6 +143,7 @@ class View:
     data: int | None
     sizes: list[int] | None
     strides: list[int] | None
+    storage: int | None
     storage_bytes: int
     flags: Flag
     dtype: int
@@ -156,6 +158,7 @@ def view_of(table: BridgeTable, thing: Any) -> View:
         raw.data,
         raw.sizes[: raw.ndim] if raw.sizes else None,
         raw.strides[: raw.ndim] if raw.strides else None,
+        raw.storage,
         raw.storage_bytes,
         Flag(raw.flags),
         raw.dtype,

@@ -33,11 +33,10 @@ ring_destroy(struct dcp_ring *ring)
 }
 
 int
-dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
-                 struct dcp_error *err)
+dcp_ring_shape(uint32_t *buffers_count, uint64_t *buffer_bytes, struct dcp_error *err)
 {
-    uint32_t count = buffers_count != 0 ? buffers_count : DCP_RING_BUFFERS;
-    uint64_t bytes = buffer_bytes != 0 ? buffer_bytes : DCP_RING_BUFFER_BYTES;
+    uint32_t count = *buffers_count != 0 ? *buffers_count : DCP_RING_BUFFERS;
+    uint64_t bytes = *buffer_bytes != 0 ? *buffer_bytes : DCP_RING_BUFFER_BYTES;
     if (count < 2 || count > DCP_RING_MOST_BUFFERS || bytes % DCP_DIRECT_ALIGN_BYTES != 0 ||
         bytes > DCP_MAX_REQUEST_BYTES) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
@@ -45,6 +44,21 @@ dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring 
                              "buffers, each a multiple of %u bytes",
                              count, (unsigned long long)bytes, DCP_RING_MOST_BUFFERS,
                              DCP_DIRECT_ALIGN_BYTES);
+    }
+    *buffers_count = count;
+    *buffer_bytes = bytes;
+    return 0;
+}
+
+int
+dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
+                 struct dcp_error *err)
+{
+    uint32_t count = buffers_count;
+    uint64_t bytes = buffer_bytes;
+    int rc = dcp_ring_shape(&count, &bytes, err);
+    if (rc != 0) {
+        return rc;
     }
     for (int i = 0; i < KEPT_RINGS; i++) {
         struct dcp_ring *ring = atomic_exchange(&kept_rings[i], NULL);

@@ -23,6 +23,9 @@ struct dcp_ring {
 
 enum { DCP_RING_MOST_BUFFERS = 8 };
 
+/* Resolves 0, the default, in either number; DCP_E_INVALID when the shape is none. */
+int dcp_ring_shape(uint32_t *buffers_count, uint64_t *buffer_bytes,
+                   struct dcp_error *err) DCP_MUST_CHECK;
 /* 0 for either number: the default.  Takes a kept ring of that shape or maps a new one. */
 int dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
                      struct dcp_error *err) DCP_MUST_CHECK;
@@ -42,7 +45,7 @@ struct dcp_job {
     void *file;                       /* for the run function */
     uint8_t *data;                    /* memory to write from or to read into */
     uint64_t offset_bytes, len_bytes; /* in the file */
-    uint32_t kind;                    /* for the run function */
+    uint32_t kind, slot;              /* for the run function */
     uint32_t flags;                   /* for the run function */
 };
 

@@ -6,21 +6,14 @@
  * (checksums, hashes) lies behind what it covers.  One file after another goes through the same
  * ring; the next file is filled while the last one is written and synced.
  *
+ * The same walk fills an image (image.c): only the stream under it differs.
+ *
  * Memory: the ring (32 MiB by default), 4 bytes per MiB of payload, 32 bytes per hashed record.
- * Threads: the calling thread copies.  With direct I/O the kernel's queue writes beside it, or,
- * where there is none, one thread that lives as long as the call.  Neither is started below
- * INLINE_MOST_BYTES, where nothing overlaps, nor without direct I/O, where writing is copying by
- * the processor: a piece that goes to the kernel right after its checksum, from the cache, beats a
- * second thread that reads it from memory again.  With several files one more thread syncs and
- * closes them.
+ * Threads: the calling thread copies; writer_run.c says who writes.
  */
 #include "writer.h"
 
-#include <errno.h>
 #include <string.h>
-
-/* One buffer's worth: a single request, which no copy can run beside. */
-#define INLINE_MOST_BYTES DCP_RING_BUFFER_BYTES
 
 /* What is kept of a file's payloads until its tables are written. */
 struct file_blocks {
@@ -99,10 +92,10 @@ static int
 check_position(const struct dcp_writer *writer, uint64_t expected, struct dcp_error *err)
 {
     if (writer->position_bytes != expected) {
-        return dcp_error_set(err, DCP_E_INTERNAL, 0, writer->file->name,
-                             "the writer is at byte %llu where the layout says %llu",
-                             (unsigned long long)writer->position_bytes,
-                             (unsigned long long)expected);
+        return dcp_error_set(
+            err, DCP_E_INTERNAL, 0, writer->file != NULL ? writer->file->name : NULL,
+            "the writer is at byte %llu where the layout says %llu",
+            (unsigned long long)writer->position_bytes, (unsigned long long)expected);
     }
     return 0;
 }
@@ -123,8 +116,9 @@ write_ready(struct dcp_writer *writer, const struct dcp_placed_record *record,
 static int
 write_raw(struct dcp_writer *writer, const struct dcp_item *item,
           const struct dcp_placed_record *record, struct dcp_write_payload *payload,
-          struct dcp_buf *scratch, struct dcp_error *err)
+          struct dcp_error *err)
 {
+    struct dcp_buf *scratch = &writer->scratch;
     payload->ndim = item->ndim;
     payload->item_bytes = dcp_dtype_bytes(item->dtype);
     payload->sizes = dcp_item_sizes(writer->plan, item);
@@ -167,7 +161,7 @@ keep_hash(const struct dcp_writer *writer, const struct dcp_placed_record *recor
 
 static int
 write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *blocks,
-             struct dcp_buf *scratch, struct dcp_error *err)
+             struct dcp_error *err)
 {
     const struct dcp_placed_record *record = &writer->layout->records[index];
     const struct dcp_item *item = &writer->plan->items[record->item];
@@ -194,7 +188,7 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
             payload.block_crcs = blocks->crcs + blocks->crcs_count;
             blocks->crcs_count += blocks_of(record->payload_bytes);
         }
-        rc = write_raw(writer, item, record, &payload, scratch, err);
+        rc = write_raw(writer, item, record, &payload, err);
         if (rc == 0 && payload.block_crcs != NULL) {
             blocks->entries[blocks->entries_count++] =
                 (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes,
@@ -216,17 +210,17 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
 }
 
 static int
-write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed,
-             struct dcp_buf *scratch, struct dcp_error *err)
+write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed, struct dcp_error *err)
 {
     struct dcp_file_header header = {.save_id = *writer->save_id,
-                                     .rank = writer->plan->rank,
+                                     .rank = writer->rank,
                                      .n = (uint32_t)(writer->n0 + placed->index),
                                      .length_bytes = placed->length_bytes,
                                      .table_offset_bytes = placed->table_offset_bytes,
                                      .table_bytes = placed->table_bytes,
                                      .hash_offset_bytes = placed->hash_offset_bytes,
                                      .hash_bytes = placed->hash_bytes};
+    struct dcp_buf *scratch = &writer->scratch;
     dcp_buf_clear(scratch);
     dcp_file_put_header(scratch, &header);
     int rc = dcp_buf_check(scratch, err);
@@ -235,8 +229,9 @@ write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed,
 
 static int
 write_tables(struct dcp_writer *writer, const struct dcp_placed_file *placed,
-             const struct file_blocks *blocks, struct dcp_buf *scratch, struct dcp_error *err)
+             const struct file_blocks *blocks, struct dcp_error *err)
 {
+    struct dcp_buf *scratch = &writer->scratch;
     int rc = dcp_write_stream_zeros_to(writer, placed->table_offset_bytes, err);
     dcp_buf_clear(scratch);
     if (placed->table_bytes > 0) {
@@ -258,152 +253,36 @@ write_tables(struct dcp_writer *writer, const struct dcp_placed_file *placed,
     return rc == 0 ? check_position(writer, placed->length_bytes, err) : rc;
 }
 
-/* Opens and allocates all files, where they are few and large. */
-static int
-open_ahead(struct dcp_writer *writer, struct dcp_error *err)
-{
-    const struct dcp_layout *layout = writer->layout;
-    if (layout->files_count < 2 || layout->files_count > DCP_AHEAD_FILES ||
-        layout->total_bytes < DCP_AHEAD_BYTES) {
-        return 0;
-    }
-    for (uint32_t i = 0; i < layout->files_count; i++) {
-        struct dcp_error local;
-        dcp_error_clear(&local);
-        int rc = dcp_write_file_open(writer, &layout->files[i], &writer->ahead[i], &local);
-        if (rc != 0 && (local.sys_errno == EMFILE || local.sys_errno == ENFILE)) {
-            return 0; /* one at a time, then */
-        }
-        if (rc != 0) {
-            if (err != NULL && err->code == 0) {
-                *err = local;
-            }
-            return rc;
-        }
-    }
-    return 0;
-}
-
-static int
-take_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
-          struct dcp_write_file **ret_file, struct dcp_error *err)
-{
-    size_t index = (size_t)(placed - writer->layout->files);
-    if (index < DCP_AHEAD_FILES && writer->ahead[index] != NULL) {
-        *ret_file = writer->ahead[index];
-        writer->ahead[index] = NULL;
-        return 0;
-    }
-    return dcp_write_file_open(writer, placed, ret_file, err);
-}
-
-/* Given up half way: the job closes the file without calling it finished. */
-static void
-give_up_file(struct dcp_writer *writer, struct dcp_write_file *file)
-{
-    if (file != NULL) {
-        struct dcp_job job = {.file = file, .kind = DCP_WRITE_JOB_CLOSE, .flags = 1};
-        dcp_pump_push(&writer->pump, &job);
-    }
-}
-
-static int
-write_file(struct dcp_writer *writer, const struct dcp_placed_file *placed, struct dcp_buf *scratch,
-           struct dcp_error *err)
+int
+dcp_write_walk_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+                    struct dcp_error *err)
 {
     struct file_blocks blocks = {0};
-    struct dcp_write_file *file;
     int rc = file_blocks_init(writer, placed, &blocks, err);
-    if (rc != 0) {
-        goto done;
-    }
-    rc = take_file(writer, placed, &file, err);
-    if (rc != 0) {
-        goto done;
-    }
-    dcp_write_stream_open(writer, file);
-    if (file->direct && (writer->layout->total_bytes > INLINE_MOST_BYTES ||
-                         writer->options->tuning.queue == DCP_QUEUE_ON)) {
-        rc = dcp_write_queue_start(writer, err);
-    }
-    rc = rc == 0 ? write_header(writer, placed, scratch, err) : rc;
+    rc = rc == 0 ? write_header(writer, placed, err) : rc;
     for (uint32_t i = 0; rc == 0 && i < placed->records_count; i++) {
-        rc = write_record(writer, placed->first_record + i, &blocks, scratch, err);
+        rc = write_record(writer, placed->first_record + i, &blocks, err);
     }
-    if (rc == 0) {
-        rc = write_tables(writer, placed, &blocks, scratch, err);
-    }
-    if (rc == 0) {
-        rc = dcp_write_stream_close(writer, err);
-    }
-    if (rc == 0) {
-        writer->stats.files_count++;
-        writer->stats.file_bytes += placed->length_bytes;
-    }
-done:
+    rc = rc == 0 ? write_tables(writer, placed, &blocks, err) : rc;
     file_blocks_clean_up(&blocks);
     return rc;
 }
 
-static int
-write_files(struct dcp_writer *writer, struct dcp_error *err)
-{
-    struct dcp_buf scratch = {0};
-    int rc = open_ahead(writer, err);
-    if (writer->options->sync && writer->layout->files_count > 1) {
-        dcp_pump_start(&writer->closer);
-    }
-    for (uint32_t i = 0; rc == 0 && i < writer->layout->files_count; i++) {
-        rc = write_file(writer, &writer->layout->files[i], &scratch, err);
-    }
-    give_up_file(writer, writer->file);
-    for (int i = 0; i < DCP_AHEAD_FILES; i++) {
-        give_up_file(writer, writer->ahead[i]);
-    }
-    dcp_buf_clean_up(&scratch);
-    return rc;
-}
-
 static void
-count_time(struct dcp_writer *writer, uint64_t start_ns, uint64_t filled_ns)
+describe_file(const struct dcp_writer *writer, uint32_t index, uint64_t *ret_n,
+              uint64_t *ret_length_bytes)
 {
-    struct dcp_write_stats *stats = &writer->stats;
-    uint64_t waited_ns = writer->pump.wait_ns + writer->queue.wait_ns;
-    uint64_t inline_ns = 0; /* of the calling thread, besides copying */
-    stats->limited_ns = writer->rate.slept_ns;
-    if (!writer->pump.threaded) {
-        waited_ns += writer->closer.wait_ns;
-        inline_ns = stats->limited_ns + stats->write_ns;
-        inline_ns += writer->closer.threaded ? 0 : stats->sync_ns;
-    }
-    uint64_t filling_ns = filled_ns - start_ns;
-    stats->copy_ns = filling_ns - dcp_min_u64(filling_ns, waited_ns + inline_ns);
-    stats->wait_ns = waited_ns + (dcp_engine_now_ns() - filled_ns);
+    const struct dcp_placed_file *placed = &writer->layout->files[index];
+    *ret_n = writer->n0 + placed->index;
+    *ret_length_bytes = placed->length_bytes;
 }
 
-/* Fills, waits for everything, frees the threads.  The first failure is told. */
 static int
-run(struct dcp_writer *writer, uint64_t start_ns, struct dcp_error *err)
+stream_file(struct dcp_writer *writer, uint32_t index, struct dcp_error *err)
 {
-    int rc = dcp_pump_init(&writer->pump, dcp_write_file_job, writer, err);
-    if (rc != 0) {
-        return rc;
-    }
-    rc = dcp_pump_init(&writer->closer, dcp_write_close_job, writer, err);
-    if (rc == 0) {
-        writer->pump.on_start = writer->closer.on_start = dcp_write_thread_priority;
-        if (writer->options->own_thread) {
-            dcp_write_thread_priority(writer);
-        }
-        rc = write_files(writer, err);
-        int queue_rc = dcp_write_queue_finish(writer, rc != 0, err);
-        rc = rc != 0 ? rc : queue_rc;
-    }
-    uint64_t filled_ns = dcp_engine_now_ns();
-    int pump_rc = dcp_pump_clean_up(&writer->pump, err);
-    int closer_rc = dcp_pump_clean_up(&writer->closer, err);
-    count_time(writer, start_ns, filled_ns);
-    return rc != 0 ? rc : pump_rc != 0 ? pump_rc : closer_rc;
+    dcp_write_stream_open(writer);
+    int rc = dcp_write_walk_file(writer, &writer->layout->files[index], err);
+    return rc == 0 ? dcp_write_stream_flush(writer, err) : rc;
 }
 
 int
@@ -413,34 +292,36 @@ dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                const struct dcp_engine_options *options, uint32_t *ret_crcs,
                struct dcp_write_stats *ret_stats, struct dcp_error *err)
 {
-    uint64_t start_ns = dcp_engine_now_ns();
+    int rc = dcp_write_check_numbers(n0, layout->files_count, err);
+    if (rc != 0) {
+        return rc;
+    }
     struct dcp_writer writer = {.io = io,
                                 .dirfd = dirfd,
                                 .dir_path = dir_path,
+                                .options = options,
+                                .content = {describe_file, stream_file},
+                                .rank = plan->rank,
+                                .files_count = layout->files_count,
+                                .total_bytes = layout->total_bytes,
                                 .plan = plan,
                                 .layout = layout,
                                 .sources = sources,
                                 .save_id = save_id,
                                 .n0 = n0,
-                                .options = options,
                                 .crcs = ret_crcs};
-    if (n0 > UINT32_MAX || layout->files_count > UINT32_MAX - n0) {
-        return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
-                             "file number %llu is over 32 bits: save to a new directory",
-                             (unsigned long long)n0);
-    }
-    int rc = dcp_ring_acquire(options->ring_buffers, options->ring_buffer_bytes, &writer.ring, err);
+    rc = dcp_ring_acquire(options->ring_buffers, options->ring_buffer_bytes, &writer.ring, err);
     if (rc != 0) {
         return rc;
     }
-    dcp_rate_init(&writer.rate, io, options->tuning.limit_bytes_s, writer.ring->buffer_bytes);
-    rc = run(&writer, start_ns, err);
+    writer.request_bytes = writer.padded_bytes = writer.ring->buffer_bytes;
+    writer.slots_count = writer.ring->buffers_count;
+    rc = dcp_write_run(&writer, err);
     writer.stats.ring_bytes = writer.ring->buffer_bytes * writer.ring->buffers_count;
-    writer.stats.priority_failures = atomic_load(&writer.priority_failures);
+    dcp_buf_clean_up(&writer.scratch);
     if (!writer.queue.lost) {
         dcp_ring_release(writer.ring);
     }
-    writer.stats.wall_ns = dcp_engine_now_ns() - start_ns;
     if (rc == 0 && ret_stats != NULL) {
         *ret_stats = writer.stats;
     }

@@ -1,8 +1,10 @@
 /*
  * writer.h: private: what the files of the writer share.
  *
- * writer.c walks the layout, writer_stream.c turns one file's bytes into jobs, writer_file.c opens
- * files and runs the jobs, writer_queue.c has the requests that are in flight without a thread.
+ * writer.c walks the layout, writer_stream.c turns one file's bytes into jobs or puts them into an
+ * image (image.c), writer_image.c makes jobs of a ready image.  writer_run.c takes one file after
+ * another and has the threads, writer_file.c opens files and runs the jobs, writer_queue.c has the
+ * requests that are in flight without a thread.
  * The calling thread fills buffers.  Requests run on the pump's thread, or in the queue, or, where
  * neither pays, inside of the push; with several files a second pump syncs and closes them beside
  * the writing of the next.  A struct dcp_write_file belongs to the caller until its last job is
@@ -11,6 +13,7 @@
 #ifndef DCP_WRITER_H
 #define DCP_WRITER_H
 
+#include "dcp_image.h"
 #include "rate.h"
 #include "ring.h"
 
@@ -54,26 +57,53 @@ struct dcp_write_flight {
 
 struct dcp_write_queue {
     struct dcp_io_queue *queue;                             /* NULL: requests go another way */
-    struct dcp_write_flight flights[DCP_RING_MOST_BUFFERS]; /* by ring buffer */
+    struct dcp_write_flight flights[DCP_RING_MOST_BUFFERS]; /* by the job's slot */
     uint32_t flying_count, ended_count;
     bool given_up; /* it is not there, or did what pwrite had to mend: not used again */
     bool failed;   /* what is in flight is only waited for */
-    bool lost;     /* ... and was waited for in vain: ring and queue are never freed */
+    bool lost;     /* ... and was waited for in vain: memory and queue are never freed */
     uint64_t wait_ns;
+};
+
+struct dcp_writer;
+
+/* Where the files of a writer and their bytes come from. */
+struct dcp_write_content {
+    /* The number in the name of file `index`, and its length. */
+    void (*describe)(const struct dcp_writer *writer, uint32_t index, uint64_t *ret_n,
+                     uint64_t *ret_length_bytes);
+    /* Pushes all bytes of file `index`, which is open as writer->file. */
+    int (*write)(struct dcp_writer *writer, uint32_t index, struct dcp_error *err);
 };
 
 struct dcp_writer {
     const struct dcp_io *io;
     int dirfd;
     const char *dir_path;
+    const struct dcp_engine_options *options;
+    struct dcp_write_content content;
+    uint32_t rank; /* of the names */
+    uint32_t files_count;
+    uint64_t total_bytes;   /* of all files */
+    uint64_t request_bytes; /* the longest */
+    uint64_t padded_bytes;  /* there is memory for the last request up to this multiple */
+    uint32_t slots_count;   /* requests that may be in flight */
+
+    /* the walk: what is written, from tensors */
     const struct dcp_plan *plan;
     const struct dcp_layout *layout;
     const struct dcp_source *sources;
     const struct dcp_save_id *save_id;
     uint64_t n0;
-    const struct dcp_engine_options *options;
     uint32_t *crcs; /* per layout record; may be NULL */
+    struct dcp_buf scratch;
     struct dcp_ring *ring;
+
+    /* ... or from an image; NULL: it is not */
+    const struct dcp_image *image;
+    const uint8_t *image_memory;
+    uint64_t image_written_bytes; /* of its files, padding left out */
+
     struct dcp_pump pump;
     struct dcp_pump closer;  /* pushed to by the thread that runs the pump's jobs */
     uint64_t unsynced_bytes; /* of that thread: in the page cache, handed to the closer */
@@ -86,18 +116,39 @@ struct dcp_writer {
 
     /* the stream: where the next byte goes */
     struct dcp_write_file *file;
-    bool in_place;           /* no direct I/O: large payloads are written from the source */
-    uint64_t position_bytes; /* in the file */
-    uint8_t *buffer;         /* the ring buffer being filled */
-    uint64_t filled_bytes;   /* of it */
-    uint64_t limit_bytes;    /* of it: the buffer is pushed when that much is in it */
+    bool in_place;                  /* no direct I/O: large payloads are written from the source */
+    bool to_image;                  /* `buffer` is all of the file: nothing is pushed */
+    uint64_t position_bytes;        /* in the file */
+    uint8_t *buffer;                /* being filled: of the ring, or the file in an image */
+    uint64_t filled_bytes;          /* of it */
+    uint64_t limit_bytes;           /* of it: the buffer is pushed when that much is in it */
+    uint64_t streaming_least_bytes; /* payloads from here on bypass the cache */
     uint32_t buffer_index;
     uint64_t buffer_jobs[DCP_PUMP_JOBS]; /* 1 + number of the last job that used each buffer */
 };
 
+/* ---- writer.c ---- */
+/* Header, records and tables of one file, to the stream that is open. */
+int dcp_write_walk_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+                        struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- writer_run.c ---- */
+/* Writes all files: opens, has their content pushed, closes; waits for everything, frees the
+ * threads.  The first failure is told. */
+int dcp_write_run(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
+/* A request for writer->file.  `slot` is free in the queue. */
+int dcp_write_push(struct dcp_writer *writer, const uint8_t *data, uint64_t offset, uint64_t len,
+                   uint32_t slot, uint64_t *ret_number, struct dcp_error *err) DCP_MUST_CHECK;
+/* DCP_E_LIMIT when a number of `files_count` from n0 on does not fit a file header. */
+int dcp_write_check_numbers(uint64_t n0, uint32_t files_count,
+                            struct dcp_error *err) DCP_MUST_CHECK;
+
 /* ---- writer_file.c ---- */
-int dcp_write_file_open(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+int dcp_write_file_open(struct dcp_writer *writer, uint64_t n, uint64_t length_bytes,
                         struct dcp_write_file **ret_file, struct dcp_error *err) DCP_MUST_CHECK;
+/* Counts bytes of a file that are written, which is the progress of an image. */
+void dcp_write_count(struct dcp_writer *writer, const struct dcp_write_file *file, uint64_t offset,
+                     uint64_t len);
 /* The pump's function; ctx is the writer. */
 int dcp_write_file_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err);
 /* Writes all of it through pwrite, whatever single calls do. */
@@ -120,11 +171,11 @@ int dcp_write_check_cancel(const struct dcp_writer *writer, struct dcp_error *er
 /* Gets requests away from the calling thread: by the queue where it may be, else by the pump's
  * thread. */
 int dcp_write_queue_start(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
-/* The job's data is a whole ring buffer that is not in flight. */
+/* The job's slot is not in flight. */
 int dcp_write_queue_push(struct dcp_writer *writer, const struct dcp_job *job,
                          struct dcp_error *err) DCP_MUST_CHECK;
-/* Waits until ring buffer `index` is not in flight. */
-int dcp_write_queue_wait(struct dcp_writer *writer, uint32_t index,
+/* Waits until `slot` is not in flight. */
+int dcp_write_queue_wait(struct dcp_writer *writer, uint32_t slot,
                          struct dcp_error *err) DCP_MUST_CHECK;
 /* Waits for all that is in flight and ends the files that waited for it. */
 int dcp_write_queue_drain(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
@@ -134,7 +185,10 @@ int dcp_write_queue_finish(struct dcp_writer *writer, bool failed,
                            struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- writer_stream.c ---- */
-void dcp_write_stream_open(struct dcp_writer *writer, struct dcp_write_file *file);
+/* The bytes go to writer->file. */
+void dcp_write_stream_open(struct dcp_writer *writer);
+/* The bytes go to `memory`, where the file of `length_bytes` lies. */
+void dcp_write_stream_open_image(struct dcp_writer *writer, uint8_t *memory, uint64_t length_bytes);
 int dcp_write_stream_bytes(struct dcp_writer *writer, const uint8_t *data, uint64_t len,
                            struct dcp_error *err) DCP_MUST_CHECK;
 int dcp_write_stream_zeros_to(struct dcp_writer *writer, uint64_t position_bytes,
@@ -152,7 +206,7 @@ struct dcp_write_payload {
 
 int dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *payload,
                              struct dcp_error *err) DCP_MUST_CHECK;
-/* Pushes what is left, padded where direct I/O wants it, and the job that closes the file. */
-int dcp_write_stream_close(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
+/* Pushes what is left, padded where direct I/O wants it. */
+int dcp_write_stream_flush(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

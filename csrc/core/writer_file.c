@@ -37,7 +37,7 @@ tell(const struct dcp_writer *writer, const char *name, int sys_errno, bool sync
                                            .fd = writer->dirfd,
                                            .sys_errno = sys_errno,
                                            .syncing = syncing,
-                                           .need_bytes = writer->layout->total_bytes};
+                                           .need_bytes = writer->total_bytes};
     file_path(writer, name, path);
     bool first = err != NULL && err->code == 0;
     int code = dcp_error_set(err, DCP_E_IO, sys_errno, path, "%s %s failed: %s", what, path,
@@ -122,7 +122,7 @@ choose_direct(const struct dcp_writer *writer, struct dcp_write_file *file, stru
     }
     uint64_t step = align.offset_bytes;
     if (align.mem_bytes != 0 && align.mem_bytes <= DCP_DIRECT_ALIGN_BYTES && step != 0 &&
-        (step & (step - 1)) == 0 && writer->ring->buffer_bytes % step == 0 &&
+        (step & (step - 1)) == 0 && writer->padded_bytes % step == 0 &&
         io->set_direct(io->ctx, file->fd, true) == 0) {
         file->direct = true;
         file->align_bytes = step;
@@ -186,16 +186,15 @@ preallocate(const struct dcp_writer *writer, const struct dcp_write_file *file,
 }
 
 int
-dcp_write_file_open(struct dcp_writer *writer, const struct dcp_placed_file *placed,
+dcp_write_file_open(struct dcp_writer *writer, uint64_t n, uint64_t length_bytes,
                     struct dcp_write_file **ret_file, struct dcp_error *err)
 {
     struct dcp_write_file *file = dcp_calloc(1, sizeof *file);
     if (file == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a file to write");
     }
-    snprintf(file->name, sizeof file->name, "__%" PRIu32 "_%" PRIu64 ".distcp", writer->plan->rank,
-             writer->n0 + placed->index);
-    file->length_bytes = placed->length_bytes;
+    snprintf(file->name, sizeof file->name, "__%" PRIu32 "_%" PRIu64 ".distcp", writer->rank, n);
+    file->length_bytes = length_bytes;
     file->align_bytes = 1;
     int rc = open_new(writer, file->name, &file->fd, err);
     if (rc != 0) {
@@ -378,6 +377,28 @@ dcp_write_file_end(struct dcp_writer *writer, struct dcp_write_file *file)
     return dcp_pump_code(&writer->closer);
 }
 
+/* Of an image's payload, what `written_bytes` of its files stand for. */
+static uint64_t
+payload_share(const struct dcp_image *image, uint64_t written_bytes)
+{
+    __extension__ typedef unsigned __int128 wide;
+    return (uint64_t)((wide)image->payload_bytes * written_bytes / image->total_bytes);
+}
+
+void
+dcp_write_count(struct dcp_writer *writer, const struct dcp_write_file *file, uint64_t offset,
+                uint64_t len)
+{
+    if (writer->image == NULL || writer->options->progress_bytes == NULL) {
+        return;
+    }
+    uint64_t before = payload_share(writer->image, writer->image_written_bytes);
+    writer->image_written_bytes += dcp_min_u64(len, file->length_bytes - offset);
+    atomic_fetch_add_explicit(writer->options->progress_bytes,
+                              payload_share(writer->image, writer->image_written_bytes) - before,
+                              memory_order_relaxed);
+}
+
 static int
 write_job(struct dcp_writer *writer, const struct dcp_job *job, struct dcp_error *err)
 {
@@ -392,6 +413,7 @@ write_job(struct dcp_writer *writer, const struct dcp_job *job, struct dcp_error
     } else if (rc == 0) {
         rc = dcp_write_range(writer, file, job->data, job->offset_bytes, job->len_bytes, err);
         if (rc == 0) {
+            dcp_write_count(writer, file, job->offset_bytes, job->len_bytes);
             rc = limit_dirty(writer, file, err);
         }
     }

@@ -1,6 +1,6 @@
 /*
- * writer_queue.c: requests in flight without a thread of ours: the calling thread fills buffers and
- * starts writes, the kernel runs them.
+ * writer_queue.c: requests in flight without a thread of ours: the calling thread fills buffers, or
+ * takes the next piece of an image, and starts writes, the kernel runs them.
  *
  * The queue only ever does the plain case.  A request that did not end as it was asked to (short,
  * interrupted, refused) is mended by dcp_write_range, which knows what to do about each, once
@@ -8,7 +8,8 @@
  * request.  If the queue refused what pwrite then did, it is not used again, and the pump's thread
  * takes over.  An error that is one (EIO, ENOSPC, ...) fails the save as it does on the thread.
  *
- * Invariants: a buffer is refilled, and the ring released, only when its request has ended.  A wait
+ * Invariants: a slot stands for a buffer of the ring, or for nothing but itself when an image is
+ * written.  It is used again, and the ring released, only when its request has ended.  A wait
  * for a request is as long as pwrite would have been, until the save is cancelled or has failed;
  * from then on DCP_QUEUE_GRACE_NS.  If that is over, the memory is the kernel's for ever.
  * Threads: all of it on the calling thread.
@@ -55,6 +56,7 @@ land(struct dcp_writer *writer, struct dcp_write_flight *flight, bool written)
     struct dcp_write_file *file = flight->file;
     if (written) {
         file->end_bytes = dcp_max_u64(file->end_bytes, flight->offset_bytes + flight->len_bytes);
+        dcp_write_count(writer, file, flight->offset_bytes, flight->len_bytes);
     }
     file->given_up = file->given_up || !written;
     file->in_flight--;
@@ -98,7 +100,7 @@ reap(struct dcp_writer *writer, struct dcp_error *err)
         }
     }
     queue->wait_ns += dcp_engine_now_ns() - start_ns;
-    DCP_ASSERT(done.tag < writer->ring->buffers_count);
+    DCP_ASSERT(done.tag < writer->slots_count);
     struct dcp_write_flight *flight = &queue->flights[done.tag];
     DCP_ASSERT(flight->state == DCP_FLIGHT_FLYING);
     queue->flying_count--;
@@ -145,7 +147,7 @@ settle(struct dcp_writer *writer, struct dcp_error *err)
             return rc;
         }
     }
-    for (uint32_t i = 0; i < writer->ring->buffers_count; i++) {
+    for (uint32_t i = 0; i < writer->slots_count; i++) {
         struct dcp_write_flight *flight = &queue->flights[i];
         if (flight->state == DCP_FLIGHT_NONE) {
             continue;
@@ -188,7 +190,7 @@ dcp_write_queue_start(struct dcp_writer *writer, struct dcp_error *err)
     if (use != DCP_QUEUE_OFF && !queue->given_up) {
         int rc = -ENOSYS;
         if (io->queue_open != NULL) {
-            rc = io->queue_open(io->ctx, writer->ring->buffers_count, &queue->queue);
+            rc = io->queue_open(io->ctx, writer->slots_count, &queue->queue);
         }
         if (rc == 0) {
             return 0;
@@ -211,15 +213,14 @@ dcp_write_queue_push(struct dcp_writer *writer, const struct dcp_job *job, struc
     struct dcp_write_queue *queue = &writer->queue;
     const struct dcp_io *io = writer->io;
     struct dcp_write_file *file = job->file;
-    uint64_t index = (uint64_t)(job->data - writer->ring->memory) / writer->ring->buffer_bytes;
-    DCP_ASSERT(job->data == dcp_ring_buffer(writer->ring, (uint32_t)index));
-    struct dcp_write_flight *flight = &queue->flights[index];
+    DCP_ASSERT(job->slot < writer->slots_count);
+    struct dcp_write_flight *flight = &queue->flights[job->slot];
     DCP_ASSERT(flight->state == DCP_FLIGHT_NONE);
     struct dcp_io_write write = {.fd = file->fd,
                                  .buf = job->data,
                                  .len = job->len_bytes,
                                  .offset = job->offset_bytes,
-                                 .tag = index,
+                                 .tag = job->slot,
                                  .io_priority = writer->options->tuning.io_priority};
     *flight = (struct dcp_write_flight){.state = DCP_FLIGHT_FLYING,
                                         .file = file,
@@ -240,11 +241,11 @@ dcp_write_queue_push(struct dcp_writer *writer, const struct dcp_job *job, struc
 }
 
 int
-dcp_write_queue_wait(struct dcp_writer *writer, uint32_t index, struct dcp_error *err)
+dcp_write_queue_wait(struct dcp_writer *writer, uint32_t slot, struct dcp_error *err)
 {
     struct dcp_write_queue *queue = &writer->queue;
     int rc = 0;
-    while (rc == 0 && queue->flights[index].state == DCP_FLIGHT_FLYING) {
+    while (rc == 0 && queue->flights[slot].state == DCP_FLIGHT_FLYING) {
         rc = reap(writer, err);
     }
     if (rc == 0 && queue->ended_count > 0) {
@@ -269,7 +270,7 @@ dcp_write_queue_finish(struct dcp_writer *writer, bool failed, struct dcp_error 
         DCP_ASSERT(queue->lost || queue->flying_count + queue->ended_count == 0);
         (void)again_rc; /* the first failure is told */
     }
-    for (uint32_t i = 0; queue->lost && i < writer->ring->buffers_count; i++) {
+    for (uint32_t i = 0; queue->lost && i < writer->slots_count; i++) {
         if (queue->flights[i].state != DCP_FLIGHT_NONE) {
             (void)land(writer, &queue->flights[i], false); /* the kernel holds the file itself */
         }

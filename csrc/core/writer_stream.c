@@ -1,13 +1,16 @@
 /*
- * writer_stream.c: one file's bytes, in order, turned into write requests.
+ * writer_stream.c: one file's bytes, in order, turned into write requests or put into an image.
+ *
+ * There are two sinks.  An image has room for the whole file: bytes are put where they belong and
+ * nothing is pushed.  Otherwise they become requests.
  *
  * With direct I/O all bytes pass through the ring: payloads by one fused copy and CRC, so the
  * source is read once.  Without it large payloads are checksummed in place and handed to the kernel
  * from the source, which saves the copy; only small things are packed.
  *
- * Invariants: at most limit_bytes are in the buffer; with direct I/O only full buffers are pushed
- * before the end, so every request is aligned.  A buffer is refilled only after its job has run.
- * Threads: all of it on the calling thread.
+ * Invariants: at most limit_bytes are in the buffer, of an image as many as its file has; with
+ * direct I/O only full buffers are pushed before the end, so every request is aligned.  A buffer is
+ * refilled only after its job has run. Threads: all of it on the calling thread.
  */
 #include "writer.h"
 
@@ -69,30 +72,13 @@ block_add(struct block_crc *crc, const uint8_t *data, uint64_t n, bool last)
     }
 }
 
-static int
-push_write(struct dcp_writer *writer, const uint8_t *data, uint64_t offset, uint64_t len,
-           uint64_t *ret_number, struct dcp_error *err)
-{
-    int rc = dcp_write_check_cancel(writer, err);
-    if (rc != 0) {
-        return rc;
-    }
-    struct dcp_job job = {.file = writer->file,
-                          .data = (uint8_t *)(uintptr_t)data,
-                          .offset_bytes = offset,
-                          .len_bytes = len,
-                          .kind = DCP_WRITE_JOB_WRITE};
-    *ret_number = dcp_pump_push(&writer->pump, &job);
-    return 0;
-}
-
 /* Pushes the buffer as it is. */
 static int
 push_buffer(struct dcp_writer *writer, uint64_t len, struct dcp_error *err)
 {
     uint64_t number;
-    int rc = push_write(writer, writer->buffer, writer->position_bytes - writer->filled_bytes, len,
-                        &number, err);
+    int rc = dcp_write_push(writer, writer->buffer, writer->position_bytes - writer->filled_bytes,
+                            len, writer->buffer_index, &number, err);
     if (rc != 0) {
         return rc;
     }
@@ -103,10 +89,30 @@ push_buffer(struct dcp_writer *writer, uint64_t len, struct dcp_error *err)
     return 0;
 }
 
+/* No more at a time than a buffer of the ring has: steps that small are looked at by `cancel`, and
+ * what was gathered is in the cache when its CRC is taken. */
+static int
+image_room(const struct dcp_writer *writer, uint8_t **ret_at, uint64_t *ret_room,
+           struct dcp_error *err)
+{
+    uint64_t left = writer->limit_bytes - writer->filled_bytes;
+    if (left == 0) {
+        return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL,
+                             "a file has more than the %llu bytes that the layout says",
+                             (unsigned long long)writer->limit_bytes);
+    }
+    *ret_at = writer->buffer + writer->filled_bytes;
+    *ret_room = dcp_min_u64(left, DCP_RING_BUFFER_BYTES);
+    return dcp_write_check_cancel(writer, err);
+}
+
 /* Where the next bytes go and how many fit; waits for a free buffer. */
 static int
 stream_room(struct dcp_writer *writer, uint8_t **ret_at, uint64_t *ret_room, struct dcp_error *err)
 {
+    if (writer->to_image) {
+        return image_room(writer, ret_at, ret_room, err);
+    }
     if (writer->filled_bytes >= writer->limit_bytes) {
         int rc = push_buffer(writer, writer->filled_bytes, err);
         if (rc != 0) {
@@ -143,12 +149,12 @@ count_progress(const struct dcp_writer *writer, uint64_t n)
     }
 }
 
-/* Dense source into the ring, one fused pass. */
+/* Dense source into the ring or the image, one fused pass. */
 static int
 payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
              struct block_crc *crc, struct dcp_error *err)
 {
-    bool streaming = payload->len_bytes >= STREAMING_LEAST_BYTES;
+    bool streaming = payload->len_bytes >= writer->streaming_least_bytes;
     while (crc->done_bytes < payload->len_bytes) {
         uint8_t *at;
         uint64_t room;
@@ -180,7 +186,7 @@ payload_in_place(struct dcp_writer *writer, const struct dcp_write_payload *payl
         crc->block = dcp_crc32(crc->block, at, n);
         block_add(crc, at, n, n == left);
         uint64_t number;
-        rc = push_write(writer, at, writer->position_bytes, n, &number, err);
+        rc = dcp_write_push(writer, at, writer->position_bytes, n, 0, &number, err);
         writer->position_bytes += n;
         count_progress(writer, n);
     }
@@ -204,7 +210,7 @@ dense_run(const struct dcp_write_payload *payload)
     return run;
 }
 
-/* Strided source: gathered into the ring in row-major order, then checksummed. */
+/* Strided source: gathered in row-major order, then checksummed. */
 static int
 payload_gather(struct dcp_writer *writer, const struct dcp_write_payload *payload,
                struct block_crc *crc, struct dcp_error *err)
@@ -234,15 +240,25 @@ payload_gather(struct dcp_writer *writer, const struct dcp_write_payload *payloa
 }
 
 void
-dcp_write_stream_open(struct dcp_writer *writer, struct dcp_write_file *file)
+dcp_write_stream_open(struct dcp_writer *writer)
 {
     DCP_ASSERT(writer->filled_bytes == 0);
-    writer->file = file;
+    bool direct = writer->file->direct;
     writer->position_bytes = 0;
-    writer->in_place = !file->direct;
-    writer->limit_bytes = file->direct
-                              ? writer->ring->buffer_bytes
-                              : dcp_min_u64(writer->ring->buffer_bytes, DCP_WRITE_PIECE_BYTES);
+    writer->in_place = !direct;
+    writer->limit_bytes =
+        direct ? writer->request_bytes : dcp_min_u64(writer->request_bytes, DCP_WRITE_PIECE_BYTES);
+    writer->streaming_least_bytes = STREAMING_LEAST_BYTES;
+}
+
+void
+dcp_write_stream_open_image(struct dcp_writer *writer, uint8_t *memory, uint64_t length_bytes)
+{
+    writer->to_image = true;
+    writer->buffer = memory;
+    writer->limit_bytes = length_bytes;
+    writer->position_bytes = writer->filled_bytes = 0;
+    writer->streaming_least_bytes = STREAMING_LEAST_BYTES;
 }
 
 int
@@ -302,18 +318,12 @@ dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *pa
 }
 
 int
-dcp_write_stream_close(struct dcp_writer *writer, struct dcp_error *err)
+dcp_write_stream_flush(struct dcp_writer *writer, struct dcp_error *err)
 {
-    int rc = 0;
-    if (writer->filled_bytes > 0) {
-        uint64_t len = dcp_align_up(writer->filled_bytes, writer->file->align_bytes);
-        memset(writer->buffer + writer->filled_bytes, 0, len - writer->filled_bytes);
-        rc = push_buffer(writer, len, err);
+    if (writer->filled_bytes == 0) {
+        return 0;
     }
-    if (rc == 0) {
-        struct dcp_job job = {.file = writer->file, .kind = DCP_WRITE_JOB_CLOSE};
-        dcp_pump_push(&writer->pump, &job);
-        writer->file = NULL;
-    }
-    return rc;
+    uint64_t len = dcp_align_up(writer->filled_bytes, writer->file->align_bytes);
+    memset(writer->buffer + writer->filled_bytes, 0, len - writer->filled_bytes);
+    return push_buffer(writer, len, err);
 }

@@ -20,7 +20,6 @@ import dcp_native as dcp
 from dcp_native import _uploads
 from dcp_native._save import NativeSave
 
-
 THREAD, PROCESS = dcp.AsyncCheckpointerType.THREAD, dcp.AsyncCheckpointerType.PROCESS
 
 

@@ -178,7 +178,7 @@ class Upload:
     def _result(self) -> Metadata:
         save = self.save
         rank = save.group.rank
-        self.facts.update(save.upload_stats())
+        self.facts.update(save.upload_stats(), progress_bytes=save.progress_bytes())
         try:
             failures = save.upload_result()
         except Exception as alone:

@@ -214,13 +214,13 @@ save_upload(PyObject *object, PyObject *args, PyObject *kwargs)
     struct save_object *self = as_save(object);
     PyObject *watch, *store = Py_None, *process = Py_None, *failure = Py_None;
     struct dcp_upload_params params = {0};
-    double timeout_s, host_timeout_s;
+    double timeout_s = 0, host_timeout_s = 0;
     const char *prefix = "";
     int written = 0;
     bool given;
 
     if (group_object_get(self->group) == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O$dd|OOsOp:upload", names, &watch, &timeout_s,
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ddOOsOp:upload", names, &watch, &timeout_s,
                                      &host_timeout_s, &store, &process, &prefix, &failure,
                                      &written) ||
         check_parts(object, watch, store, process) != 0 ||

@@ -104,8 +104,8 @@ def case_an_interrupt_behind_the_last_collective_reaches_the_others_over_the_sto
     for step in ("agree", "compare", "stage"):
         original = getattr(NativeSave, step)
 
-        def interrupted(save, original=original):
-            original(save)
+        def interrupted(save, original=original, **options):
+            original(save, **options)
             raise KeyboardInterrupt
 
         setattr(NativeSave, step, interrupted if ctx.rank == 1 else original)
@@ -218,6 +218,7 @@ def case_ranks_leave_out_a_save_together(ctx):
 
 
 def case_a_rank_without_memory_streams_and_the_others_stage(ctx):
+    dcp.trim()  # what is there already is used
     before = dcp.configure(arena_cap_bytes=4096 if ctx.rank == 1 else 0)
     try:
         sd, want = state(ctx, "x"), state(ctx, "x")

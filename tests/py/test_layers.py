@@ -27,8 +27,8 @@ FILE_CALLS = {
     "renameat", "unlink", "unlinkat", "mkdir", "ftruncate", "fallocate", "fopen", "fread", "fwrite",
     "syscall", "setpriority", "nanosleep",
 }  # fmt: skip
-SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c"}
-"""The table of system calls, its queue, and the table of shared memory."""
+SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c", "memfd_posix.c"}
+"""The table of system calls, its queue, the table of shared memory, and memory by descriptor."""
 
 
 def code_of(path: Path) -> str:

@@ -117,7 +117,9 @@ ask_after_death_of_a_host(const struct world *world, const struct world_fault *f
     if (fault->step <= 2) {
         return world->keys_left != 0 ? "keys are left" : NULL;
     }
-    return ask_after_death(world, fault, 15 * WORLD_S);
+    /* It may have announced that it publishes, and then has six times the time. */
+    return ask_after_death(world, fault,
+                           fault->rank == world->plan.coordinator ? 70 * WORLD_S : 15 * WORLD_S);
 }
 
 static void
@@ -140,6 +142,7 @@ a_host_that_dies_at_any_step_is_heard_of_by_its_silence(void)
 {
     struct world_plan plan = plan_of(3, 1);
     plan.coordinator = 1;
+    plan.deadline_ns = 120 * WORLD_S;
     at_every_step(plan, (struct world_fault){.event = WORLD_KILL}, ask_after_death_of_a_host);
 }
 

@@ -173,9 +173,8 @@ try {
     StorePtr store = group->getStore();
     if (!store) {
         return set_error(err, DCP_E_COMM, group->getRank(),
-                         "process group \"" + group->getGroupName() +
-                             "\" has no store, over which the ranks of a background save agree; "
-                             "pass a group made by init_process_group or new_group");
+                         "the process group has no store, over which the ranks of a background "
+                         "save agree; pass a group made by init_process_group or new_group");
     }
     auto client = std::make_unique<GroupStore>();
     client->store = clone_of(store);

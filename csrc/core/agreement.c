@@ -22,10 +22,10 @@
  * contradiction.
  *
  * Keys: the last to leave removes them, `d` first; whoever gave the verdict waits for that (its
- * process may host the store), and removes what is left, at the latest when the wait is over.  A rank that makes a
- * key later finds no `d` and removes its own.  What can stay: all keys of a save whose giver died
- * after the verdict while another rank never took leave, and those of a rank that was killed behind
- * its own deadline or when all others had gone.
+ * process may host the store), and removes what is left, at the latest when the wait is over.  A
+ * rank that makes a key later finds no `d` and removes its own.  What can stay: all keys of a save
+ * whose giver died after the verdict while another rank never took leave, and those of a rank that
+ * was killed behind its own deadline or when all others had gone.
  *
  * Threads: one per run; no lock, no state but the caller's and this run's.
  */

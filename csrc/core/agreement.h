@@ -107,7 +107,8 @@ int agreement_check(struct agreement *run, enum agreement_key key, bool *ret_the
 int agreement_beat(struct agreement *run, uint32_t leader, int64_t delta, int64_t *ret_value,
                    struct dcp_error *err) DCP_MUST_CHECK;
 void agreement_remove(struct agreement *run, enum agreement_key key);
-void agreement_remove_beat(struct agreement *run, uint32_t leader);
+/* Those that this rank made, by beating or by looking. */
+void agreement_remove_beats(struct agreement *run);
 /* `d` first: whoever makes a key after that looks for `d`, and removes its own again. */
 void agreement_remove_all(struct agreement *run);
 

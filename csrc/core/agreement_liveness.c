@@ -173,7 +173,7 @@ lose_host(const struct agreement *run, const struct watched_host *host, uint64_t
     name_ranks(run, host->leader, ranks);
     *ret_loss = (struct agreement_loss){.there = true, .rank = host->leader};
     (void)dcp_error_set(&ret_loss->what, DCP_E_PEER, 0, NULL,
-                        "nothing was heard for %.1f s of the host of rank %s, for which rank "
+                        "nothing was heard for %.1f s of the host of ranks %s, for which rank "
                         "%" PRIu32 " beats: the machine, its network or that process died or "
                         "froze during the save%s",
                         (double)silent_ns / 1e9, ranks, host->leader, role_of(run, host->leader));

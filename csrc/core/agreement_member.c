@@ -63,9 +63,7 @@ be_left_without_verdict(struct agreement *run, struct dcp_error *err)
      * failure. */
     agreement_remove(run, AGREEMENT_DURABLE);
     agreement_remove(run, AGREEMENT_FAILED);
-    if (run->liveness.beats) {
-        agreement_remove_beat(run, with->rank);
-    }
+    agreement_remove_beats(run);
     return dcp_error_set(err, DCP_E_TIMEOUT, 0, NULL,
                          "%s, and the coordinator (rank %" PRIu32 ") had not said what became of "
                          "the save when its time was over; whether the checkpoint was committed, "

@@ -127,11 +127,22 @@ agreement_remove(struct agreement *run, enum agreement_key key)
     remove_name(run, name_key(run, key, text));
 }
 
-void
-agreement_remove_beat(struct agreement *run, uint32_t leader)
+static void
+remove_beat(struct agreement *run, uint32_t leader)
 {
     char text[KEY_BYTES];
     remove_name(run, name_beat(run, leader, text));
+}
+
+void
+agreement_remove_beats(struct agreement *run)
+{
+    if (run->liveness.beats) {
+        remove_beat(run, run->with->rank);
+    }
+    for (uint32_t i = 0; i < run->liveness.hosts_count; i++) {
+        remove_beat(run, run->liveness.hosts[i].leader);
+    }
 }
 
 void
@@ -149,7 +160,7 @@ agreement_remove_all(struct agreement *run)
     }
     for (uint32_t i = 0; leaders > 1 && i < peers->count; i++) {
         if (agreement_leader_of(run, i) == i) {
-            agreement_remove_beat(run, i);
+            remove_beat(run, i);
         }
     }
 }

@@ -7,8 +7,8 @@
  * step k of a rank is the same fault every time.
  *
  * A killed rank runs on as a ghost to give its memory back: its calls have no effect, its clock is
- * past every deadline, and what it believes is not looked at.  So does one that was frozen for ever,
- * when all others have ended.
+ * past every deadline, and what it believes is not looked at.  So does one that was frozen for
+ * ever, when all others have ended.
  */
 #include "agreement_world.h"
 
@@ -31,7 +31,7 @@ struct actor {
     uint32_t rank;
     pthread_t thread;
     pthread_cond_t turn;
-    uint64_t wake_ns;
+    uint64_t wake_ns, stepped_ns;
     bool done, ghost, store_down, discarded;
     bool loses_call, loses_reply; /* the call of this step */
     uint64_t durable_ns;
@@ -135,7 +135,8 @@ meet(struct actor *self, const struct world_fault *fault)
         result->dead = true;
         break;
     case WORLD_FREEZE:
-        sleep_until(self, fault->until_ns);
+        sleep_until(self, fault->for_ns == WORLD_NEVER ? WORLD_NEVER
+                                                       : self->ground->now_ns + fault->for_ns);
         break;
     case WORLD_CALL_LOST:
         self->loses_call = true;
@@ -155,12 +156,13 @@ static void
 step(struct actor *self)
 {
     const struct world_plan *plan = self->ground->plan;
-    uint64_t before_ns = self->ground->now_ns;
+    uint64_t before_ns = self->stepped_ns;
 
     if (self->ghost) {
         return;
     }
-    sleep_until(self, before_ns + 20000 + draw(self->ground, 100000));
+    sleep_until(self, self->ground->now_ns + 20000 + draw(self->ground, 100000));
+    self->stepped_ns = self->ground->now_ns;
     self->result->steps++;
     for (int i = 0; i < WORLD_MOST_FAULTS; i++) {
         const struct world_fault *fault = &plan->faults[i];
@@ -342,14 +344,14 @@ on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const str
     result->settled_ns = self->ground->now_ns - START_NS;
     result->rc = rc;
     if (err != NULL) {
-        snprintf(result->message, sizeof result->message, "%s", err->message);
+        snprintf(result->message, sizeof result->message, "%.399s", err->message);
     }
     for (size_t i = 0; failures != NULL && i < failures->count && i < 4; i++) {
         struct dcp_error what;
         result->failed_ranks[result->failures_count++] = failures->items[i].rank;
         memcpy(&what, failures->items[i].bytes, sizeof what);
         if (i == 0) {
-            snprintf(result->message, sizeof result->message, "%s", what.message);
+            snprintf(result->message, sizeof result->message, "%.399s", what.message);
         }
     }
     if (rc == 0 && !self->ground->plan->independent && !self->ground->world->committed) {
@@ -417,9 +419,10 @@ set_up_actor(struct ground *ground, uint32_t rank)
     actor->result = &ground->world->ranks[rank];
     actor->rank = rank;
     actor->wake_ns = START_NS + (plan->start_ns != NULL ? plan->start_ns[rank] : 0);
-    actor->durable_ns = plan->write_ns == NULL                ? actor->wake_ns + 50 * WORLD_MS
-                        : plan->write_ns[rank] == WORLD_NEVER ? WORLD_NEVER
-                                                              : actor->wake_ns + plan->write_ns[rank];
+    actor->durable_ns = plan->write_ns == NULL ? actor->wake_ns + 50 * WORLD_MS
+                        : plan->write_ns[rank] == WORLD_NEVER
+                            ? WORLD_NEVER
+                            : actor->wake_ns + plan->write_ns[rank];
     dcp_error_clear(&actor->failed_with);
     (void)dcp_error_set(&actor->failed_with, DCP_E_IO, 28, NULL,
                         "rank %" PRIu32 " cannot write: no space", rank);

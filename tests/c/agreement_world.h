@@ -14,7 +14,7 @@
 enum world_event {
     WORLD_NOTHING = 0,
     WORLD_KILL = 1,       /* the process ends */
-    WORLD_FREEZE = 2,     /* it stands still until `until_ns`, or for ever */
+    WORLD_FREEZE = 2,     /* it stands still for a while, or for ever */
     WORLD_CALL_LOST = 3,  /* one call to the store fails, without effect */
     WORLD_REPLY_LOST = 4, /* one call to the store fails, with effect */
     WORLD_STORE_DOWN = 5, /* every call to the store of this rank fails from now on */
@@ -22,9 +22,9 @@ enum world_event {
 
 struct world_fault {
     uint32_t rank;
-    uint64_t step;     /* of that rank, from 1 on: each store call has two, each callback one */
-    uint64_t at_ns;    /* or the first step at that time; 0: not */
-    uint64_t until_ns; /* of a freeze */
+    uint64_t step;   /* of that rank, from 1 on: each store call has two, each callback one */
+    uint64_t at_ns;  /* or the first step at that time; 0: not */
+    uint64_t for_ns; /* of a freeze; WORLD_NEVER: it never thaws */
     enum world_event event;
 };
 
@@ -37,9 +37,9 @@ struct world_plan {
     uint64_t publish_ns;  /* how long it takes */
     bool independent;
     bool publish_fails, publish_unsynced; /* without effect; after it */
-    const uint64_t *start_ns; /* by rank, may be NULL: when it has staged */
-    const uint64_t *write_ns; /* by rank, may be NULL: how long its write takes */
-    uint64_t failing;         /* bits: ranks whose write fails at its end */
+    const uint64_t *start_ns;             /* by rank, may be NULL: when it has staged */
+    const uint64_t *write_ns;             /* by rank, may be NULL: how long its write takes */
+    uint64_t failing;                     /* bits: ranks whose write fails at its end */
     struct world_fault faults[WORLD_MOST_FAULTS];
 };
 

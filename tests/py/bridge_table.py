@@ -1,7 +1,7 @@
 """The table of dcp_bridge.h by ctypes: what `_bridge` gives to `_native`, called without it.
 
-The structures repeat csrc/include/dcp_{bridge,comm,error}.h; test_bridge.py compares their size
-with what the table says of itself.  Lists of numbers are read from the headers.
+The structures repeat csrc/include/dcp_{bridge,comm,store,error}.h; test_bridge.py compares their
+size with what the table says of itself.  Lists of numbers are read from the headers.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TensorView(ctypes.Structure):
 
 
 def collective(*arguments: Any) -> Any:
-    """A function of struct dcp_comm: ctypes lets go of the GIL, as `_native` does."""
+    """A function of struct dcp_comm or dcp_store: ctypes lets go of the GIL, as `_native` does."""
     return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *arguments, ctypes.POINTER(Error))
 
 
@@ -105,6 +105,25 @@ class CommTable(ctypes.Structure):
     )
 
 
+class StoreTable(ctypes.Structure):
+    _fields_ = (
+        ("ctx", ctypes.c_void_p),
+        ("kind", ctypes.c_char_p),
+        ("set", collective(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)),
+        ("set_once", collective(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)),
+        (
+            "get",
+            collective(
+                ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t)
+            ),
+        ),
+        ("add", collective(ctypes.c_char_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))),
+        ("check", collective(ctypes.c_char_p, ctypes.POINTER(ctypes.c_bool))),
+        ("remove", collective(ctypes.c_char_p)),
+        ("destroy", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+    )
+
+
 class BridgeTable(ctypes.Structure):
     _fields_ = (
         ("version", ctypes.c_uint32),
@@ -121,6 +140,15 @@ class BridgeTable(ctypes.Structure):
                 ctypes.c_int,
                 ctypes.py_object,
                 ctypes.POINTER(CommTable),
+                ctypes.POINTER(Error),
+            ),
+        ),
+        (
+            "store_from_group",
+            ctypes.PYFUNCTYPE(
+                ctypes.c_int,
+                ctypes.py_object,
+                ctypes.POINTER(StoreTable),
                 ctypes.POINTER(Error),
             ),
         ),
@@ -167,7 +195,7 @@ def view_of(table: BridgeTable, thing: Any) -> View:
 
 
 class CommError(Exception):
-    """A call of the comm table failed."""
+    """A call of the comm or store table failed."""
 
     def __init__(self, error: Error) -> None:
         super().__init__(error.message.decode())
@@ -218,6 +246,51 @@ class Comm:
     def _call(self, name: str, *arguments: Any) -> None:
         error = Error()
         rc = getattr(self.raw, name)(self.raw.ctx, *arguments, error)
+        if rc != 0:
+            assert rc == error.code
+            raise CommError(error)
+
+
+class Store:
+    """A store table as methods; raises CommError."""
+
+    def __init__(self, table: BridgeTable, process_group: Any) -> None:
+        self.raw = StoreTable()
+        error = Error()
+        if table.store_from_group(process_group, self.raw, error) != 0:
+            raise CommError(error)
+
+    def close(self) -> None:
+        self.raw.destroy(self.raw.ctx)
+        self.raw.ctx = None
+
+    def set(self, key: str, value: bytes) -> None:
+        self._call("set", key, value, len(value))
+
+    def set_once(self, key: str, value: bytes) -> None:
+        self._call("set_once", key, value, len(value))
+
+    def get(self, key: str, most_bytes: int = 4096) -> bytes:
+        buffer, length = ctypes.create_string_buffer(most_bytes), ctypes.c_size_t()
+        self._call("get", key, buffer, most_bytes, length)
+        return buffer.raw[: length.value]
+
+    def add(self, key: str, delta: int) -> int:
+        value = ctypes.c_int64()
+        self._call("add", key, delta, value)
+        return value.value
+
+    def check(self, key: str) -> bool:
+        there = ctypes.c_bool()
+        self._call("check", key, there)
+        return there.value
+
+    def remove(self, key: str) -> None:
+        self._call("remove", key)
+
+    def _call(self, name: str, key: str, *arguments: Any) -> None:
+        error = Error()
+        rc = getattr(self.raw, name)(self.raw.ctx, key.encode(), *arguments, error)
         if rc != 0:
             assert rc == error.code
             raise CommError(error)

@@ -87,5 +87,29 @@
 #define DCP_MAX_ARENAS 4
 /* Of the memory that the machine can spare an arena takes at most this many percent. */
 #define DCP_ARENA_SPARE_PERCENT 80
+/* Of a directory's path that a writer process is told, for its messages: PATH_MAX; longer ones are
+ * cut. */
+#define DCP_MAX_WRITER_PATH_BYTES 4096
+/* Most of a message that is read from a writer process's socket at once: a length that lies takes
+ * no more memory than what comes with it. */
+#define DCP_WRITER_STEP_BYTES (1u << 20)
+/* A writer process says hello in milliseconds; its executable may lie on a slow shared file system.
+ */
+#define DCP_WRITER_START_NS 30000000000u
+/* How often a writer process tells its progress, and the longest wait of either side before it
+ * looks at whether it should stop. */
+#define DCP_WRITER_SLICE_NS 100000000u
+/* Slices without a word from a writer process that writes, after which it counts as lost: 60 s.
+ * Slices and not a clock: time in which the trainer itself is stopped does not count. */
+#define DCP_WRITER_SILENT_SLICES 600
+/* Slices after a cancel: 10 s, for a request that is stuck in a device; then it is killed. */
+#define DCP_WRITER_CANCEL_SLICES 100
+/* A writer process that is told to end, and one that was killed, get this long. */
+#define DCP_WRITER_END_NS 2000000000u
+/* How long an idle writer process keeps an arena mapped: mapping it anew costs as much as a write's
+ * system calls do, but pages that the trainer gave up stay taken as long as they are mapped. */
+#define DCP_WRITER_KEEP_NS 30000000000u
+/* How late an idle writer process may notice a trainer that died and left its socket to a child. */
+#define DCP_WRITER_IDLE_SLICE_NS 1000000000u
 
 #endif

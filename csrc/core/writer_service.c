@@ -1,0 +1,281 @@
+/*
+ * writer_service.c: the life of a writer process: one request after the other, until its trainer is
+ * done with it, or gone.
+ *
+ * The first thread reads the socket and tells progress; each write has a thread of its own, made
+ * for it, because a priority once lowered cannot be raised for the next save.  Its trainer's end is
+ * the end of the socket, or, where a child of the trainer still has a copy of that, another parent.
+ * Then the write at hand stops at its next request, as a save that was cancelled; its files stay
+ * and are nobody's: no one is left to commit them, and the next save in the directory empties them
+ * with all else that was never committed (sweep.c).
+ *
+ * Threads: `lock` orders what is sent; the first thread never waits for it, so that it always sees
+ * the trainer's end.  It owns all else, but `struct job` belongs to the write's thread until the
+ * phase is IDLE again.
+ */
+#include "writer_service.h"
+
+#include <pthread.h>
+#include <string.h>
+
+#include "dcp_limits.h"
+#include "writer_message.h"
+
+/* Shown by ps and top; 15 characters at most. */
+#define PROCESS_NAME "dcp_writer"
+
+struct job {
+    struct dcp_writer_request request;
+    int arena_fd, dirfd; /* -1 when closed */
+    struct dcp_process_memory memory;
+    _Atomic uint64_t progress_bytes;
+    _Atomic uint32_t created_files;
+    atomic_int cancel;
+};
+
+enum phase {
+    IDLE = 0,
+    WRITING = 1,
+    ANSWERING = 2, /* the trainer may have the answer, and may ask for the next write */
+};
+
+struct service {
+    struct dcp_writer_channel channel;
+    int64_t parent;
+    struct job job;
+    pthread_t thread;
+    bool joinable;    /* `thread` was made and not joined */
+    uint64_t idle_ns; /* since when nothing is written */
+    atomic_int phase;
+    atomic_int ending; /* nobody waits for an answer any more */
+    pthread_mutex_t lock;
+};
+
+static uint64_t
+now_ns(void)
+{
+    const struct dcp_io *io = dcp_io_posix();
+    return io->now_ns(io->ctx);
+}
+
+/* ---- the write's thread ---- */
+
+static void
+close_descriptor(int *fd)
+{
+    if (*fd >= 0) {
+        dcp_descriptor_close(*fd);
+        *fd = -1;
+    }
+}
+
+static int
+map_arena(struct job *job, struct dcp_error *err)
+{
+    uint64_t bytes = job->request.image.bytes;
+    int rc = bytes == 0 ? 0 : dcp_process_map(&job->memory, job->arena_fd, bytes);
+
+    close_descriptor(&job->arena_fd); /* the mapping keeps the memory */
+    if (rc != 0) {
+        return dcp_error_set(err, DCP_E_IO, -rc, NULL,
+                             "mapping %llu bytes of the trainer's arena failed: %s",
+                             (unsigned long long)bytes, strerror(-rc));
+    }
+    return dcp_writer_check_image(&job->request, job->memory.bytes, err);
+}
+
+static void
+run_request(struct job *job, struct dcp_writer_result *ret_result)
+{
+    struct dcp_engine_options options = job->request.options;
+
+    options.own_thread = true;
+    options.cancel = &job->cancel;
+    options.progress_bytes = &job->progress_bytes;
+    options.created_files = &job->created_files;
+    int rc = map_arena(job, &ret_result->err);
+    if (rc == 0) {
+        rc = dcp_image_write(dcp_io_posix(), job->dirfd, job->request.dir_path, &job->request.image,
+                             job->memory.bytes, &options, &ret_result->stats, &ret_result->err);
+    }
+    close_descriptor(&job->dirfd);
+    ret_result->code = rc;
+    ret_result->created_files = atomic_load(&job->created_files);
+    ret_result->payload_bytes = atomic_load(&job->progress_bytes);
+}
+
+static void *
+write_thread(void *ctx)
+{
+    struct service *service = ctx;
+    struct dcp_writer_result result = {0};
+    struct dcp_buf answer = {0};
+
+    run_request(&service->job, &result);
+    dcp_writer_put_result(&answer, &result);
+    atomic_store(&service->phase, ANSWERING);
+    pthread_mutex_lock(&service->lock);
+    int rc =
+        dcp_writer_send(&service->channel, &answer, NULL, 0, UINT32_MAX, &service->ending, NULL);
+    pthread_mutex_unlock(&service->lock);
+    if (rc != 0) {
+        /* A trainer that is not answered must not wait: it hears that we are gone. */
+        dcp_socket_end(service->channel.socket);
+    }
+    dcp_buf_clean_up(&answer);
+    atomic_store(&service->phase, IDLE);
+    return NULL;
+}
+
+/* ---- the first thread ---- */
+
+static void
+join_write(struct service *service)
+{
+    if (service->joinable) {
+        pthread_join(service->thread, NULL);
+        service->joinable = false;
+        service->idle_ns = now_ns();
+    }
+    dcp_writer_request_clean_up(&service->job.request);
+}
+
+static enum dcp_writer_end
+end_of(int code)
+{
+    return code == DCP_E_CORRUPT ? DCP_WRITER_END_PROTOCOL
+           : code == DCP_E_IO    ? DCP_WRITER_END_OK
+                                 : DCP_WRITER_END_SYSTEM;
+}
+
+static enum dcp_writer_end
+start_write(struct service *service, struct dcp_writer_message *message)
+{
+    struct job *job = &service->job;
+
+    if (message->fds_count != DCP_SOCKET_MOST_FDS || atomic_load(&service->phase) == WRITING) {
+        return DCP_WRITER_END_PROTOCOL;
+    }
+    join_write(service);
+    int rc = dcp_writer_get_request(message->body, &job->request, NULL);
+    if (rc != 0) {
+        return end_of(rc);
+    }
+    job->arena_fd = message->fds[0];
+    job->dirfd = message->fds[1];
+    message->fds_count = 0;
+    atomic_store(&job->progress_bytes, 0);
+    atomic_store(&job->created_files, 0);
+    atomic_store(&job->cancel, 0);
+    atomic_store(&service->phase, WRITING);
+    if (pthread_create(&service->thread, NULL, write_thread, service) != 0) {
+        atomic_store(&service->phase, IDLE);
+        return DCP_WRITER_END_SYSTEM;
+    }
+    service->joinable = true;
+    return DCP_WRITER_END_OK;
+}
+
+static enum dcp_writer_end
+take_message(struct service *service, struct dcp_writer_message *message)
+{
+    enum dcp_writer_end end = DCP_WRITER_END_PROTOCOL;
+
+    if (message->kind == DCP_WRITER_WRITE) {
+        end = start_write(service, message);
+    } else if (message->kind == DCP_WRITER_CANCEL) {
+        /* One that comes late finds nothing to stop: the next write clears it. */
+        atomic_store(&service->job.cancel, 1);
+        end = DCP_WRITER_END_OK;
+    }
+    dcp_writer_message_clean_up(message);
+    return end;
+}
+
+/* A trainer that does not read misses some: they say what the next one says better. */
+static void
+tell_progress(struct service *service)
+{
+    struct dcp_writer_progress progress = {atomic_load(&service->job.progress_bytes)};
+    struct dcp_buf message = {0};
+
+    dcp_writer_put_progress(&message, &progress);
+    if (pthread_mutex_trylock(&service->lock) == 0) {
+        if (atomic_load(&service->phase) == WRITING) {
+            (void)!dcp_writer_send(&service->channel, &message, NULL, 0, 0, NULL, NULL);
+        }
+        pthread_mutex_unlock(&service->lock);
+    }
+    dcp_buf_clean_up(&message);
+}
+
+static enum dcp_writer_end
+serve(struct service *service)
+{
+    enum dcp_writer_end end = DCP_WRITER_END_OK;
+
+    while (end == DCP_WRITER_END_OK && dcp_process_parent() == service->parent) {
+        int phase = atomic_load(&service->phase);
+        struct dcp_writer_message message;
+        struct dcp_error err = {0};
+
+        int rc = dcp_writer_receive(&service->channel,
+                                    phase == IDLE ? DCP_WRITER_IDLE_SLICE_NS : DCP_WRITER_SLICE_NS,
+                                    &message, &err);
+        if (rc < 0) {
+            return end_of(rc);
+        }
+        if (rc == 1) {
+            end = take_message(service, &message);
+            continue;
+        }
+        if (phase != IDLE) {
+            tell_progress(service);
+            continue;
+        }
+        join_write(service);
+        if (now_ns() - service->idle_ns > DCP_WRITER_KEEP_NS) {
+            dcp_process_unmap(&service->job.memory);
+        }
+    }
+    return end;
+}
+
+static int
+say_hello(struct service *service)
+{
+    struct dcp_buf hello = {0};
+
+    dcp_writer_put_hello(&hello);
+    int rc =
+        dcp_writer_send(&service->channel, &hello, NULL, 0, DCP_WRITER_SILENT_SLICES, NULL, NULL);
+    dcp_buf_clean_up(&hello);
+    return rc;
+}
+
+enum dcp_writer_end
+dcp_writer_serve(void)
+{
+    struct service service = {
+        .channel = {.socket = DCP_PROCESS_SOCKET},
+        .parent = dcp_process_parent(),
+        .job = {.arena_fd = -1, .dirfd = -1},
+    };
+
+    if (dcp_process_settle_in(PROCESS_NAME) != 0) {
+        return DCP_WRITER_END_USAGE;
+    }
+    if (pthread_mutex_init(&service.lock, NULL) != 0) {
+        return DCP_WRITER_END_SYSTEM;
+    }
+    service.idle_ns = now_ns();
+    enum dcp_writer_end end = say_hello(&service) == 0 ? serve(&service) : DCP_WRITER_END_OK;
+    atomic_store(&service.ending, 1);
+    atomic_store(&service.job.cancel, 1);
+    join_write(&service);
+    dcp_process_unmap(&service.job.memory);
+    dcp_writer_channel_clean_up(&service.channel);
+    dcp_descriptor_close(DCP_PROCESS_SOCKET);
+    pthread_mutex_destroy(&service.lock);
+    return end;
+}

@@ -59,6 +59,13 @@ build/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,build/obj/aid_%.o,$(CTEST_AID)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) build/libcore.a -lpthread -o $@
 
+# The writer process, as its tests start it.
+build/ctest/dcp_writer: csrc/writer/main.c build/libcore.a $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) -Werror $< build/libcore.a -lpthread -o $@
+
+build/ctest/test_writer_process build/ctest/test_writer_message: build/ctest/dcp_writer
+
 # ---- benchmarks in C: the core as the package has it, without sanitizers ----
 
 BENCH_FLAGS := -std=c11 -D_GNU_SOURCE -O3 -g -Icsrc/include -Icsrc/core $(C_WARN)
@@ -79,7 +86,7 @@ build/bench/%: benchmarks/%.c build/bench/libcore.a $(HEADERS)
 # What decides the package's binaries besides its sources: interpreter, torch, switches.
 BUILD_ID  = $(RUN_PY) -c 'import sys, importlib.metadata as m; \
     print(sys.executable, sys.version, *(d.version for d in m.distributions(name="torch")))'
-EXT_SRC  := $(wildcard csrc/core/*.[ch] csrc/py/*.[ch] csrc/include/*.h csrc/bridge/*.cpp csrc/bridge/*.h)
+EXT_SRC  := $(wildcard csrc/core/*.[ch] csrc/py/*.[ch] csrc/include/*.h csrc/writer/*.c csrc/bridge/*.cpp csrc/bridge/*.h)
 SETUP_SRC := setup.py pyproject.toml
 
 ifdef PYTHON
@@ -136,4 +143,4 @@ compile_commands: $(SET_UP)
 FORCE:
 
 clean:
-	rm -rf build dcp_native/*.so *.egg-info compile_commands.json
+	rm -rf build dcp_native/*.so dcp_native/_writer *.egg-info compile_commands.json

@@ -1,7 +1,10 @@
-"""Builds the two extension modules; everything else about the package is in pyproject.toml.
+"""Builds the two extension modules and the writer's executable; everything else about the package
+is in pyproject.toml.
 
-`_native` is C11 and needs libc alone.  `_bridge` is the one C++ source and is tied to the torch
-release whose headers it sees, so torch must be installed first and build isolation must be off:
+`_native` is C11 and needs libc alone.  `_writer` is the same core with a main instead of Python:
+the process that writes background saves, installed beside the modules.  `_bridge` is the one C++
+source and is tied to the torch release whose headers it sees, so torch must be installed first and
+build isolation must be off:
 
     pip install torch setuptools wheel
     pip install --no-build-isolation -e .
@@ -18,6 +21,7 @@ tools/compile_commands.py reads the flags from here, so this file imports setupt
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -41,7 +45,7 @@ has no torch{why}.
 
 @dataclass
 class Module:
-    """One extension module, as plain data."""
+    """One extension module or executable, as plain data."""
 
     name: str
     sources: list[str]
@@ -97,6 +101,14 @@ def torch_release(torch: Path | None) -> str:
     return found[1] if found else ""
 
 
+def build_id() -> str:
+    """Names the sources of the core, which an extension module and a writer have to share."""
+    digest = hashlib.sha256()
+    for path in paths("csrc/core/*", "csrc/include/*", "csrc/writer/*"):
+        digest.update((ROOT / path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def native_module(torch: Path | None) -> Module:
     return apply_switches(
         Module(
@@ -108,8 +120,24 @@ def native_module(torch: Path | None) -> Module:
             link_args=["-pthread"],
             macros=[
                 ("_GNU_SOURCE", None),
+                ("DCP_BUILD_ID", f'"{build_id()}"'),
                 ("DCP_BUILT_FOR_TORCH", f'"{torch_release(torch)}"'),
             ],
+        )
+    )
+
+
+def writer_module() -> Module:
+    """The executable's own part; the core is linked from the objects of `_native`."""
+    return apply_switches(
+        Module(
+            name="dcp_native._writer",
+            sources=paths("csrc/writer/*.c"),
+            depends=paths("csrc/include/*.h", "csrc/core/*.h"),
+            include_dirs=["csrc/include", "csrc/core"],
+            compile_args=["-std=c11", "-O3", "-pthread"],
+            link_args=["-pthread"],
+            macros=[("_GNU_SOURCE", None)],
         )
     )
 
@@ -134,23 +162,33 @@ def bridge_module(torch: Path | None) -> Module:
 
 
 def modules(torch: Path | None) -> list[Module]:
-    return [bridge_module(torch), native_module(torch)]
+    return [bridge_module(torch), native_module(torch), writer_module()]
 
 
 def main() -> None:
     try:
         from setuptools import Extension, setup
         from setuptools.command.build_ext import build_ext
+        from setuptools.modified import newer_group
     except ModuleNotFoundError:
         sys.exit(f"dcp_native: {sys.executable} has no setuptools; install setuptools and wheel")
 
     torch = find_torch()
 
-    class CheckedBuildExt(build_ext):
-        """The stock command, which says in words that torch is missing.
+    native, writer = native_module(torch), writer_module()
+
+    class BuildAll(build_ext):
+        """The stock command, which also builds the executable and says in words that torch is
+        missing.
 
         Commands that compile nothing (sdist, egg_info) run without torch.
         """
+
+        def writer_paths(self) -> tuple[str, str]:
+            """Where the executable is built, and where `--inplace` copies it to."""
+            package, name = writer.name.split(".")
+            source = self.get_finalized_command("build_py").get_package_dir(package)
+            return os.path.join(self.build_lib, package, name), os.path.join(source, name)
 
         def run(self) -> None:
             if torch is None:
@@ -158,6 +196,48 @@ def main() -> None:
                 why = "" if found is None else f" with C++ headers ({found.origin})"
                 sys.exit(NO_TORCH.format(python=sys.executable, why=why))
             super().run()
+
+        def build_extensions(self) -> None:
+            super().build_extensions()
+            self.build_writer()
+
+        def build_writer(self) -> None:
+            """Links main and the objects that `_native` has just been made of."""
+            compiler, target = self.compiler, Path(self.writer_paths()[0])
+            core = [source for source in native.sources if source.startswith("csrc/core/")]
+            objects = compiler.object_filenames(core, output_dir=self.build_temp)
+            inputs = [*writer.sources, *writer.depends, *core]
+            if not self.force and target.exists() and not newer_group(inputs, str(target)):
+                return
+            missing = [s for s, o in zip(core, objects, strict=True) if not os.path.exists(o)]
+            for module, sources in ((native, missing), (writer, writer.sources)):
+                compiled = compiler.compile(
+                    sources,
+                    output_dir=self.build_temp,
+                    macros=module.macros,
+                    include_dirs=module.include_dirs,
+                    extra_postargs=module.compile_args,
+                )
+            library = compiler.library_filename("dcp_core", output_dir=self.build_temp)
+            Path(library).unlink(missing_ok=True)
+            compiler.create_static_lib(objects, "dcp_core", output_dir=self.build_temp)
+            compiler.link_executable(
+                [*compiled, library],
+                target.name,
+                output_dir=str(target.parent),
+                extra_postargs=writer.link_args,
+            )
+
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            self.copy_file(*self.writer_paths(), level=self.verbose)
+
+        def get_outputs(self) -> list[str]:
+            return sorted({*super().get_outputs(), self.writer_paths()[0]})
+
+        def get_output_mapping(self) -> dict[str, str]:
+            built, inplace = self.writer_paths()
+            return super().get_output_mapping() | ({built: inplace} if self.inplace else {})
 
     setup(
         ext_modules=[
@@ -173,9 +253,9 @@ def main() -> None:
                 library_dirs=module.library_dirs,
                 language=module.language,
             )
-            for module in modules(torch)
+            for module in (bridge_module(torch), native)
         ],
-        cmdclass={"build_ext": CheckedBuildExt},
+        cmdclass={"build_ext": BuildAll},
         # The bridge is one slow file and the core many quick ones: side by side they take as long
         # as the bridge alone.
         options={"build_ext": {"parallel": os.cpu_count() or 1}},

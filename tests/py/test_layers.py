@@ -25,10 +25,15 @@ ALLOCATION = {"malloc", "calloc", "realloc", "free"}
 FILE_CALLS = {
     "open", "openat", "close", "read", "write", "pread", "pwrite", "fsync", "fdatasync", "rename",
     "renameat", "unlink", "unlinkat", "mkdir", "ftruncate", "fallocate", "fopen", "fread", "fwrite",
-    "syscall", "setpriority", "nanosleep",
+    "syscall", "setpriority", "nanosleep", "fork", "vfork", "posix_spawn", "execv", "execve",
+    "socket", "socketpair", "sendmsg", "recvmsg", "shutdown", "poll", "waitpid", "kill", "prctl",
+    "setsid", "chdir",
 }  # fmt: skip
-SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c", "memfd_posix.c"}
-"""The table of system calls, its queue, the table of shared memory, and memory by descriptor."""
+SYSTEM_FILES = {
+    "io_posix.c", "io_uring.c", "shm_posix.c", "memfd_posix.c", "process_posix.c",
+}  # fmt: skip
+"""The table of system calls and its queue; shared memory by name and by descriptor; a process and
+its socket."""
 
 
 def code_of(path: Path) -> str:
@@ -71,6 +76,15 @@ def test_core_does_not_print_exit_or_bypass_its_tables(path):
         assert not called & ALLOCATION
     if path.name not in SYSTEM_FILES:
         assert not called & FILE_CALLS
+
+
+@pytest.mark.parametrize("path", sorted((CSRC / "writer").iterdir()), ids=lambda p: p.name)
+def test_the_writer_is_core_and_a_main(path):
+    for name in includes_of(path):
+        assert (CSRC / "core" / name).exists() or "/" not in name, name
+        assert not re.search(r"Python|torch|c10|ATen|cuda|nccl|pybind", name), name
+    assert path.suffix == ".c" and "main" in calls_of(path)
+    assert not calls_of(path) & (FILE_CALLS | ALLOCATION)
 
 
 @pytest.mark.parametrize("path", sorted((CSRC / "py").glob("*.c")), ids=lambda p: p.name)

@@ -73,14 +73,17 @@ class DefaultStager(_torch.DefaultStager):
             raise RuntimeError("this stager is closed: make a new one to stage again")
         if self._staging_executor is None:
             return self._stage(state_dict, **kwargs)
+        if self._staging_stream is not None:  # what computes the tensors may yet be under way
+            self._staging_stream.wait_stream(torch.accelerator.current_stream())
         self._staging_future = self._staging_executor.submit(self._stage, state_dict, **kwargs)
         return self._staging_future
 
     def _stage(self, state_dict: STATE_DICT_TYPE, **kwargs: Any) -> STATE_DICT_TYPE:
+        if not self._non_blocking:
+            return self._state_dict_stager.stage(state_dict)
         with self._staging_stream or nullcontext():
-            staged = self._state_dict_stager.stage(state_dict, non_blocking=self._non_blocking)
-        if self._non_blocking:
-            (self._staging_stream or torch.accelerator).synchronize()
+            staged = self._state_dict_stager.stage(state_dict, non_blocking=True)
+        (self._staging_stream or torch.accelerator).synchronize()
         return staged
 
     def synchronize_staging(self) -> None:

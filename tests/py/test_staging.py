@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint import _state_dict_stager as torch_state_dict_stager
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
@@ -289,3 +290,9 @@ def test_dtensors_keep_placement_and_mesh(mesh):
     with torch.no_grad():
         original.to_local().fill_(-1)
     assert got["d"].to_local().equal(base())
+
+
+def test_a_collective_that_is_not_waited_for_yet_is_staged_as_its_result():
+    """[stager-values]"""
+    got = StateDictStager().stage({"x": AsyncCollectiveTensor(base())})["x"]
+    assert type(got) is torch.Tensor and got.equal(base())

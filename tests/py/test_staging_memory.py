@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+import signal
 import threading
 import weakref
 
@@ -179,3 +180,24 @@ def test_copy_storages_checks_all_before_it_copies():
     lazy = torch._lazy_clone(b)
     _native.copy_storages([(a, lazy)])
     assert torch._C._is_cow_tensor(lazy)
+
+
+def test_copy_storages_serves_signals_and_lets_other_threads_run():
+    class Rung(Exception):
+        pass
+
+    def ring(*unused):
+        raise Rung
+
+    before = signal.signal(signal.SIGALRM, ring)
+    a, b, last = torch.zeros(1 << 18), torch.ones(1 << 18), torch.zeros(4)
+    hours = [(a, b)] * 1_000_000 + [(last, torch.ones(4))]
+    bell = threading.Timer(0.05, signal.raise_signal, (signal.SIGALRM,))  # a thread of Python
+    try:
+        with pytest.raises(Rung):
+            bell.start()
+            _native.copy_storages(hours)
+    finally:
+        bell.join()
+        signal.signal(signal.SIGALRM, before)
+    assert last.equal(torch.zeros(4)), "it was not interrupted"

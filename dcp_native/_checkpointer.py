@@ -27,7 +27,7 @@ class _Checkpointer(_torch._Checkpointer):
         storage_writer: writes every checkpoint, into its own path.
         storage_reader: reads every checkpoint.
         process_group: ranks that save and load together; default: all.
-        coordinator_rank: the group rank that plans for all and commits.
+        coordinator_rank: the group rank that plans for all and commits; 0 for ``async_save``.
         no_dist: save and load this process's state alone.
         load_planner, save_planner: default torch's default planners.
     """

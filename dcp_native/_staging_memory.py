@@ -69,7 +69,8 @@ def allocate_shared(bytes_count: int) -> UntypedStorage | None:
 
     At most half of the descriptors that this process may open are taken; the trainer needs some.
     """
-    if len(_shared) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and len(_shared) >= limit // 2:
         return None
     try:
         storage = UntypedStorage._new_shared(bytes_count, device="cpu")

@@ -153,24 +153,25 @@ class StateDictStager(_torch.StateDictStager):
             _copy_pending(memo)  # what the object's own code sees has its values
             return super().deepcopy_with_tensor_offload(x, memo, non_blocking=non_blocking)
         memo[id(x)] = y
-        self._keep_alive(x, memo)
+        self._keep_alive(x, memo)  # the memo knows it by its id
         return y
 
     def _offload_tensor(
         self, x: torch.Tensor, memo: dict[Any, Any], non_blocking: bool = False
     ) -> torch.Tensor:
         cls = type(x)
-        if cls is DTensor:
+        if cls is torch.Tensor or cls is Parameter:
+            if x.layout is not torch.strided or x.is_quantized or x.is_nested:
+                y = memo[id(x)] = x.detach().to(_CPU, copy=True)
+            else:
+                y = self._stage_strided(x, memo, non_blocking)
+        elif cls is DTensor:
             y = self._stage_dtensor(x, memo, non_blocking)
         elif isinstance(x, AsyncCollectiveTensor):
             return self._walk(x.wait(), memo, non_blocking)
-        elif cls is not torch.Tensor and cls is not Parameter:
+        else:
             _copy_pending(memo)
             return super()._offload_tensor(x, memo, non_blocking)
-        elif x.layout is not torch.strided or x.is_quantized or x.is_nested:
-            y = memo[id(x)] = x.detach().to(_CPU, copy=True)
-        else:
-            y = self._stage_strided(x, memo, non_blocking)
         for name, value in x.__dict__.items():
             setattr(y, name, self._walk(value, memo, non_blocking))
         return y

@@ -56,6 +56,7 @@ class DefaultStager(_torch.DefaultStager):
                 self._staging_stream = torch.Stream()
         self._non_blocking = config.use_non_blocking_copy and accelerated
         self._staging_future: Future[STATE_DICT_TYPE] | None = None
+        self._closed = False
 
     def stage(
         self, state_dict: STATE_DICT_TYPE, **kwargs: Any
@@ -68,18 +69,21 @@ class DefaultStager(_torch.DefaultStager):
             RuntimeError: the stager is closed.
             What :meth:`StateDictStager.stage` raises, on the future if there is one.
         """
-        if self._state_dict_stager._closed:
+        if self._closed:
             raise RuntimeError("this stager is closed: make a new one to stage again")
         if self._staging_executor is None:
             return self._stage(state_dict, **kwargs)
+        if self._staging_stream is not None:  # what computes the tensors may yet be under way
+            self._staging_stream.wait_stream(torch.accelerator.current_stream())
         self._staging_future = self._staging_executor.submit(self._stage, state_dict, **kwargs)
         return self._staging_future
 
     def _stage(self, state_dict: STATE_DICT_TYPE, **kwargs: Any) -> STATE_DICT_TYPE:
+        if not self._non_blocking:
+            return self._state_dict_stager.stage(state_dict)
         with self._staging_stream or nullcontext():
-            staged = self._state_dict_stager.stage(state_dict, non_blocking=self._non_blocking)
-        if self._non_blocking:
-            (self._staging_stream or torch.accelerator).synchronize()
+            staged = self._state_dict_stager.stage(state_dict, non_blocking=True)
+        (self._staging_stream or torch.accelerator).synchronize()
         return staged
 
     def synchronize_staging(self) -> None:
@@ -89,6 +93,7 @@ class DefaultStager(_torch.DefaultStager):
 
     def close(self) -> None:
         """Finish what was begun, then let go of thread and memory; staged dicts stay valid."""
+        self._closed = True
         if self._staging_executor is not None:
             self._staging_executor.shutdown(wait=True)
         self._state_dict_stager.close()

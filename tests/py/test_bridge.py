@@ -149,6 +149,7 @@ def check(tensor: torch.Tensor, tensor_class: int, extra: Flag) -> None:
     assert view.strides == (list(tensor.stride()) if strided else None)
     if Flag.HAS_MEMORY in extra:
         assert view.storage_bytes == tensor.untyped_storage().nbytes()
+        assert (view.storage or 0) == tensor.untyped_storage().data_ptr()
         assert view.data == (tensor.data_ptr() if tensor.numel() else None)
     else:
         assert view.data is None

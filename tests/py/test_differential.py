@@ -217,6 +217,15 @@ MET_BY = {
     "base-keyword": "test_incremental.py",
     "nothing-trained": "test_incremental.py",
     "load-thread": "test_load_records.py",
+    "stager-cpu": "test_staging_hooks.py",
+    "stager-memory": "test_staging_memory.py",
+    "stager-values": "test_staging.py",
+    "stager-mesh": "test_staging.py",
+    "stager-alias": "test_staging_hooks.py",
+    "stager-closed": "test_staging_hooks.py",
+    "stager-descriptors": "test_staging_memory.py",
+    "stager-order": "test_staging_hooks.py",
+    "checkpointer": "test_staging_hooks.py",
 }
 
 

@@ -26,6 +26,7 @@ MODULES = {
     "cases_foreign": (2,),
     "cases_reshard": (4,),
     "cases_read_once": (2, 4),
+    "cases_checkpointer": (2,),
 }
 
 

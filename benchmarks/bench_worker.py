@@ -72,7 +72,7 @@ def _reported(dcp: ModuleType) -> dict[str, Any]:
     return {name: report[name] for name in REPORTED if name in report}
 
 
-def _not_native(dcp: ModuleType) -> list[str]:
+def not_native(dcp: ModuleType) -> list[str]:
     """Says so if dcp_native handed its last call to torch: its figures would be torch's."""
     if dcp.__name__ != "dcp_native":
         return []
@@ -124,12 +124,23 @@ def _timed_steps() -> Iterator[dict[str, tuple[int, int]]]:
         _native.Save = stock
 
 
+def _join_group(rank: int, ranks: int, rendezvous: str) -> None:
+    """Makes the gloo group over a TCP store on the first rank, as torchrun's ranks have it; its
+    port is found out through the file `rendezvous`.
+    """
+    file = dist.FileStore(rendezvous, ranks)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        file.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(file.get("port")))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
 class Worker:
     def __init__(self, rank: int, ranks: int, rendezvous: str) -> None:
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
-        )
+        _join_group(rank, ranks, rendezvous)
         self._rank = rank
         self._mesh = init_device_mesh("cpu", (ranks,))
         self._state = None
@@ -164,7 +175,7 @@ class Worker:
             writer = dcp.FileSystemWriter(path, thread_count=threads)
             dcp.save(self._state, storage_writer=writer, **keywords)
 
-        result = {**self._measure(path, work), "wrong": _not_native(dcp)}
+        result = {**self._measure(path, work), "wrong": not_native(dcp)}
         if dcp.__name__ == "dcp_native" and not result["wrong"]:
             report = dcp.last_report()
             if plan in ("new", "kept") and report["fast"] != (plan == "kept"):
@@ -247,7 +258,7 @@ class Worker:
             dcp.load(self._state, storage_reader=dcp.FileSystemReader(path))
 
         result = self._measure(path, work)
-        taken, result["report"] = _not_native(dcp), _reported(dcp)
+        taken, result["report"] = not_native(dcp), _reported(dcp)
         got, expected = digests(self._state), self._expected
         result["wrong"] = taken + sorted(
             name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
@@ -289,12 +300,13 @@ class Worker:
         }
 
 
-def main() -> None:
+def serve(make: Callable[[int, int, str], Any]) -> None:
+    """Runs the commands of standard input, methods of what `make` gives, until it ends."""
     rank, ranks, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    worker = Worker(rank, ranks, rendezvous)
+    worker = make(rank, ranks, rendezvous)
     print(json.dumps({"ok": True, "pid": os.getpid()}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
@@ -310,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Worker)

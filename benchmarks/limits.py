@@ -10,6 +10,7 @@ than the caches that matter and smaller than the checkpoint, so it is cycled.
 Not thread-safe: one object per process.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -17,6 +18,8 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy
 
 REQUEST_BYTES = 8 << 20
 READS_AT_ONCE = 2
@@ -73,6 +76,46 @@ class Buffer:
         self.address = start + skip
         self.view = memoryview(self._map)[skip : skip + size_bytes]
         ctypes.memset(self.address, 0x5A, size_bytes)
+
+
+def copy_tensors(sources: list[tuple[int, int]], address: int) -> float:
+    """Copies memory (address, bytes) one after another to `address`; returns the seconds."""
+    start = time.monotonic()
+    for source, length in sources:
+        ctypes.memmove(address, source, length)
+        address += length
+    return time.monotonic() - start
+
+
+def touch_fresh(sources: list[tuple[int, int]], shared: bool) -> dict[str, float]:
+    """Seconds of touching as much fresh memory as `sources` have, page by page, and of copying them
+    to such memory: private in huge pages, or a memfd, which another process could map. Touched once
+    before, unmeasured: under a hypervisor the pages may have to come from the host first.
+    """
+    size_bytes = sum(length for _, length in sources)
+    out = {}
+    for what in ("touch_s", "touch_s", "copy_s"):
+        if shared:
+            fd = os.memfd_create("fresh")
+            os.ftruncate(fd, size_bytes)
+            fresh = mmap.mmap(fd, size_bytes)
+            os.close(fd)
+        else:
+            fresh = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+                fresh.madvise(mmap.MADV_HUGEPAGE)
+        if what == "touch_s":
+            pages = numpy.frombuffer(fresh, dtype=numpy.uint8)[:: mmap.PAGESIZE]
+            start = time.monotonic()
+            pages[:] = 1
+            out[what] = time.monotonic() - start
+            del pages
+        else:
+            first = ctypes.c_char.from_buffer(fresh)
+            out[what] = copy_tensors(sources, ctypes.addressof(first))
+            del first
+        fresh.close()
+    return out
 
 
 def _open(path: str, flags: int) -> tuple[int, bool]:

@@ -172,11 +172,14 @@ def main_of_parts(
     parts: tuple[str, ...],
     make: Callable[[argparse.Namespace, pathlib.Path, pathlib.Path, pathlib.Path], Any],
     argv: list[str] | None = None,
+    more_options: Callable[[argparse.ArgumentParser], object] = lambda _: None,
 ) -> int:
     """Runs the program `name`: ``make(args, disk, tmpfs, scratch)``, directories that are removed
     afterwards, gives what has ``all()``, ``rows``, ``details`` and ``wrong``.
     """
-    args = options_of_parts(doc, 5, parts).parse_args(argv)
+    parser = options_of_parts(doc, 5, parts)
+    more_options(parser)
+    args = parser.parse_args(argv)
     args.dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
     about = machine()

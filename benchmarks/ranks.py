@@ -23,16 +23,27 @@ STOP_TIMEOUT_S = 20
 
 
 class Ranks:
-    """The worker processes. A command goes to all; its answer is the list of their results."""
+    """The worker processes. A command goes to all; its answer is the list of their results.
 
-    def __init__(self, count: int, scratch: pathlib.Path) -> None:
+    Without `watched` no thread samples their memory, and costs them processor time.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        scratch: pathlib.Path,
+        worker: str = "bench_worker.py",
+        watched: bool = True,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> None:
         path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        self._timeout_s = timeout_s
         self._processes: list[subprocess.Popen] = []
         self._logs: list[pathlib.Path] = []
         self._samples: list[list[tuple[float, int]]] = []
         for rank in range(count):
-            argv = [sys.executable, str(HERE / "bench_worker.py"), str(rank), str(count)]
+            argv = [sys.executable, str(HERE / worker), str(rank), str(count)]
             argv.append(str(scratch / "rendezvous"))
             self._logs.append(scratch / f"rank{rank}.log")
             with open(self._logs[-1], "wb") as log:
@@ -49,7 +60,8 @@ class Ranks:
             self._samples.append([])
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
+        if watched:
+            self._sampler.start()
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -67,7 +79,7 @@ class Ranks:
                 process.stdin.flush()
             except BrokenPipeError:
                 raise BenchError(f"rank {rank} died\n{self._tail(rank)}") from None
-        deadline = time.monotonic() + COMMAND_TIMEOUT_S
+        deadline = time.monotonic() + self._timeout_s
         results = []
         for rank in range(len(self._processes)):
             answer = self._answer(rank, deadline)
@@ -100,7 +112,8 @@ class Ranks:
     def close(self) -> None:
         """Ends the ranks: kindly, then, where a rank hangs, by SIGKILL."""
         self._stop.set()
-        self._sampler.join()
+        if self._sampler.is_alive():
+            self._sampler.join()
         for process in self._processes:
             try:
                 process.stdin.close()

@@ -6,7 +6,7 @@ fp32 AdamW moments, DTensors sharded by rows over all ranks, with the scalars an
 optimizer carries: few large tensors. `many_dtensor` and `many_plain`: many small tensors, where the
 cost per tensor is everything. Plain ones are the same on every rank, so a save writes each of them
 once. `objects`: few tensors and some large Python objects. `replicated`: few large plain tensors,
-the same on every rank.
+the same on every rank. `mixed`: sharded tensors of 1 MiB on average, every tenth a plain one.
 
 Values are random bits from a fixed seed. Every tensor owns its storage, as those of a real model
 do.
@@ -54,6 +54,10 @@ LLAMA = {
 }
 MANY = {"full": 20_000, "small": 200}
 REPLICATED = {"full": (8, (4096, 8192)), "small": (2, (64, 32))}  # how many, shape; float32
+# How many, columns: with 1024 of float32 the local tensors have 1 MiB on average. On 2 ranks, where
+# each keeps half of the plain ones, "full" is 1.09 GB a rank.
+MIXED = {"full": (1095, 1024), "light": (1095, 64), "small": (12, 1024)}
+MIXED_ROWS, MIXED_PLAIN = (128, 256, 384), 10  # in turn; every which is plain
 OBJECTS = {"full": (4, 32 << 20), "small": (2, 1 << 16)}  # how many, bytes of each
 
 
@@ -82,15 +86,31 @@ def _objects(size: str, generator: torch.Generator) -> dict[str, bytes]:
     }
 
 
+def _mixed(size: str, mesh: DeviceMesh, count: int | None, generator: torch.Generator) -> dict:
+    stock_count, columns = MIXED[size]
+    replicated = torch.Generator().manual_seed(1000)
+    out = {}
+    for i in range(count or stock_count):
+        rows = MIXED_ROWS[i % len(MIXED_ROWS)]
+        if i % MIXED_PLAIN == MIXED_PLAIN - 1:
+            out[f"weight.{i}"] = torch.empty(rows, columns).uniform_(generator=replicated)
+        else:
+            shape = (rows * mesh.size(), columns)
+            out[f"weight.{i}"] = _sharded(mesh, shape, torch.float32, generator)
+    return {"model": out}
+
+
 def build(case: str, size: str, mesh: DeviceMesh, count: int | None = None) -> dict:
     """Returns the state dict of `case` ("llama", "many_dtensor", "many_plain", "objects",
-    "replicated") in `size` ("full", "small"); `count`: of the small tensors, instead of what `size`
-    says.
+    "replicated", "mixed") in `size` ("full", "small"; of "mixed" also "light"); `count`: of the
+    tensors of "many" and "mixed", instead of what `size` says.
     """
-    count = MANY[size] if count is None else count
     generator = torch.Generator().manual_seed(
         1000 if case in ("many_plain", "objects", "replicated") else 2000 + mesh.get_local_rank()
     )
+    if case == "mixed":
+        return _mixed(size, mesh, count, generator)
+    count = MANY.get(size) if count is None else count
     if case == "many_plain":
         new = {}
         for i in range(count):

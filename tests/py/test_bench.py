@@ -175,6 +175,92 @@ def test_loading_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
         assert ours["read_bytes"] + ours["shared_bytes"] >= ours["wanted_bytes"] > 0
 
 
+def test_async_saving_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
+    disk, tmpfs = tmp_path / "disk", tmp_path / "tmpfs"
+    tmpfs.mkdir()
+    arguments = ("--dir", disk, "--tmpfs", tmpfs, "--saves", 12)
+    status, result = run_figures("async_saving", tmp_path, *arguments)
+    assert (status, result["wrong"]) == (0, [])
+    assert os.listdir(disk) == os.listdir(tmpfs) == [], "the benchmark left files behind"
+    what = "\n".join(row["what"] for row in result["rows"])
+    for mode in ("THREAD", "PROCESS"):
+        for figure in (
+            "call -> safe to mutate, warm",
+            "first save after warm_up",
+            "first save without warm-up",
+            "Python loop during the upload, of its free rate",
+            "matmul during the upload, of its free rate",
+            "finished after the return",
+            "CPU of the background",
+            "memory beside the arena",
+            "arena over staged bytes",
+            "calls of the store",
+            "memory after 1, 10, 12 saves of 13 MB a rank",
+        ):
+            assert f"{figure}, {mode}" in what, figure
+    assert "first save over the tenth, PROCESS" in what
+    details = result["details"]
+    assert [s["what"] for s in details["thread"][0]["saves"]].count("idle") == 2
+    assert details["process"][0]["saves"][9]["what"] == "tenth"
+    for name in ("thread", "process", "torch"):
+        shares = [x for s in details[name][0]["saves"] for x in s["shares"]]
+        assert len(shares) == 4 and min(shares) > 0  # 2 ranks beside 2 trainers
+
+
+# Saves soon after it returned, when the trainer has changed what it was given.
+LATE = """
+import concurrent.futures, threading, time
+import dcp_native
+def late(state_dict, *, checkpoint_id, async_checkpointer_type):
+    upload = concurrent.futures.Future()
+    def save():
+        time.sleep(0.3)
+        upload.set_result(dcp_native.save(state_dict, checkpoint_id=checkpoint_id))
+    threading.Thread(target=save).start()
+    return upload
+dcp_native.async_save = late
+"""
+
+
+def sabotaged(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    return {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+
+
+def test_a_background_save_that_copies_late_is_reported_as_wrong(tmp_path):
+    arguments = ("--dir", tmp_path / "disk", "--only", "cold")
+    environment = sabotaged(tmp_path)
+    status, result = run_figures("async_saving", tmp_path, *arguments, environment=environment)
+    assert status == 1
+    assert "is not what it was when the save was called" in result["wrong"][0]
+
+
+def run_soak(tmp_path, *arguments, environment=None):
+    """Returns (exit status, the results) of a few small saves."""
+    disk, path = tmp_path / "disk", tmp_path / "result.json"
+    argv = [sys.executable, str(BENCHMARKS / "async_soak.py"), "--mib", "20", "--dir", str(disk)]
+    argv += ["--json", str(path), *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=env)
+    assert path.exists(), done.stdout + done.stderr
+    assert os.listdir(disk) == [], "the soak left files behind"
+    return done.returncode, json.loads(path.read_text())
+
+
+def test_a_soak_keeps_its_promise_and_counts_every_save(tmp_path):
+    status, result = run_soak(tmp_path, "--saves", "10")
+    assert (status, result["wrong"]) == (0, [])
+    counts = result["counts"]
+    assert counts["committed"] + counts["failed"] == 10
+    assert counts["failed"] <= counts["with_kills"]
+
+
+def test_a_soak_sees_a_save_that_copies_late(tmp_path):
+    status, result = run_soak(tmp_path, "--saves", "2", environment=sabotaged(tmp_path))
+    assert status == 1
+    assert any("is not of save" in text for text in result["wrong"])
+
+
 def run_c(program, *arguments):
     """Builds and runs a benchmark in C; returns what it prints."""
     path = pathlib.Path("build", "bench", program)

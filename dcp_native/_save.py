@@ -226,6 +226,10 @@ class NativeSave:
         """Time from durable to the outcome; once ended also calls of the store."""
         return self._native.upload_stats()
 
+    def upload_writing(self) -> bool:
+        """Whether bytes are still being written: one that was given up may be."""
+        return self._native.upload_writing()
+
     def upload_left_s(self) -> float:
         """Seconds until the upload is to be expired."""
         return self._native.upload_left_s()

@@ -134,14 +134,20 @@ class Upload:
                 process.stop()
         self.process = _native.WriterProcess(os.fspath(WRITER))
 
+    def give_back_process(self) -> None:
+        """Keep it for the next save, which may begin before this one has taken leave."""
+        with _lock():
+            if self.process is not None:
+                _processes.append(self.process)
+        self.process = None
+
     def give_back(self) -> None:
         """Keep what was borrowed for the next save."""
+        self.give_back_process()
         with _lock():
             if self.store is not None and self.process_group is not None:
                 _stores.setdefault(self.process_group, []).append(self.store)
-            if self.process is not None:
-                _processes.append(self.process)
-        self.store = self.process = self.process_group = self._kept = None
+        self.store = self.process_group = self._kept = None
 
     def look(self) -> bool:
         """Set the future when there is a result.  True when nothing of the upload runs any more."""
@@ -170,6 +176,8 @@ class Upload:
             error = raised
         future._end({**save.info(), "kind": save.kind, "path": "native", **self.facts})
         save.error = None  # its traceback holds the save
+        if not save.upload_writing():
+            self.give_back_process()
         if error is None:
             future.set_result(metadata)
         else:

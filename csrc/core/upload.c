@@ -41,6 +41,7 @@ struct dcp_upload {
     enum dcp_bytes_state bytes; /* of this rank */
     bool writing;               /* the writer runs */
     bool deciding;              /* the agreement is in publish or abandon */
+    bool cancelled;             /* by the owner, in time: the bytes are of no use, written or not */
     bool expired;               /* given up by the owner: nothing is published any more */
     uint32_t running;           /* threads */
     bool settled, ended;
@@ -149,6 +150,9 @@ run_writer(struct dcp_upload *upload)
     dcp_error_clear(&err);
     rc = write_bytes(upload, &err);
     pthread_mutex_lock(&upload->lock);
+    if (rc == 0 && upload->cancelled) {
+        rc = dcp_error_set(&err, DCP_E_CANCELLED, 0, NULL, "the save was cancelled");
+    }
     upload->write_error = err;
     upload->bytes = rc == 0 ? DCP_BYTES_DURABLE : DCP_BYTES_FAILED;
     upload->durable_ns = dcp_now_ns();
@@ -475,6 +479,7 @@ dcp_upload_cancel(struct dcp_upload *upload)
 
     pthread_mutex_lock(&upload->lock);
     running = upload->writing && !upload->settled;
+    upload->cancelled = upload->cancelled || running;
     pthread_mutex_unlock(&upload->lock);
     if (running) {
         atomic_store(&upload->cancel, 1);
@@ -523,12 +528,14 @@ dcp_upload_expire(struct dcp_upload *upload)
 }
 
 void
-dcp_upload_get_stats(struct dcp_upload *upload, struct dcp_agreement_stats *ret_stats,
-                     uint64_t *ret_settle_ns)
+dcp_upload_get_stats(struct dcp_upload *upload, struct dcp_upload_stats *ret_stats)
 {
     pthread_mutex_lock(&upload->lock);
-    *ret_stats = upload->stats;
-    *ret_settle_ns = upload->settle_ns;
+    *ret_stats = (struct dcp_upload_stats){
+        .writing = upload->writing,
+        .settle_ns = upload->settle_ns,
+        .store_calls = upload->stats.store_calls,
+    };
     pthread_mutex_unlock(&upload->lock);
 }
 

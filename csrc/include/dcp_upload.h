@@ -58,8 +58,12 @@ uint64_t dcp_upload_left_ns(struct dcp_upload *upload);
 /* Ends it when nothing is left: a thread that is stuck in the store, or in the device, is given up
  * and keeps what it uses for ever.  The outcome is settled by looking. */
 void dcp_upload_expire(struct dcp_upload *upload);
-void dcp_upload_get_stats(struct dcp_upload *upload, struct dcp_agreement_stats *ret_stats,
-                          uint64_t *ret_settle_ns);
+struct dcp_upload_stats {
+    bool writing;         /* the writer, and with it the process, is still at work */
+    uint64_t settle_ns;   /* from durable to SETTLED */
+    uint64_t store_calls; /* of this rank; known at ENDED */
+};
+void dcp_upload_get_stats(struct dcp_upload *upload, struct dcp_upload_stats *ret_stats);
 /* Of one that has not ENDED, and in a forked child, nothing is freed. */
 void dcp_upload_destroy(struct dcp_upload *upload);
 

@@ -329,16 +329,32 @@ PyObject *
 save_upload_stats(PyObject *object, PyObject *unused)
 {
     struct dcp_upload *upload = upload_of(object);
-    struct dcp_agreement_stats stats;
-    uint64_t settle_ns;
+    struct dcp_upload_stats stats;
 
     (void)unused;
     if (upload == NULL) {
         return NULL;
     }
-    dcp_upload_get_stats(upload, &stats, &settle_ns);
-    return Py_BuildValue("{sKsK}", "settle_ns", (unsigned long long)settle_ns, "store_calls",
+    dcp_upload_get_stats(upload, &stats);
+    return Py_BuildValue("{sKsK}", "settle_ns", (unsigned long long)stats.settle_ns, "store_calls",
                          (unsigned long long)stats.store_calls);
+}
+
+const char save_upload_writing_doc[] = "upload_writing()\n--\n\n"
+                                       "Whether bytes are still being written.";
+
+PyObject *
+save_upload_writing(PyObject *object, PyObject *unused)
+{
+    struct dcp_upload *upload = upload_of(object);
+    struct dcp_upload_stats stats;
+
+    (void)unused;
+    if (upload == NULL) {
+        return NULL;
+    }
+    dcp_upload_get_stats(upload, &stats);
+    return PyBool_FromLong(stats.writing);
 }
 
 const char save_upload_left_doc[] = "upload_left_s()\n--\n\n"

@@ -148,8 +148,8 @@ def writers_of_this_process():
 
 def slow(ctx, mode=THREAD, **more):
     """A save that takes a second on every rank."""
-    before = dcp.configure(write_limit_bytes_s=4 << 20)
-    sd = {"w": shard(value("slow", (ctx.size << 10, 1024)), mesh_of(ctx.size), Shard(0))}
+    before = dcp.configure(write_limit_bytes_s=16 << 20)
+    sd = {"w": shard(value("slow", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0))}
     try:
         return dcp.async_save(sd, checkpoint_id=ctx.dir, async_checkpointer_type=mode, **more)
     finally:
@@ -165,7 +165,7 @@ def case_a_writer_process_that_dies_fails_the_save_everywhere_and_is_replaced(ct
         (pid,) = writers_of_this_process()
         os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
-    with raises_everywhere("write", 1, OSError, "writer process"):
+    with raises_everywhere("write", 1, RuntimeError, "writer process"):
         future.result(timeout=60)
     assert time.monotonic() - killed < 10
     target = like(before)
@@ -234,11 +234,11 @@ def case_a_rank_without_memory_streams_and_the_others_stage(ctx):
 
 
 def case_two_saves_are_in_flight_with_two_arenas(ctx):
-    before = dcp.configure(arenas=2, write_limit_bytes_s=4 << 20)
+    before = dcp.configure(arenas=2, write_limit_bytes_s=16 << 20)
     try:
         futures = [
             dcp.async_save(
-                {"w": shard(value(f"n{i}", (ctx.size << 10, 512)), mesh_of(ctx.size), Shard(0))},
+                {"w": shard(value(f"n{i}", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0))},
                 checkpoint_id=ctx.dir / str(i),
             )
             for i in range(3)
@@ -249,7 +249,7 @@ def case_two_saves_are_in_flight_with_two_arenas(ctx):
     finally:
         dcp.configure(**vars(before))
     for i in range(3):
-        want = {"w": shard(value(f"n{i}", (ctx.size << 10, 512)), mesh_of(ctx.size), Shard(0))}
+        want = {"w": shard(value(f"n{i}", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0))}
         target = like(want)
         dcp.load(target, checkpoint_id=ctx.dir / str(i))
         assert_equal(target, want)

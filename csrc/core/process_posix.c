@@ -21,6 +21,7 @@
 #include <spawn.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -197,38 +198,69 @@ dcp_process_parent(void)
     return getppid();
 }
 
-int
-dcp_process_map(struct dcp_process_memory *memory, int fd, uint64_t len)
+bool
+dcp_file_lock(int fd, bool shared)
 {
-    struct stat info;
+    return flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+}
 
-    if (fstat(fd, &info) != 0) {
-        return -errno;
-    }
-    if (!S_ISREG(info.st_mode) || len == 0 || len > (uint64_t)info.st_size) {
-        return -EINVAL; /* pages behind the end would be a SIGBUS */
-    }
-    if (memory->bytes != NULL && memory->dev == info.st_dev && memory->ino == info.st_ino &&
-        memory->len >= len) {
-        return 0;
-    }
+static int
+map_whole(struct dcp_process_memory *memory, int fd, const struct stat *info, int protection,
+          int sharing)
+{
+    uint64_t whole = (uint64_t)info->st_size; /* the next save may need a little more of it */
+
     dcp_process_unmap(memory);
-    uint64_t whole = (uint64_t)info.st_size; /* the next save may need a little more of it */
-    void *bytes = mmap(NULL, (size_t)whole, PROT_READ, MAP_SHARED, fd, 0);
+    void *bytes = mmap(NULL, (size_t)whole, protection, sharing, fd, 0);
     if (bytes == MAP_FAILED) {
         return -errno;
     }
     (void)madvise(bytes, (size_t)whole, MADV_DONTDUMP);
     *memory = (struct dcp_process_memory){
-        .bytes = bytes, .len = whole, .dev = info.st_dev, .ino = info.st_ino};
+        .bytes = bytes, .len = whole, .dev = info->st_dev, .ino = info->st_ino};
     return 0;
+}
+
+/* Pages behind the end would be a SIGBUS. */
+static int
+ask_length(int fd, uint64_t len, struct stat *ret_info)
+{
+    if (fstat(fd, ret_info) != 0) {
+        return -errno;
+    }
+    return S_ISREG(ret_info->st_mode) && len != 0 && len <= (uint64_t)ret_info->st_size ? 0
+                                                                                        : -EINVAL;
+}
+
+int
+dcp_process_map_own(struct dcp_process_memory *memory, int fd, uint64_t len)
+{
+    struct stat info;
+    int rc = ask_length(fd, len, &info);
+
+    return rc != 0
+               ? rc
+               : map_whole(memory, fd, &info, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE);
+}
+
+int
+dcp_process_map(struct dcp_process_memory *memory, int fd, uint64_t len)
+{
+    struct stat info;
+    int rc = ask_length(fd, len, &info);
+
+    if (rc != 0 || (memory->bytes != NULL && memory->dev == info.st_dev &&
+                    memory->ino == info.st_ino && memory->len >= len)) {
+        return rc;
+    }
+    return map_whole(memory, fd, &info, PROT_READ, MAP_SHARED);
 }
 
 void
 dcp_process_unmap(struct dcp_process_memory *memory)
 {
     if (memory->bytes != NULL) {
-        (void)munmap((void *)(uintptr_t)memory->bytes, (size_t)memory->len);
+        (void)munmap(memory->bytes, (size_t)memory->len);
     }
     *memory = (struct dcp_process_memory){0};
 }

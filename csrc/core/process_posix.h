@@ -43,14 +43,20 @@ int64_t dcp_process_parent(void);
 
 /* A file in memory, mapped for reading.  Zero-initialised is none. */
 struct dcp_process_memory {
-    const uint8_t *bytes;
+    uint8_t *bytes;
     uint64_t len;
     uint64_t dev, ino; /* whose mapping it is */
 };
 
+/* Locks a file for as long as `fd` is open: false while somebody else has it, who dies with his
+ * lock.  `shared`: only asks. */
+bool dcp_file_lock(int fd, bool shared);
+
 /* Maps `fd`, which has at least `len` bytes; a mapping of the same file that is long enough is kept
  * as it is. */
 int dcp_process_map(struct dcp_process_memory *memory, int fd, uint64_t len) DCP_MUST_CHECK;
+/* A mapping of its own whose pages may be written to, for this process alone; nothing is kept. */
+int dcp_process_map_own(struct dcp_process_memory *memory, int fd, uint64_t len) DCP_MUST_CHECK;
 void dcp_process_unmap(struct dcp_process_memory *memory);
 
 /* ---- both ---- */

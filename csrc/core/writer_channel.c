@@ -55,7 +55,7 @@ check_header(const struct dcp_writer_channel *channel, struct dcp_error *err)
                              "install dcp_native anew",
                              version, DCP_WRITER_VERSION);
     }
-    if (kind < DCP_WRITER_HELLO || kind > DCP_WRITER_DONE || length > most_body_bytes(kind)) {
+    if (kind < DCP_WRITER_HELLO || kind > DCP_WRITER_SETTLED || length > most_body_bytes(kind)) {
         return not_ours(err, "kind or length");
     }
     return 0;

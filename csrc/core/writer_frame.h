@@ -22,7 +22,7 @@ enum {
 
 #define DCP_WRITER_REQUEST_MOST_BYTES                                                              \
     (DCP_WRITER_FIXED_BYTES + DCP_MAX_WRITER_PATH_BYTES +                                          \
-     (uint64_t)DCP_MAX_FILES_PER_RANK * DCP_WRITER_FILE_BYTES)
+     (uint64_t)DCP_MAX_FILES_PER_RANK * DCP_WRITER_FILE_BYTES + DCP_MAX_METADATA_BYTES)
 #define DCP_WRITER_RESULT_MOST_BYTES                                                               \
     (DCP_WRITER_FIXED_BYTES + DCP_ERROR_PATH_BYTES + DCP_ERROR_MESSAGE_BYTES)
 

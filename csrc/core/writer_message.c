@@ -135,6 +135,39 @@ get_options(struct dcp_cursor *c, struct dcp_engine_options *ret_options)
     return direct <= DCP_DIRECT_ON && queue <= DCP_QUEUE_ON && sync <= 1 && nice <= MOST_NICE;
 }
 
+static void
+put_survival(struct dcp_buf *buf, const struct dcp_writer_request *request)
+{
+    const struct dcp_writer_survival *survival = &request->survival;
+
+    dcp_buf_put_u8(buf, request->survives);
+    if (request->survives) {
+        dcp_buf_put_u32(buf, (uint32_t)survival->claim_rank);
+        dcp_buf_put_u64(buf, survival->n0);
+        dcp_buf_put_u64(buf, survival->metadata.len);
+        dcp_buf_put(buf, survival->metadata.data, survival->metadata.len);
+    }
+}
+
+/* The metadata is still the message's. */
+static bool
+get_survival(struct dcp_cursor *c, struct dcp_writer_request *request)
+{
+    struct dcp_writer_survival *survival = &request->survival;
+    uint32_t survives = dcp_cursor_u8(c);
+
+    request->survives = survives == 1;
+    if (survives == 1) {
+        survival->claim_rank = (int32_t)dcp_cursor_u32(c);
+        survival->n0 = dcp_cursor_u64(c);
+        survival->metadata.len = dcp_cursor_u64(c);
+        survival->metadata.data = dcp_cursor_bytes(c, survival->metadata.len);
+    }
+    return !c->failed && survives <= 1 && survival->claim_rank >= -1 &&
+           survival->claim_rank < DCP_MAX_RANKS && survival->n0 <= UINT32_MAX &&
+           survival->metadata.len <= DCP_MAX_METADATA_BYTES;
+}
+
 void
 dcp_writer_put_request(struct dcp_buf *buf, const struct dcp_writer_request *request)
 {
@@ -143,6 +176,7 @@ dcp_writer_put_request(struct dcp_buf *buf, const struct dcp_writer_request *req
 
     dcp_buf_put(buf, request->save_id.bytes, sizeof request->save_id.bytes);
     put_options(buf, &request->options);
+    put_survival(buf, request);
     put_text(buf, request->dir_path, DCP_MAX_WRITER_PATH_BYTES);
     dcp_buf_put_u32(buf, image->rank);
     dcp_buf_put_u64(buf, image->bytes);
@@ -211,7 +245,7 @@ dcp_writer_get_request(struct dcp_span body, struct dcp_writer_request *ret_requ
     size_t path_len;
 
     const uint8_t *id = dcp_cursor_bytes(&c, sizeof request.save_id.bytes);
-    bool options_hold = get_options(&c, &request.options);
+    bool options_hold = get_options(&c, &request.options) && get_survival(&c, &request);
     const uint8_t *path = get_text(&c, DCP_MAX_WRITER_PATH_BYTES, &path_len);
     request.image.rank = dcp_cursor_u32(&c);
     request.image.bytes = dcp_cursor_u64(&c);
@@ -223,13 +257,19 @@ dcp_writer_get_request(struct dcp_span body, struct dcp_writer_request *ret_requ
         c.len - c.pos != (uint64_t)request.image.files_count * DCP_WRITER_FILE_BYTES) {
         return refuse(err, "its options, path or counts");
     }
+    struct dcp_span metadata = request.survival.metadata;
+    uint8_t *image = dcp_malloc(metadata.len);
+    request.survival.metadata.data = image;
     memcpy(request.save_id.bytes, id, sizeof request.save_id.bytes);
     request.dir_path = dcp_malloc(path_len + 1);
     request.image.files = dcp_malloc_array(request.image.files_count, sizeof *request.image.files);
-    if (request.dir_path == NULL || request.image.files == NULL) {
+    if (request.dir_path == NULL || request.image.files == NULL || image == NULL) {
         dcp_writer_request_clean_up(&request);
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the places of %u files",
                              request.image.files_count);
+    }
+    if (metadata.len != 0) {
+        memcpy(image, metadata.data, metadata.len);
     }
     memcpy(request.dir_path, path, path_len);
     request.dir_path[path_len] = '\0';
@@ -271,14 +311,15 @@ void
 dcp_writer_request_clean_up(struct dcp_writer_request *request)
 {
     dcp_free(request->dir_path);
+    dcp_free((void *)(uintptr_t)request->survival.metadata.data);
     dcp_image_clean_up(&request->image);
     *request = (struct dcp_writer_request){0};
 }
 
 void
-dcp_writer_put_cancel(struct dcp_buf *buf)
+dcp_writer_put_word(struct dcp_buf *buf, enum dcp_writer_kind kind)
 {
-    end(buf, begin(buf, DCP_WRITER_CANCEL));
+    end(buf, begin(buf, kind));
 }
 
 /* ---- answers ---- */

@@ -4,7 +4,7 @@
 #ifndef WRITER_MESSAGE_H
 #define WRITER_MESSAGE_H
 
-#include "dcp_image.h"
+#include "dcp_writer_process.h"
 #include "process_posix.h"
 
 /* Changes with every change of a message. */
@@ -16,14 +16,17 @@ enum dcp_writer_kind {
     DCP_WRITER_CANCEL = 3,   /* trainer: stop the write; it is answered by DONE as ever */
     DCP_WRITER_PROGRESS = 4, /* process: every DCP_WRITER_SLICE_NS while it writes */
     DCP_WRITER_DONE = 5,     /* process: struct dcp_writer_result */
+    DCP_WRITER_SETTLED = 6,  /* trainer: the last write's save needs nobody any more */
 };
 
 /* The bytes of one image and how to write them.  Zero-initialised is a valid empty one. */
 struct dcp_writer_request {
     struct dcp_save_id save_id;
-    struct dcp_image image;            /* files are owned */
-    struct dcp_engine_options options; /* without pointers */
-    char *dir_path;                    /* owned; for messages */
+    struct dcp_image image;              /* files are owned */
+    struct dcp_engine_options options;   /* without pointers */
+    char *dir_path;                      /* owned; for messages */
+    bool survives;                       /* its trainer; then */
+    struct dcp_writer_survival survival; /* with metadata that is owned */
 };
 
 struct dcp_writer_progress {
@@ -74,7 +77,8 @@ int dcp_writer_send(const struct dcp_writer_channel *channel, const struct dcp_b
 
 void dcp_writer_put_hello(struct dcp_buf *buf);
 void dcp_writer_put_request(struct dcp_buf *buf, const struct dcp_writer_request *request);
-void dcp_writer_put_cancel(struct dcp_buf *buf);
+/* CANCEL and SETTLED. */
+void dcp_writer_put_word(struct dcp_buf *buf, enum dcp_writer_kind kind);
 void dcp_writer_put_progress(struct dcp_buf *buf, const struct dcp_writer_progress *progress);
 void dcp_writer_put_result(struct dcp_buf *buf, const struct dcp_writer_result *result);
 

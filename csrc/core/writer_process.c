@@ -29,8 +29,9 @@
 struct dcp_writer_process {
     struct dcp_writer_channel channel;
     int64_t pid;
-    int64_t owner; /* the process that started it */
-    bool lost;     /* it died, or cannot be understood */
+    int64_t owner;  /* the process that started it */
+    bool surviving; /* it would go on with the last save without us */
+    bool lost;      /* it died, or cannot be understood */
     bool reaped;
     enum dcp_process_state state; /* when reaped */
     int detail;
@@ -41,10 +42,11 @@ struct write {
     struct dcp_writer_process *process;
     const struct dcp_image *image;
     const struct dcp_engine_options *options;
-    const char *dir_path; /* never NULL */
-    uint64_t told_bytes;  /* of progress, passed on */
-    bool cancelled;       /* and the process was told */
-    uint32_t slices;      /* without a word, or since the cancel */
+    const struct dcp_writer_survival *survival; /* may be NULL */
+    const char *dir_path;                       /* never NULL */
+    uint64_t told_bytes;                        /* of progress, passed on */
+    bool cancelled;                             /* and the process was told */
+    uint32_t slices;                            /* without a word, or since the cancel */
 };
 
 /* ---- the end of a process ---- */
@@ -101,6 +103,29 @@ describe_end(const struct dcp_writer_process *process, char *ret_text, size_t si
     }
 }
 
+/* CANCEL and SETTLED. */
+static int
+tell(struct dcp_writer_process *process, enum dcp_writer_kind kind)
+{
+    struct dcp_buf message = {0};
+
+    dcp_writer_put_word(&message, kind);
+    int rc =
+        dcp_writer_send(&process->channel, &message, NULL, 0, DCP_WRITER_CANCEL_SLICES, NULL, NULL);
+    dcp_buf_clean_up(&message);
+    return rc;
+}
+
+void
+dcp_writer_process_settled(struct dcp_writer_process *process)
+{
+    if (process->surviving && !process->lost && process->owner == (int64_t)getpid() &&
+        tell(process, DCP_WRITER_SETTLED) != 0) {
+        lose(process);
+    }
+    process->surviving = false;
+}
+
 void
 dcp_writer_process_stop(struct dcp_writer_process *process)
 {
@@ -108,6 +133,7 @@ dcp_writer_process_stop(struct dcp_writer_process *process)
         return;
     }
     if (process->owner == (int64_t)getpid()) {
+        dcp_writer_process_settled(process);
         dcp_socket_end(process->channel.socket);
         if (!wait_for_end(process, process->lost ? 0 : DCP_WRITER_END_NS)) {
             dcp_process_kill(process->pid);
@@ -257,15 +283,9 @@ wants_cancel(const struct write *write)
 static int
 tell_cancel(struct write *write)
 {
-    struct dcp_buf message = {0};
-
-    dcp_writer_put_cancel(&message);
-    int rc = dcp_writer_send(&write->process->channel, &message, NULL, 0, DCP_WRITER_CANCEL_SLICES,
-                             NULL, NULL);
-    dcp_buf_clean_up(&message);
     write->cancelled = true;
     write->slices = 0;
-    return rc;
+    return tell(write->process, DCP_WRITER_CANCEL);
 }
 
 static int
@@ -374,11 +394,15 @@ send_request(struct write *write, int dirfd, const struct dcp_save_id *save_id,
         .image = *write->image,
         .options = *write->options,
         .dir_path = (char *)(uintptr_t)write->dir_path,
+        .survives = write->survival != NULL,
     };
     const int fds[DCP_SOCKET_MOST_FDS] = {arena->fd, dirfd};
     struct dcp_buf message = {0};
     struct dcp_error why = {0};
 
+    if (request.survives) {
+        request.survival = *write->survival;
+    }
     dcp_writer_put_request(&message, &request); /* borrows */
     int rc = dcp_buf_check(&message, err);
     if (rc == 0) {
@@ -396,9 +420,22 @@ dcp_writer_process_write(struct dcp_writer_process *process, int dirfd, const ch
                          const struct dcp_arena *arena, const struct dcp_engine_options *options,
                          struct dcp_write_stats *ret_stats, struct dcp_error *err)
 {
+    return dcp_writer_process_write_surviving(process, dirfd, dir_path, save_id, image, arena,
+                                              options, NULL, ret_stats, err);
+}
+
+int
+dcp_writer_process_write_surviving(struct dcp_writer_process *process, int dirfd,
+                                   const char *dir_path, const struct dcp_save_id *save_id,
+                                   const struct dcp_image *image, const struct dcp_arena *arena,
+                                   const struct dcp_engine_options *options,
+                                   const struct dcp_writer_survival *survival,
+                                   struct dcp_write_stats *ret_stats, struct dcp_error *err)
+{
     struct write write = {.process = process,
                           .image = image,
                           .options = options,
+                          .survival = survival,
                           .dir_path = dir_path != NULL ? dir_path : ""};
     struct dcp_writer_result *result = dcp_calloc(1, sizeof *result);
 
@@ -415,6 +452,7 @@ dcp_writer_process_write(struct dcp_writer_process *process, int dirfd, const ch
         rc = dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                            "the image is not in an arena that a writer process can map");
     } else {
+        process->surviving = survival != NULL;
         rc = send_request(&write, dirfd, save_id, arena, err);
         rc = rc != 0 ? rc : await_result(&write, result, err);
         rc = rc != 0 ? rc : conclude(&write, result, ret_stats, err);

@@ -7,7 +7,8 @@
  * the end of the socket, or, where a child of the trainer still has a copy of that, another parent.
  * Then the write at hand stops at its next request, as a save that was cancelled; its files stay
  * and are nobody's: no one is left to commit them, and the next save in the directory empties them
- * with all else that was never committed (sweep.c).
+ * with all else that was never committed (sweep.c).  A save that is to survive goes on instead
+ * (writer_outlive.c), and the process ends with it.
  *
  * Threads: `lock` orders what is sent; the first thread never waits for it, so that it always sees
  * the trainer's end.  It owns all else, but `struct job` belongs to the write's thread until the
@@ -20,14 +21,17 @@
 
 #include "dcp_limits.h"
 #include "writer_message.h"
+#include "writer_outlive.h"
 
 /* Shown by ps and top; 15 characters at most. */
 #define PROCESS_NAME "dcp_writer"
 
 struct job {
     struct dcp_writer_request request;
-    int arena_fd, dirfd; /* -1 when closed */
-    struct dcp_process_memory memory;
+    int arena_fd, dirfd;              /* -1 when closed */
+    struct dcp_process_memory memory; /* kept from save to save */
+    struct dcp_process_memory own;    /* of a save that survives: without its headers */
+    int code;                         /* of the write, when it has ended */
     _Atomic uint64_t progress_bytes;
     _Atomic uint32_t created_files;
     atomic_int cancel;
@@ -70,10 +74,12 @@ close_descriptor(int *fd)
 }
 
 static int
-map_arena(struct job *job, struct dcp_error *err)
+map_arena(struct job *job, struct dcp_process_memory *memory, struct dcp_error *err)
 {
     uint64_t bytes = job->request.image.bytes;
-    int rc = bytes == 0 ? 0 : dcp_process_map(&job->memory, job->arena_fd, bytes);
+    int rc = bytes == 0              ? 0
+             : job->request.survives ? dcp_process_map_own(memory, job->arena_fd, bytes)
+                                     : dcp_process_map(memory, job->arena_fd, bytes);
 
     close_descriptor(&job->arena_fd); /* the mapping keeps the memory */
     if (rc != 0) {
@@ -81,7 +87,32 @@ map_arena(struct job *job, struct dcp_error *err)
                              "mapping %llu bytes of the trainer's arena failed: %s",
                              (unsigned long long)bytes, strerror(-rc));
     }
-    return dcp_writer_check_image(&job->request, job->memory.bytes, err);
+    return dcp_writer_check_image(&job->request, memory->bytes, err);
+}
+
+static int
+write_image(struct job *job, const struct dcp_engine_options *options,
+            struct dcp_write_stats *ret_stats, struct dcp_error *err)
+{
+    const struct dcp_writer_request *request = &job->request;
+    const struct dcp_io *io = dcp_io_posix();
+    uint8_t *headers = NULL;
+
+    if (!request->survives) {
+        int rc = map_arena(job, &job->memory, err);
+        return rc != 0 ? rc
+                       : dcp_image_write(io, job->dirfd, request->dir_path, &request->image,
+                                         job->memory.bytes, options, ret_stats, err);
+    }
+    int rc = map_arena(job, &job->own, err);
+    rc = rc != 0 ? rc : dcp_seal_take(&request->image, job->own.bytes, &headers, err);
+    rc = rc != 0 ? rc
+                 : dcp_image_write(io, job->dirfd, request->dir_path, &request->image,
+                                   job->own.bytes, options, ret_stats, err);
+    rc = rc != 0 ? rc : dcp_seal_put(io, job->dirfd, request, headers, err);
+    dcp_free(headers);
+    dcp_process_unmap(&job->own);
+    return rc;
 }
 
 static void
@@ -93,13 +124,11 @@ run_request(struct job *job, struct dcp_writer_result *ret_result)
     options.cancel = &job->cancel;
     options.progress_bytes = &job->progress_bytes;
     options.created_files = &job->created_files;
-    int rc = map_arena(job, &ret_result->err);
-    if (rc == 0) {
-        rc = dcp_image_write(dcp_io_posix(), job->dirfd, job->request.dir_path, &job->request.image,
-                             job->memory.bytes, &options, &ret_result->stats, &ret_result->err);
+    job->code = write_image(job, &options, &ret_result->stats, &ret_result->err);
+    if (!job->request.survives) {
+        close_descriptor(&job->dirfd);
     }
-    close_descriptor(&job->dirfd);
-    ret_result->code = rc;
+    ret_result->code = job->code;
     ret_result->created_files = atomic_load(&job->created_files);
     ret_result->payload_bytes = atomic_load(&job->progress_bytes);
 }
@@ -137,6 +166,14 @@ join_write(struct service *service)
         service->joinable = false;
         service->idle_ns = now_ns();
     }
+}
+
+/* Nothing is left to do for the last request. */
+static void
+forget_request(struct service *service)
+{
+    join_write(service);
+    close_descriptor(&service->job.dirfd);
     dcp_writer_request_clean_up(&service->job.request);
 }
 
@@ -156,7 +193,7 @@ start_write(struct service *service, struct dcp_writer_message *message)
     if (message->fds_count != DCP_SOCKET_MOST_FDS || atomic_load(&service->phase) == WRITING) {
         return DCP_WRITER_END_PROTOCOL;
     }
-    join_write(service);
+    forget_request(service);
     int rc = dcp_writer_get_request(message->body, &job->request, NULL);
     if (rc != 0) {
         return end_of(rc);
@@ -186,6 +223,9 @@ take_message(struct service *service, struct dcp_writer_message *message)
     } else if (message->kind == DCP_WRITER_CANCEL) {
         /* One that comes late finds nothing to stop: the next write clears it. */
         atomic_store(&service->job.cancel, 1);
+        end = DCP_WRITER_END_OK;
+    } else if (message->kind == DCP_WRITER_SETTLED && atomic_load(&service->phase) != WRITING) {
+        forget_request(service);
         end = DCP_WRITER_END_OK;
     }
     dcp_writer_message_clean_up(message);
@@ -234,11 +274,33 @@ serve(struct service *service)
             continue;
         }
         join_write(service);
+        if (!service->job.request.survives) {
+            forget_request(service);
+        }
         if (now_ns() - service->idle_ns > DCP_WRITER_KEEP_NS) {
             dcp_process_unmap(&service->job.memory);
         }
     }
     return end;
+}
+
+/* The trainer is gone, and its save goes on. */
+static void
+outlive(struct service *service)
+{
+    const struct dcp_io *io = dcp_io_posix();
+    struct job *job = &service->job;
+    struct dcp_orphan orphan;
+
+    dcp_orphan_begin(&orphan, io, job->dirfd, &job->request);
+    while (dcp_orphan_stands(&orphan) && atomic_load(&service->phase) != IDLE) {
+        io->sleep_ns(io->ctx, DCP_WRITER_SLICE_NS);
+    }
+    atomic_store(&job->cancel, 1); /* of a write that nobody wants any more */
+    join_write(service);
+    (void)dcp_orphan_finish(&orphan, job->code, atomic_load(&job->created_files),
+                            DCP_WRITER_ORPHAN_NS);
+    dcp_orphan_end(&orphan);
 }
 
 static int
@@ -271,8 +333,11 @@ dcp_writer_serve(void)
     service.idle_ns = now_ns();
     enum dcp_writer_end end = say_hello(&service) == 0 ? serve(&service) : DCP_WRITER_END_OK;
     atomic_store(&service.ending, 1);
+    if (end == DCP_WRITER_END_OK && service.job.request.survives) {
+        outlive(&service);
+    }
     atomic_store(&service.job.cancel, 1);
-    join_write(&service);
+    forget_request(&service);
     dcp_process_unmap(&service.job.memory);
     dcp_writer_channel_clean_up(&service.channel);
     dcp_descriptor_close(DCP_PROCESS_SOCKET);

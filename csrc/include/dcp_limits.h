@@ -109,6 +109,9 @@
 /* How long an idle writer process keeps an arena mapped: mapping it anew costs as much as a write's
  * system calls do, but pages that the trainer gave up stay taken as long as they are mapped. */
 #define DCP_WRITER_KEEP_NS 30000000000u
+/* A writer process whose trainer died waits this long for the files of other ranks, from when its
+ * own are durable, before it gives the save up: 5 minutes, for disks that differ. */
+#define DCP_WRITER_ORPHAN_NS 300000000000u
 /* How late an idle writer process may notice a trainer that died and left its socket to a child. */
 #define DCP_WRITER_IDLE_SLICE_NS 1000000000u
 

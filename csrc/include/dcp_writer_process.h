@@ -40,6 +40,35 @@ int dcp_writer_process_write(struct dcp_writer_process *process, int dirfd, cons
                              struct dcp_write_stats *ret_stats,
                              struct dcp_error *err) DCP_MUST_CHECK;
 
+/* ---- saves that outlive their trainer (docs/architecture.md, "A save without its trainer") ----
+ */
+
+struct dcp_writer_survival {
+    int32_t claim_rank;       /* of the save's claim: -1 for the global one */
+    uint64_t n0;              /* of the save's claim */
+    struct dcp_span metadata; /* of who commits: the image to publish; empty on other ranks */
+};
+
+/* As dcp_writer_process_write (which `survival` NULL is), but every file's header comes last, when
+ * the rest is durable; and if this trainer ends before dcp_writer_process_settled, the process
+ * finishes the write and, where it has the metadata, commits the save once all files that the
+ * metadata names are there. */
+int dcp_writer_process_write_surviving(struct dcp_writer_process *process, int dirfd,
+                                       const char *dir_path, const struct dcp_save_id *save_id,
+                                       const struct dcp_image *image, const struct dcp_arena *arena,
+                                       const struct dcp_engine_options *options,
+                                       const struct dcp_writer_survival *survival,
+                                       struct dcp_write_stats *ret_stats,
+                                       struct dcp_error *err) DCP_MUST_CHECK;
+/* The save is committed or given up: nothing of it is left to do.  Stopping the process says so
+ * too. */
+void dcp_writer_process_settled(struct dcp_writer_process *process);
+
+/* Waits while a process without a trainer still works on a save of this directory: 0 when none does
+ * (any more).  DCP_E_TIMEOUT: one still does; a claim fences it.  DCP_E_CANCELLED. */
+int dcp_writer_orphan_wait(int dirfd, const char *dir_path, uint64_t timeout_ns, atomic_int *cancel,
+                           struct dcp_error *err) DCP_MUST_CHECK;
+
 #ifdef __cplusplus
 }
 #endif

@@ -34,6 +34,10 @@ make_request(struct dcp_writer_request *ret, char *path)
                                .io_priority = 0x6000,
                                .limit_bytes_s = 1u << 30}},
         .dir_path = path,
+        .survives = true,
+        .survival = {.claim_rank = 5,
+                     .n0 = 10,
+                     .metadata = {(const uint8_t *)"metadata", sizeof "metadata"}},
     };
     ret->image.files = dcp_calloc(FILES, sizeof *ret->image.files);
     for (uint32_t i = 0; i < FILES; i++) {
@@ -81,6 +85,15 @@ what_is_put_is_what_is_read(void)
     CHECK(got.image.bytes == request.image.bytes && got.image.payload_bytes == 700);
     CHECK_EQ(got.image.total_bytes, request.image.total_bytes);
     CHECK(memcmp(got.image.files, request.image.files, FILES * sizeof *got.image.files) == 0);
+    CHECK(got.survives && got.survival.claim_rank == 5 && got.survival.n0 == 10);
+    CHECK(got.survival.metadata.len == sizeof "metadata" &&
+          memcmp(got.survival.metadata.data, "metadata", sizeof "metadata") == 0);
+    dcp_writer_request_clean_up(&got);
+    dcp_buf_clear(&buf);
+    request.survives = false;
+    dcp_writer_put_request(&buf, &request);
+    CHECK_OK(dcp_writer_get_request(body_of(&buf), &got, &err), &err);
+    CHECK(!got.survives && got.survival.metadata.len == 0);
     dcp_writer_request_clean_up(&got);
     dcp_image_clean_up(&request.image);
 
@@ -199,7 +212,7 @@ requests_that_no_memory_can_hold_fail_and_leave_nothing(void)
 
     make_request(&request, path);
     dcp_writer_put_request(&buf, &request);
-    for (uint64_t n = 1; n <= 2; n++) {
+    for (uint64_t n = 1; n <= 3; n++) {
         struct dcp_error err = {0};
         dcp_alloc_fail_after(n);
         CHECK_EQ(dcp_writer_get_request(body_of(&buf), &got, &err), DCP_E_NOMEM);
@@ -300,6 +313,7 @@ descriptors_that_are_none_of_an_arena_are_an_error_that_is_told(void)
 
     meet(&s);
     make_request(&request, path);
+    request.survives = false; /* nothing of it is kept */
     dcp_writer_put_request(&buf, &request);
     for (int i = 0; i < 3; i++) {
         CHECK_OK(dcp_writer_send(&s.channel, &buf, fds, 2, 10, NULL, &err), &err);

@@ -90,7 +90,10 @@ def start(
         # The others are past their last collective: they hear of it over the store.
         save.fail(error)
     try:
-        upload.facts["staging"] = "borrowed" if borrow else save.stage(shared=in_process)
+        survive = in_process and config().survive_trainer
+        upload.facts["staging"] = (
+            "borrowed" if borrow else save.stage(shared=in_process, survive=survive)
+        )
     except BaseException as error:  # an interrupt between the steps
         save.fail(error)
     interrupt = save.interrupt()
@@ -198,6 +201,7 @@ def _begin(upload: Upload, process_group: dist.ProcessGroup | None, alone: bool)
             prefix=_prefix(save),
             timeout_s=_timeout_s(process_group, alone),
             written=upload.facts.get("staging") == "streamed",
+            survive=upload.process is not None and config().survive_trainer,
         ),
     )
 

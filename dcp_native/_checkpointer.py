@@ -27,7 +27,7 @@ class _Checkpointer(_torch._Checkpointer):
         storage_writer: writes every checkpoint, into its own path.
         storage_reader: reads every checkpoint.
         process_group: ranks that save and load together; default: all.
-        coordinator_rank: the group rank that plans for all and commits; 0 for ``async_save``.
+        coordinator_rank: the group rank that plans for all and commits.
         no_dist: save and load this process's state alone.
         load_planner, save_planner: default torch's default planners.
     """
@@ -68,10 +68,11 @@ class _Checkpointer(_torch._Checkpointer):
 
     def async_save(self, state_dict: STATE_DICT_TYPE) -> Future:
         """As :func:`dcp_native.async_save`; the future is of the Metadata."""
-        response = state_dict_saver.async_save(
+        response = state_dict_saver._async_save(
             state_dict,
             storage_writer=self.storage_writer,
             process_group=self.process_group,
+            coordinator_rank=self.coordinator_rank,
             planner=self.save_planner,
             no_dist=self.no_dist,
         )

@@ -65,6 +65,9 @@ class Config:
             0: the process group's timeout, a day for a single process.
         host_timeout_s: seconds without a sign of life of another host until a background save
             fails; a process that dies on this host is noticed at once.
+        survive_trainer: a staged save with ``AsyncCheckpointerType.PROCESS`` is finished and
+            committed by the writer processes when the trainers die.  All ranks must agree on it.
+            The death of one trainer then fails no save: the others wait for it until the deadline.
         native: False sends every call through torch's own implementation.
     """
 
@@ -86,6 +89,7 @@ class Config:
     async_overlap: Literal["wait", "skip", "fail"] = "wait"
     async_timeout_s: float = 0.0
     host_timeout_s: float = 10.0
+    survive_trainer: bool = False
     native: bool = True
 
     def __post_init__(self) -> None:
@@ -212,6 +216,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_ASYNC_OVERLAP": ("async_overlap", str),
     "DCP_NATIVE_ASYNC_TIMEOUT_S": ("async_timeout_s", float),
     "DCP_NATIVE_HOST_TIMEOUT_S": ("host_timeout_s", float),
+    "DCP_NATIVE_SURVIVE_TRAINER": ("survive_trainer", _as_bool),
     "DCP_NATIVE": ("native", _as_bool),
 }
 """Environment variable -> (field, parser).  Read once, at import."""

@@ -27,6 +27,10 @@ read from the checkpoint when it is looked at, as on all other ranks: few look, 
 the trainer's."""
 
 
+ORPHAN_WAIT_S = 60.0
+"""How long a save waits for one of the same directory that outlived its trainer."""
+
+
 def hash64(*parts: object) -> int:
     """A 64-bit number that equal parts share on every rank."""
     text = "\0".join(map(repr, parts)).encode()
@@ -124,6 +128,7 @@ class NativeSave:
             self._metadata_path = os.path.abspath(os.path.join(writer.path, name))
             if self._native.open():
                 self._check_overwrite()
+            self._native.wait_for_orphan(ORPHAN_WAIT_S)
             self._native.claim()
             self._add(state_dict)
         except BaseException as error:
@@ -167,8 +172,11 @@ class NativeSave:
         if self.use_collectives and self.group.size > 1:
             self._native.meet()
 
-    def stage(self, *, shared: bool) -> str:
+    def stage(self, *, shared: bool, survive: bool) -> str:
         """Build this rank's files in memory, so that the caller may go on.
+
+        One that is to survive the trainer must be in memory: a rank that streams could not say
+        when its files are whole.
 
         Returns:
             ``"arena"``; ``"streamed"`` where there is no memory for that: then they are written and
@@ -180,6 +188,8 @@ class NativeSave:
             reason = self._native.stage(shared=shared, cap_bytes=config().arena_cap_bytes)
             if reason is None:
                 return "arena"
+            if survive:
+                raise MemoryError(f"survive_trainer needs memory to stage in: {reason}")
             logger.warning("staging in the foreground instead of in memory: %s", reason)
         except BaseException as error:
             self.fail(error)

@@ -144,6 +144,34 @@ def async_save(
         AssertionError: the group has no CPU backend (as torch).  Errors of planning, staging and
             writing are on the future.
     """
+    return _async_save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        planner=planner,
+        process_group=process_group,
+        async_checkpointer_type=async_checkpointer_type,
+        async_stager=async_stager,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+        base=base,
+    )
+
+
+def _async_save(
+    state_dict: STATE_DICT_TYPE,
+    *,
+    checkpoint_id: str | os.PathLike | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    base: str | os.PathLike | None = None,
+) -> Future | AsyncSaveResponse:
     torch._C._log_api_usage_once("dcp_native.async_save")
     alone = no_dist or (not dist.is_available()) or (not dist.is_initialized())
     if dist.is_available() and dist.is_initialized():
@@ -176,7 +204,7 @@ def async_save(
     save_ = NativeSave(
         writer,
         planner,
-        group_for(process_group, alone),
+        group_for(process_group, alone, 0 if alone else coordinator_rank),
         use_collectives=use_collectives,
         kind="async_save",
         base=base,

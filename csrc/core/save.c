@@ -168,6 +168,12 @@ dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err)
 }
 
 int
+dcp_save_dirfd(const struct dcp_save *save)
+{
+    return save->dirfd;
+}
+
+int
 dcp_save_claim(struct dcp_save *save, struct dcp_error *err)
 {
     int rc;

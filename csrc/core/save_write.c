@@ -22,6 +22,15 @@ struct metadata_job {
     struct dcp_error err;
 };
 
+/* How the files get to the disk. */
+struct writing {
+    const struct dcp_source *sources;   /* NULL: what was staged */
+    struct dcp_writer_process *process; /* for what was staged; NULL: here */
+    bool survive;
+    atomic_int *cancel;
+    _Atomic uint64_t *progress_bytes;
+};
+
 static int
 build_metadata(struct dcp_save *save, struct dcp_error *err)
 {
@@ -117,15 +126,22 @@ write_sources(struct dcp_save *save, const struct dcp_source *sources,
 
 /* What was staged: its checksums are known since then. */
 static int
-write_image(struct dcp_save *save, struct dcp_writer_process *process,
+write_image(struct dcp_save *save, const struct writing *how,
             const struct dcp_engine_options *options, struct dcp_error *err)
 {
-    if (process == NULL) {
+    const struct dcp_writer_survival survival = {
+        .claim_rank = save->independent ? (int32_t)save->group->comm.rank : -1,
+        .n0 = save->info.n0,
+        .metadata = save->info.is_coordinator ? save->info.metadata : (struct dcp_span){0},
+    };
+
+    if (how->process == NULL) {
         return dcp_image_write(save->io, save->dirfd, save->dir_path, &save->image,
                                save->arena->memory, options, &save->info.write, err);
     }
-    return dcp_writer_process_write(process, save->dirfd, save->dir_path, &save->info.save_id,
-                                    &save->image, save->arena, options, &save->info.write, err);
+    return dcp_writer_process_write_surviving(
+        how->process, save->dirfd, save->dir_path, &save->info.save_id, &save->image, save->arena,
+        options, how->survive ? &survival : NULL, &save->info.write, err);
 }
 
 void
@@ -134,19 +150,16 @@ dcp_save_lend_thread(struct dcp_save *save)
     save->own_thread = true;
 }
 
-/* `sources` NULL: what was staged. */
 static int
-write_all(struct dcp_save *save, const struct dcp_source *sources,
-          struct dcp_writer_process *process, atomic_int *cancel, _Atomic uint64_t *progress_bytes,
-          struct dcp_error *err)
+write_all(struct dcp_save *save, const struct writing *how, struct dcp_error *err)
 {
     struct dcp_engine_options options = {
         .direct = save->direct,
         .tuning = save->tuning,
         .own_thread = save->own_thread,
         .sync = save->sync,
-        .cancel = cancel,
-        .progress_bytes = progress_bytes,
+        .cancel = how->cancel,
+        .progress_bytes = how->progress_bytes,
         .hashes = save->reuse.hashes,
         .created_files = &save->created_files,
     };
@@ -158,9 +171,13 @@ write_all(struct dcp_save *save, const struct dcp_source *sources,
         return rc;
     }
     rc = metadata_start(save, &metadata, err);
+    if (how->survive) {
+        rc = metadata_join(&metadata, rc, err); /* it goes to the process with the files */
+        metadata.threaded = false;
+    }
     if (rc == 0) {
-        rc = sources != NULL ? write_sources(save, sources, &options, err)
-                             : write_image(save, process, &options, err);
+        rc = how->sources != NULL ? write_sources(save, how->sources, &options, err)
+                                  : write_image(save, how, &options, err);
     }
     rc = metadata_join(&metadata, rc, err);
     if (rc == 0 && save->sync) {
@@ -174,24 +191,31 @@ int
 dcp_save_write(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
                _Atomic uint64_t *progress_bytes, struct dcp_error *err)
 {
+    const struct writing how = {
+        .sources = sources, .cancel = cancel, .progress_bytes = progress_bytes};
+
     if (save->installed == NULL) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "a save was written before it was agreed");
     }
-    return write_all(save, sources, NULL, cancel, progress_bytes, err);
+    return write_all(save, &how, err);
 }
 
 int
-dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process, atomic_int *cancel,
-                      _Atomic uint64_t *progress_bytes, struct dcp_error *err)
+dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process, bool survive,
+                      atomic_int *cancel, _Atomic uint64_t *progress_bytes, struct dcp_error *err)
 {
+    const struct writing how = {.process = process,
+                                .survive = survive && process != NULL,
+                                .cancel = cancel,
+                                .progress_bytes = progress_bytes};
     int rc;
 
     if (save->arena == NULL) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "a save was written from memory in which it was not staged");
     }
-    rc = write_all(save, NULL, process, cancel, progress_bytes, err);
+    rc = write_all(save, &how, err);
     dcp_arena_release(save->arena);
     save->arena = NULL;
     return rc;

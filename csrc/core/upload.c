@@ -136,7 +136,7 @@ write_bytes(struct dcp_upload *upload, struct dcp_error *err)
         return dcp_save_write(params->save, params->sources, &upload->cancel,
                               &upload->progress_bytes, err);
     }
-    return dcp_save_write_staged(params->save, params->process, &upload->cancel,
+    return dcp_save_write_staged(params->save, params->process, params->survive, &upload->cancel,
                                  &upload->progress_bytes, err);
 }
 
@@ -291,11 +291,14 @@ on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const str
 {
     struct dcp_upload *upload = ctx;
 
-    if (rc != 0) {
-        (void)stop_writer(upload); /* nobody waits for its bytes any more */
-    } else if (begin_decision(upload)) {
+    bool stopped = rc == 0 || stop_writer(upload); /* else nobody waits for its bytes any more */
+
+    if (rc == 0 && begin_decision(upload)) {
         dcp_save_sweep(upload->params.save);
         end_decision(upload);
+    }
+    if (upload->params.survive && stopped && upload->params.process != NULL) {
+        dcp_writer_process_settled(upload->params.process);
     }
     if (settle(upload, rc, failures, err)) {
         notify(upload);

@@ -84,6 +84,8 @@ int dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
 /* Settles an unsettled claim (abort) before it frees. */
 void dcp_save_destroy(struct dcp_save *save);
 
+/* The open directory; -1 before. */
+int dcp_save_dirfd(const struct dcp_save *save);
 /* Makes and opens the directory.  *ret_exists: a committed checkpoint is there. */
 int dcp_save_open(struct dcp_save *save, bool *ret_exists, struct dcp_error *err) DCP_MUST_CHECK;
 /* Coordinator (every rank when independent): takes the claim and fences older saves.  Nothing on
@@ -132,8 +134,9 @@ int dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
 int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, uint32_t arenas,
                      struct dcp_error *err) DCP_MUST_CHECK;
 /* Writes what was staged, by `process` or, where that is NULL, by this process; then the arena is
- * free for the next save, whatever happened. */
-int dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process,
+ * free for the next save, whatever happened.  `survive`: the process finishes the save if this one
+ * dies; the caller tells it when the save is settled. */
+int dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process, bool survive,
                           atomic_int *cancel, _Atomic uint64_t *progress_bytes,
                           struct dcp_error *err) DCP_MUST_CHECK;
 

@@ -28,6 +28,7 @@ struct dcp_upload_params {
     const struct dcp_source *sources;   /* to write from when nothing was staged; else NULL */
     struct dcp_writer_process *process; /* writes what was staged; NULL: a thread does */
     const struct dcp_failure *mine;     /* what failed on this rank before; NULL */
+    bool survive;                       /* the process finishes the save if this one dies */
     bool written;                       /* the files are durable already */
     /* NULL: this rank alone decides. */
     const struct dcp_store *store;

@@ -28,6 +28,7 @@ struct save_object {
     bool staged;
     struct dcp_stage_params staging; /* of the step in progress */
     unsigned int arenas;             /* the same */
+    uint64_t orphan_timeout_ns;      /* the same */
     /* Of a background save: what it borrows until it has ended. */
     struct dcp_upload *upload;
     PyObject *store, *process, *watch; /* or NULL */

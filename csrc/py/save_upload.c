@@ -15,6 +15,49 @@
 
 /* ---- before ---- */
 
+const char save_wait_for_orphan_doc[] =
+    "wait_for_orphan(timeout_s, /)\n--\n\n"
+    "Coordinator: wait for a save of this directory that goes on without its trainer.  False when "
+    "it still does: claiming fences it.";
+
+static int
+step_wait_for_orphan(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+
+    return dcp_writer_orphan_wait(dcp_save_dirfd(self->save), NULL, self->orphan_timeout_ns,
+                                  &self->cancel, err);
+}
+
+PyObject *
+save_wait_for_orphan(PyObject *object, PyObject *arg)
+{
+    struct save_object *self = as_save(object);
+    double timeout_s = PyFloat_AsDouble(arg);
+    struct dcp_save_info info;
+    struct dcp_error err;
+    int rc = 0;
+
+    if (timeout_s == -1.0 && PyErr_Occurred()) {
+        return NULL;
+    }
+    dcp_save_get_info(self->save, &info);
+    if (!info.is_coordinator) {
+        Py_RETURN_TRUE;
+    }
+    self->orphan_timeout_ns = (uint64_t)(timeout_s * 1e9);
+    if (native_run(object, step_wait_for_orphan, self, &self->cancel, &self->pending, &rc, &err) !=
+            0 ||
+        native_raise_pending(&self->pending) != 0) {
+        (void)native_raise_pending(&self->pending);
+        return NULL;
+    }
+    if (rc != 0 && rc != DCP_E_TIMEOUT) {
+        return native_set_error(module_error_class(object), &err);
+    }
+    return PyBool_FromLong(rc == 0);
+}
+
 const char save_meet_doc[] = "meet()\n--\n\n"
                              "Collective, once per group: learn which ranks share this host.";
 
@@ -145,7 +188,7 @@ save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs)
 
 const char save_upload_doc[] =
     "upload(watch, *, timeout_s, host_timeout_s, store=None, process=None, prefix='', "
-    "failure=None, written=False)\n--\n\n"
+    "failure=None, written=False, survive=False)\n--\n\n"
     "Write, agree over the store and commit, on threads that need no GIL.  `failure`: what failed "
     "on this rank before; `written`: its files are durable already.";
 
@@ -209,20 +252,20 @@ start(PyObject *object, struct dcp_upload_params *params)
 PyObject *
 save_upload(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"watch",  "timeout_s", "host_timeout_s", "store", "process",
-                            "prefix", "failure",   "written",        NULL};
+    static char *names[] = {"watch",  "timeout_s", "host_timeout_s", "store",   "process",
+                            "prefix", "failure",   "written",        "survive", NULL};
     struct save_object *self = as_save(object);
     PyObject *watch, *store = Py_None, *process = Py_None, *failure = Py_None;
     struct dcp_upload_params params = {0};
     double timeout_s = 0, host_timeout_s = 0;
     const char *prefix = "";
-    int written = 0;
+    int written = 0, survive = 0;
     bool given;
 
     if (group_object_get(self->group) == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ddOOsOp:upload", names, &watch, &timeout_s,
-                                     &host_timeout_s, &store, &process, &prefix, &failure,
-                                     &written) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|$ddOOsOpp:upload", names, &watch, &timeout_s,
+                                     &host_timeout_s, &store, &process, &prefix, &failure, &written,
+                                     &survive) ||
         check_parts(object, watch, store, process) != 0 ||
         failure_from_python(failure, &self->upload_mine, &given) != 0) {
         return NULL;
@@ -241,6 +284,9 @@ save_upload(PyObject *object, PyObject *args, PyObject *kwargs)
     params.mine = given ? &self->upload_mine : NULL;
     params.prefix = prefix;
     params.written = written != 0;
+    params.survive = survive != 0;
+    /* The death of a trainer fails no save that outlives it. */
+    params.peers = survive ? NULL : params.peers;
     params.timeout_ns = (uint64_t)(timeout_s * 1e9);
     params.host_timeout_ns = (uint64_t)(host_timeout_s * 1e9);
     return start(object, &params) != 0 ? NULL : Py_NewRef(Py_None);

@@ -6,6 +6,7 @@
 
 #include "save_object.h"
 
+PyObject *save_wait_for_orphan(PyObject *object, PyObject *arg);
 PyObject *save_meet(PyObject *object, PyObject *unused);
 PyObject *save_stage(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs);
@@ -18,15 +19,16 @@ PyObject *save_upload_left(PyObject *object, PyObject *unused);
 PyObject *save_upload_progress(PyObject *object, PyObject *unused);
 PyObject *save_expire(PyObject *object, PyObject *unused);
 PyObject *save_cancel(PyObject *object, PyObject *unused);
-extern const char save_meet_doc[], save_stage_doc[], save_warm_up_doc[], save_upload_doc[],
-    save_upload_state_doc[], save_upload_result_doc[], save_upload_stats_doc[],
+extern const char save_wait_for_orphan_doc[], save_meet_doc[], save_stage_doc[], save_warm_up_doc[],
+    save_upload_doc[], save_upload_state_doc[], save_upload_result_doc[], save_upload_stats_doc[],
     save_upload_writing_doc[], save_upload_left_doc[], save_upload_progress_doc[],
     save_expire_doc[], save_cancel_doc[];
 
 #define SAVE_WITH_KEYWORDS(fn) (PyCFunction)(void (*)(void))(fn), METH_VARARGS | METH_KEYWORDS
 
 #define SAVE_UPLOAD_METHODS                                                                        \
-    {"meet", save_meet, METH_NOARGS, save_meet_doc},                                               \
+    {"wait_for_orphan", save_wait_for_orphan, METH_O, save_wait_for_orphan_doc},                   \
+        {"meet", save_meet, METH_NOARGS, save_meet_doc},                                           \
         {"stage", SAVE_WITH_KEYWORDS(save_stage), save_stage_doc},                                 \
         {"warm_up", SAVE_WITH_KEYWORDS(save_warm_up), save_warm_up_doc},                           \
         {"upload", SAVE_WITH_KEYWORDS(save_upload), save_upload_doc},                              \

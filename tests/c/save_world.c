@@ -234,7 +234,7 @@ write_items(struct dcp_save *save, const struct save_request *request, struct sa
         dcp_free(state->memory[i]); /* the caller may go on, and do what it likes */
         state->memory[i] = NULL;
     }
-    return rc != 0 ? rc : dcp_save_write_staged(save, NULL, NULL, NULL, err);
+    return rc != 0 ? rc : dcp_save_write_staged(save, NULL, false, NULL, NULL, err);
 }
 
 static void

@@ -18,7 +18,7 @@ NATIVE, TORCH = "dcp_native", "torch.distributed.checkpoint"
 MODES = {"thread": "THREAD", "process": "PROCESS"}
 MEMCPY_SAMPLES = 3
 TENTH = 10
-TORCH_DEADLINE_S = 90
+DEADLINE_S = 90
 GROWTH_LOOKS = (1, 10)
 
 
@@ -35,7 +35,7 @@ class Life:
     def save(self, what: str, module: str, mode: str, last: bool = False, **keywords) -> dict:
         """One save called `what`; of times the slowest rank's, its wait for the vote apart."""
         results = self.ranks.do(
-            "save", module=module, mode=mode, path=str(self.path), deadline_s=TORCH_DEADLINE_S,
+            "save", module=module, mode=mode, path=str(self.path), deadline_s=DEADLINE_S,
             **keywords,
         )  # fmt: skip
         reports = [r["report"] for r in results]
@@ -67,7 +67,7 @@ def life(
 ) -> Iterator[Life]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    ranks = Ranks(2, scratch, "async_worker.py", watched=False, timeout_s=2 * TORCH_DEADLINE_S)
+    ranks = Ranks(2, scratch, "async_worker.py", watched=False, timeout_s=2 * DEADLINE_S)
     try:
         ranks.wait_ready()
         yield Life(ranks, where, ranks.do("build", case="mixed", size=size, count=count))
@@ -79,14 +79,6 @@ def life(
 def _slowest(results: list[list[float]]) -> float:
     """Of samples by rank: the slowest rank's, the middle one of these."""
     return statistics.median(map(max, zip(*results, strict=True)))
-
-
-def _fresh_memory(ranks: Ranks) -> dict:
-    found = ranks.do("fresh_memory")
-    return {
-        kind: {what: max(f[kind][what] for f in found) for what in ("touch_s", "copy_s")}
-        for kind in ("private", "memfd")
-    }
 
 
 def _limits(this: Life) -> dict:
@@ -120,17 +112,18 @@ def warmed(this: Life, mode: str, free_s: float) -> dict:
 
 def cold(this: Life, mode: str) -> dict:
     """A first save with nothing done ahead."""
-    found = {"fresh": _fresh_memory(this.ranks)}
+    fresh = this.ranks.do("fresh_memory", shared=mode == "process")
+    found = {what: max(f[what] for f in fresh) for what in ("touch_s", "copy_s")}
     this.save("first", NATIVE, MODES[mode], last=True)
     return found
 
 
 def torchs(this: Life, free_s: float) -> dict:
     """Stock torch's saves: by thread first and warm, then its first by process."""
-    found = {"stage_s": _slowest(this.ranks.do("stage_torch", repeats=1))}
     for what in ("first", "python", "matmul", "idle"):
         trainer = what if what in ("python", "matmul") else None
         this.save(what, TORCH, "THREAD", trainer=trainer, free_s=free_s)
+    found = {"stage_s": _slowest(this.ranks.do("stage_torch", repeats=1))}
     try:
         this.save("process", TORCH, "PROCESS")
     except BenchError as e:

@@ -32,7 +32,6 @@ UPLOAD_SHARE = 0.85
 TENTH_S = 0.05
 ARENA_RATIO = 1.02
 GROWTH_BYTES = 2 << 20
-MEMORY_OF = {"thread": "private", "process": "memfd"}
 FREE_S = {"full": 0.5, "small": 0.05}
 
 Found = dict[str, list[dict]]  # rounds by contender
@@ -126,14 +125,13 @@ def call_rows(found: Found, mode: str) -> list[dict]:
 def cold_rows(found: Found, mode: str) -> list[dict]:
     rounds = found[f"cold {mode}"]
     first_s = _median(_saves(rounds, "first"), "call_s")
-    fresh = [r["fresh"][MEMORY_OF[mode]] for r in rounds]
-    touch_s, copy_s = _median(fresh, "touch_s"), _median(fresh, "copy_s")
+    touch_s, copy_s = _median(rounds, "touch_s"), _median(rounds, "copy_s")
     return [
         row(
             f"first save without warm-up, {_mode(rounds, mode)}",
             f"{seconds(first_s)} ({first_s / copy_s:.2f}x)",
             _torch_first(found),
-            f"{seconds(copy_s)}, copying to fresh memory (touching it: {seconds(touch_s)})",
+            f"{seconds(copy_s)}, copying to fresh memory (touching it alone: {seconds(touch_s)})",
             f"<= {COLD_RATIO}x",
             first_s <= COLD_RATIO * copy_s,
         )
@@ -186,10 +184,6 @@ def upload_rows(found: Found, mode: str) -> list[dict]:
         row(
             f"- memory beside the arena, {name}",
             f"{max(s['extra_bytes'] for s in idle) / 2**20:.1f} MiB per rank",
-            _shown(
-                max((s["extra_bytes"] for s in theirs), default=None),
-                lambda n: f"{n / 2**20:.0f} MiB",
-            ),
         ),
     ]
 

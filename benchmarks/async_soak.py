@@ -6,9 +6,10 @@
 Two ranks save to one of two directories, over what is there. Before some saves each rank draws
 whether, and when, it kills its own writer process by SIGKILL: anywhere between the call and a while
 after the usual end. The promise: a save is committed on all ranks and what loads then is its
-content, or it failed on all ranks and what loads is the checkpoint before it; it ends in time; and
-a directory holds no file of a save that failed before the one committed there. What is drawn comes
-from the seed; the exact moment of a kill is the machine's. Exits with 1 if the promise was broken.
+content, or it failed on all ranks and what loads is the checkpoint before it; it ends in time; a
+directory holds no file of a save that failed before the one committed there; no writer outlives its
+rank. What is drawn comes from the seed; the exact moment of a kill is the machine's. Exits with 1
+if the promise was broken.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import random
 import signal
 import sys
 import tempfile
+import time
 
+from processes import WRITER, runs
 from program import ROOT, WRONG_SHOWN, BenchError, machine, say, seconds, write_json
 from ranks import Ranks
 
@@ -29,6 +32,7 @@ THREAD_SHARE = 0.2  # of the saves, where both modes are asked for
 KILL_SHARE = 0.35  # of the saves by PROCESS, on each rank
 KILL_WINDOW = 1.2  # of the usual time of a save
 SAVE_DEADLINE_S = 60
+FAREWELL_S = 5
 SHOWN_EVERY = 50
 
 
@@ -44,7 +48,7 @@ class Soak:
         self.counts = dict.fromkeys(("committed", "failed", "killed_writers", "with_kills"), 0)
         self.slowest = {"committed": 0.0, "failed": 0.0}
         self.errors: dict[str, int] = {}
-        self.has_writer = False
+        self.writers: set[int] = set()
         self.wrong: list[str] = []
 
     def _draw(self) -> tuple[int, str, list[float | None]]:
@@ -71,7 +75,7 @@ class Soak:
         killed = sum(r["killed"] for r in results)
         self.counts["killed_writers"] += killed
         self.counts["with_kills"] += killed > 0
-        self.has_writer |= any(r["writers"] for r in results)
+        self.writers.update(pid for r in results for pid in r["writers"])
         errors = [r["error"] for r in results]
         where = f"save {turn} by {mode} to {path.name}, {killed} writers killed"
         if "HUNG" in errors:
@@ -110,6 +114,15 @@ class Soak:
                 say(f"  {turn + 1} saves: {self.counts}, {len(self.wrong)} wrong")
         for slot in range(SLOTS):
             self._check("in the end", slot)
+
+    def check_ended(self) -> None:
+        """The ranks have ended: so must their writers, soon."""
+        deadline = time.monotonic() + FAREWELL_S
+        while left := [pid for pid in self.writers if runs(pid, WRITER)]:
+            if time.monotonic() > deadline:
+                self.wrong.append(f"{len(left)} writer processes outlive their ranks")
+                return
+            time.sleep(0.05)
 
 
 def _modes(text: str) -> list[str]:
@@ -155,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             soak.wrong.append(str(e))
         finally:
             ranks.close()
+        soak.check_ended()
     print(f"{args.saves} saves of about {args.mib} MiB by {RANKS} ranks, seed {args.seed}")
     for name, count in soak.counts.items():
         print(f"  {name}: {count}")
@@ -162,14 +176,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  slowest {name}: {seconds(slowest_s) if slowest_s else '-'}")
     for error, count in sorted(soak.errors.items(), key=lambda item: -item[1]):
         print(f"  {count} x {error}")
-    if not soak.has_writer:
+    if not soak.writers:
         print("  there was no writer process: PROCESS ran as THREAD")
     print(f"{len(soak.wrong)} promises were broken")
     for text in soak.wrong[:WRONG_SHOWN]:
         print(f"  WRONG {text}")
     if args.json:
         results = {"machine": about, "counts": soak.counts, "slowest_s": soak.slowest}
-        results |= {"errors": soak.errors, "has_writer": soak.has_writer, "wrong": soak.wrong}
+        results |= {"errors": soak.errors, "has_writer": bool(soak.writers), "wrong": soak.wrong}
         write_json(args.json, results)
     return 1 if soak.wrong else 0
 

@@ -69,13 +69,10 @@ class AsyncWorker(Worker):
         kept = sharded + plain[self._rank :: self._ranks]
         return [(t.data_ptr(), t.nbytes) for t in kept]
 
-    def fresh_memory(self) -> dict:
+    def fresh_memory(self, shared: bool) -> dict[str, float]:
         """What fresh memory for the staged bytes costs, both ranks at the same time."""
-        out = {}
-        for kind in ("private", "memfd"):
-            dist.barrier()
-            out[kind] = touch_fresh(self._sources(), kind == "memfd")
-        return out
+        dist.barrier()
+        return touch_fresh(self._sources(), shared)
 
     def memcpy(self, repeats: int) -> list[float]:
         """Copies of the staged bytes into touched memory, one thread on each rank."""

@@ -28,6 +28,12 @@ def _stat(pid: int | str) -> list[str]:
     return _read(pid, "stat").rpartition(")")[2].split()
 
 
+def runs(pid: int | str, command: str) -> bool:
+    """Whether there is a process of this name that has not ended."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in "ZX" and _read(pid, "comm").strip() == command
+
+
 def children(command: str | None = None) -> list[int]:
     """The running children of this process: all, or those of this name."""
     me, found = str(os.getpid()), []
@@ -36,7 +42,7 @@ def children(command: str | None = None) -> list[int]:
             continue
         fields = _stat(entry)
         mine = len(fields) > 1 and fields[1] == me and fields[0] not in "ZX"
-        if mine and command in (None, _read(entry, "comm").strip()):
+        if mine and (command is None or runs(entry, command)):
             found.append(int(entry))
     return found
 

@@ -83,7 +83,7 @@ class SoakWorker(Worker):
             "error": error,
             "killed": len(killed),
             "seconds": seconds,
-            "writers": len(children(WRITER)),
+            "writers": children(WRITER),
         }
 
     def check(self, path: str, turn: int | None) -> list[str]:

@@ -178,7 +178,8 @@ def test_loading_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
 def test_async_saving_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
     disk, tmpfs = tmp_path / "disk", tmp_path / "tmpfs"
     tmpfs.mkdir()
-    arguments = ("--dir", disk, "--tmpfs", tmpfs, "--saves", 12)
+    parts = "thread,process,torch,memory"  # cold is run by the test below
+    arguments = ("--dir", disk, "--tmpfs", tmpfs, "--saves", 12, "--only", parts)
     status, result = run_figures("async_saving", tmp_path, *arguments)
     assert (status, result["wrong"]) == (0, [])
     assert os.listdir(disk) == os.listdir(tmpfs) == [], "the benchmark left files behind"
@@ -187,7 +188,6 @@ def test_async_saving_has_a_row_for_every_target_and_leaves_nothing(tmp_path):
         for figure in (
             "call -> safe to mutate, warm",
             "first save after warm_up",
-            "first save without warm-up",
             "Python loop during the upload, of its free rate",
             "matmul during the upload, of its free rate",
             "finished after the return",
@@ -222,17 +222,33 @@ dcp_native.async_save = late
 """
 
 
-def sabotaged(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(LATE)
+# Says of a save that was committed that it failed, on the second rank only.
+ALONE = """
+import concurrent.futures, sys
+import dcp_native
+stock = dcp_native.async_save
+def alone(*args, **kwargs):
+    upload, failed = stock(*args, **kwargs), concurrent.futures.Future()
+    upload.result()
+    failed.set_exception(dcp_native.CheckpointException("write", {}))
+    return failed if sys.argv[1] == "1" else upload
+dcp_native.async_save = alone
+"""
+
+
+def sabotaged(tmp_path, sabotage):
+    (tmp_path / "sitecustomize.py").write_text(sabotage)
     return {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
 
 def test_a_background_save_that_copies_late_is_reported_as_wrong(tmp_path):
     arguments = ("--dir", tmp_path / "disk", "--only", "cold")
-    environment = sabotaged(tmp_path)
+    environment = sabotaged(tmp_path, LATE)
     status, result = run_figures("async_saving", tmp_path, *arguments, environment=environment)
     assert status == 1
     assert "is not what it was when the save was called" in result["wrong"][0]
+    what = [row["what"].partition(" (")[0] for row in result["rows"]]
+    assert what == [f"first save without warm-up, {mode}" for mode in ("THREAD", "PROCESS")]
 
 
 def run_soak(tmp_path, *arguments, environment=None):
@@ -255,10 +271,14 @@ def test_a_soak_keeps_its_promise_and_counts_every_save(tmp_path):
     assert counts["failed"] <= counts["with_kills"]
 
 
-def test_a_soak_sees_a_save_that_copies_late(tmp_path):
-    status, result = run_soak(tmp_path, "--saves", "2", environment=sabotaged(tmp_path))
+@pytest.mark.parametrize(
+    ("sabotage", "wrong"), [(LATE, "is not of save"), (ALONE, "the ranks disagree")]
+)
+def test_a_soak_sees_a_broken_promise(sabotage, wrong, tmp_path):
+    environment = sabotaged(tmp_path, sabotage)
+    status, result = run_soak(tmp_path, "--saves", "2", environment=environment)
     assert status == 1
-    assert any("is not of save" in text for text in result["wrong"])
+    assert any(wrong in text for text in result["wrong"])
 
 
 def run_c(program, *arguments):

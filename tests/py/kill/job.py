@@ -141,12 +141,19 @@ def dies(phase: str) -> Any:
     def killed(self: Any, *args: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def killed_behind(self: Any, *args: Any, **how: Any) -> None:
+        original(self, *args, **how)
+        while self.progress_bytes() == 0:
+            time.sleep(0.0005)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def killed_inside(self: Any, *args: Any) -> None:
         threading.Thread(target=kill_when_bytes_move, args=(self,), daemon=True).start()
         original(self, *args)
         os.kill(os.getpid(), signal.SIGKILL)  # faster than the other thread looked
 
-    setattr(native_save.NativeSave, phase, killed_inside if phase == "write" else killed)
+    ways = {"write": killed_inside, "upload": killed_behind}
+    setattr(native_save.NativeSave, phase, ways.get(phase, killed))
     yield
 
 
@@ -177,7 +184,9 @@ def one_dies(rank: int, size: int, args: dict[str, Any]) -> None:
             _save_state_dict(state, writer, coordinator_rank=coordinator)
 
     if phase != "state_dict" and rank == args["victim"]:
-        with dies(phase):
+        if args["background"]:
+            dcp.configure(write_limit_bytes_s=16 << 20)  # not done before it is killed
+        with dies("upload" if args["background"] else phase):
             attempt()
     say(first=outcome(attempt))
     if not args["background"]:

@@ -1,6 +1,6 @@
 /*
- * writer_limits.c: the writer by thread and by io_uring beside a ready image, and many small files
- * beside a plain loop.
+ * writer_limits.c: the writer, from tensors and from an image that is filled, by thread and by
+ * io_uring, beside plain writes of ready bytes; and many small files beside a plain loop.
  *
  *     gcc -O2 -std=c11 -D_GNU_SOURCE -Icsrc/include -Icsrc/core benchmarks/writer_limits.c \
  *         csrc/core/[a-z]*.c -lpthread -o build/writer_limits
@@ -24,16 +24,33 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "dcp_engine.h"
+#include "dcp_arena.h"
+#include "dcp_image.h"
 #include "measure.h"
 
 enum { REQUEST_BYTES = 8 << 20, SMALL_BYTES = 16 << 10, MOST_ROUNDS = 64, MOST_PROCESSES = 16 };
 
-enum way { WAY_IMAGE, WAY_ALLOCATED, WAY_THREAD, WAY_QUEUE, WAY_SMALL_PLAIN, WAY_SMALL, WAYS };
+enum way {
+    WAY_PLAIN,
+    WAY_ALLOCATED,
+    WAY_THREAD,
+    WAY_QUEUE,
+    WAY_IMAGE_THREAD,
+    WAY_IMAGE_QUEUE,
+    WAY_SMALL_PLAIN,
+    WAY_SMALL,
+    WAYS
+};
 
 static const char *const way_names[WAYS] = {
-    "ready image",      "ready image, allocated first", "writer, thread",
-    "writer, io_uring", "small files, write+fdatasync", "small files, writer",
+    "ready bytes",
+    "ready bytes, allocated first",
+    "writer, thread",
+    "writer, io_uring",
+    "image, thread",
+    "image, io_uring",
+    "small files, write+fdatasync",
+    "small files, writer",
 };
 
 /* Between the processes. */
@@ -58,6 +75,8 @@ struct bench {
     uint8_t *source, *check; /* `check`: one request */
     struct shared *shared;
     struct job large, small;
+    struct dcp_image image; /* of the large one, filled */
+    struct dcp_arena *arena;
     struct dcp_save_id save_id;
 };
 
@@ -107,10 +126,10 @@ check_large(struct bench *bench, const char *name, uint64_t offset)
 }
 
 static void
-write_image(struct bench *bench, bool allocated)
+write_plain(struct bench *bench, bool allocated)
 {
     char name[64];
-    snprintf(name, sizeof name, "image.%d", bench->process);
+    snprintf(name, sizeof name, "plain.%d", bench->process);
     int fd = openat(bench->dirfd, name, O_WRONLY | O_CREAT | O_EXCL, 0666);
     must(fd >= 0, name, NULL);
     (void)bench->io->set_direct(bench->io->ctx, fd, true); /* in memory there is none */
@@ -151,10 +170,34 @@ write_job(struct bench *bench, const struct job *job, enum dcp_queue_use queue)
 }
 
 static void
+fill_image(struct bench *bench)
+{
+    const struct job *job = &bench->large;
+    struct dcp_engine_options options = {0};
+    struct dcp_error err = {0};
+    must(dcp_image_place(&job->layout, job->plan.rank, 0, &bench->image, &err) == 0 &&
+             dcp_arena_acquire(DCP_ARENA_PRIVATE, bench->image.bytes, NULL, &bench->arena, &err) ==
+                 0 &&
+             dcp_image_fill(&bench->image, bench->arena->memory, &job->plan, &job->layout,
+                            job->sources, &bench->save_id, 0, &options, NULL, &err) == 0,
+         "image", &err);
+}
+
+static void
+write_image(struct bench *bench, enum dcp_queue_use queue)
+{
+    struct dcp_error err = {0};
+    struct dcp_engine_options options = {.sync = true, .tuning.queue = queue};
+    must(dcp_image_write(bench->io, bench->dirfd, bench->path, &bench->image, bench->arena->memory,
+                         &options, NULL, &err) == 0,
+         "image", &err);
+}
+
+static void
 clear(struct bench *bench, uint64_t files)
 {
     char name[64];
-    snprintf(name, sizeof name, "image.%d", bench->process);
+    snprintf(name, sizeof name, "plain.%d", bench->process);
     unlinkat(bench->dirfd, name, 0);
     for (uint64_t i = 0; i < files; i++) {
         small_name(bench, i, name);
@@ -169,15 +212,19 @@ run_way(struct bench *bench, enum way way)
     pthread_barrier_wait(&bench->shared->barrier);
     double start = seconds_of(CLOCK_MONOTONIC), cpu = seconds_of(CLOCK_PROCESS_CPUTIME_ID);
     switch (way) {
-    case WAY_IMAGE:
+    case WAY_PLAIN:
     case WAY_ALLOCATED:
-        write_image(bench, way == WAY_ALLOCATED);
+        write_plain(bench, way == WAY_ALLOCATED);
         break;
     case WAY_THREAD:
         write_job(bench, &bench->large, DCP_QUEUE_OFF);
         break;
     case WAY_QUEUE:
         write_job(bench, &bench->large, DCP_QUEUE_AUTO);
+        break;
+    case WAY_IMAGE_THREAD:
+    case WAY_IMAGE_QUEUE:
+        write_image(bench, way == WAY_IMAGE_THREAD ? DCP_QUEUE_OFF : DCP_QUEUE_AUTO);
         break;
     case WAY_SMALL_PLAIN:
         write_small(bench);
@@ -190,7 +237,7 @@ run_way(struct bench *bench, enum way way)
     bench->shared->cpu[way][bench->round][bench->process] =
         seconds_of(CLOCK_PROCESS_CPUTIME_ID) - cpu;
     pthread_barrier_wait(&bench->shared->barrier);
-    if (bench->round == 0 && (way == WAY_THREAD || way == WAY_QUEUE)) {
+    if (bench->round == 0 && way >= WAY_THREAD && way <= WAY_IMAGE_QUEUE) {
         char name[64];
         small_name(bench, 0, name);
         check_large(bench, name, bench->large.layout.records[0].payload_offset_bytes);
@@ -214,6 +261,7 @@ run_process(struct bench *bench)
     }
     make_job(bench, &bench->large, 1, bench->bytes);
     make_job(bench, &bench->small, (uint32_t)bench->small_count, SMALL_BYTES - 4096);
+    fill_image(bench);
     for (bench->round = 0; bench->round < bench->rounds; bench->round++) {
         for (int way = 0; way < WAYS; way++) {
             run_way(bench, (enum way)way);
@@ -243,7 +291,7 @@ report(const struct bench *bench)
             shared->rates[way][round] = gb / slowest;
             best = gb / slowest > best ? gb / slowest : best;
             share[round] =
-                gb / slowest / shared->rates[small ? WAY_SMALL_PLAIN : WAY_IMAGE][round] * 100;
+                gb / slowest / shared->rates[small ? WAY_SMALL_PLAIN : WAY_PLAIN][round] * 100;
         }
         double rate = median(shared->rates[way], bench->rounds);
         printf("%-32s %8.3f %8.3f %8.0f%% %10.3f", way_names[way], rate, best,

@@ -317,7 +317,7 @@ int
 dcp_arena_populate(struct dcp_arena *arena, uint64_t bytes, atomic_int *cancel,
                    struct dcp_error *err)
 {
-    uint64_t end = mapping_bytes(bytes), at = 0;
+    uint64_t end = mapping_bytes(bytes);
     if (!is_ours(arena) || end == 0 || end > arena->bytes) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "%llu bytes of a staging arena of %llu were to be touched, by process "
@@ -325,15 +325,15 @@ dcp_arena_populate(struct dcp_arena *arena, uint64_t bytes, atomic_int *cancel,
                              (unsigned long long)bytes, (unsigned long long)arena->bytes,
                              (long long)getpid(), (long long)arena->pid);
     }
-    while (at < end) {
-        uint64_t step = dcp_min_u64(end - at, POPULATE_BYTES);
+    while (arena->touched_bytes < end) {
+        uint64_t step = dcp_min_u64(end - arena->touched_bytes, POPULATE_BYTES);
         if (cancel != NULL && atomic_load_explicit(cancel, memory_order_relaxed) != 0) {
             return dcp_error_set(err, DCP_E_CANCELLED, 0, NULL,
                                  "touching staging memory was cancelled");
         }
-        int rc = dcp_memory_populate(arena->memory + at, step);
+        int rc = dcp_memory_populate(arena->memory + arena->touched_bytes, step);
         if (rc == 0) {
-            at += step;
+            arena->touched_bytes += step;
         } else if (rc != -EINTR && rc != -EAGAIN) {
             return dcp_error_set(err, DCP_E_NOMEM, -rc, NULL,
                                  "touching %llu bytes of staging memory failed: %s; free memory, "

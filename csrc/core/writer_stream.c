@@ -99,13 +99,13 @@ image_room(const struct dcp_writer *writer, uint8_t **ret_at, uint64_t *ret_room
            struct dcp_error *err)
 {
     uint64_t left = writer->limit_bytes - writer->filled_bytes;
+    *ret_at = writer->buffer + writer->filled_bytes;
+    *ret_room = dcp_min_u64(left, DCP_RING_BUFFER_BYTES);
     if (left == 0) {
         return dcp_error_set(err, DCP_E_INTERNAL, 0, NULL,
                              "a file has more than the %llu bytes that the layout says",
                              (unsigned long long)writer->limit_bytes);
     }
-    *ret_at = writer->buffer + writer->filled_bytes;
-    *ret_room = dcp_min_u64(left, DCP_RING_BUFFER_BYTES);
     return dcp_write_check_cancel(writer, err);
 }
 

@@ -30,7 +30,8 @@ struct dcp_arena {
     uint64_t bytes;  /* of the mapping */
     int fd;          /* SHARED: the memfd; else -1 */
     enum dcp_arena_kind kind;
-    int64_t pid; /* whose mapping it is */
+    int64_t pid;            /* whose mapping it is */
+    uint64_t touched_bytes; /* from the start, by dcp_arena_populate: not touched again */
 };
 
 struct dcp_arena_limits {
@@ -48,7 +49,8 @@ int dcp_arena_acquire(enum dcp_arena_kind kind, uint64_t bytes,
 /* Keeps it for the next save; DCP_MAX_ARENAS are kept, then the smallest goes.  NULL is fine.  In a
  * forked child nothing but the record is freed. */
 void dcp_arena_release(struct dcp_arena *arena);
-/* Touches the first `bytes`, so that staging into them never faults.  `cancel` may be NULL. */
+/* Touches the first `bytes`, so that staging into them never faults.  `cancel` may be NULL.  Worth
+ * its while before filling fresh SHARED memory too: pages come faster many at a time. */
 int dcp_arena_populate(struct dcp_arena *arena, uint64_t bytes, atomic_int *cancel,
                        struct dcp_error *err) DCP_MUST_CHECK;
 /* Frees all kept arenas. */

@@ -320,8 +320,15 @@ def test_reader_limits_reads_what_it_wrote(tmp_path):
 
 
 def test_writer_limits_compares_what_it_wrote_and_leaves_nothing(tmp_path):
-    assert "writer, io_uring" in run_c("writer_limits", tmp_path / "files", 16, 2, 1, 20)
+    out = run_c("writer_limits", tmp_path / "files", 16, 2, 1, 20)
+    assert "writer, io_uring" in out and "image, io_uring" in out
     assert os.listdir(tmp_path / "files") == []
+
+
+@pytest.mark.parametrize("item_bytes", [2048, 1 << 20])
+def test_image_limits_fills_what_the_tensors_hold(item_bytes):
+    lines = run_c("image_limits", 8, item_bytes, 2, 1).splitlines()
+    assert [line for line in lines if line.startswith("fill, fresh shared")]
 
 
 def test_split_benchmark_halves_what_one_rank_writes(tmp_path):

@@ -183,6 +183,25 @@ at_the_deadline_all_hear_that_the_save_was_given_up(void)
     }
 }
 
+static void
+a_verdict_just_before_the_deadline_is_heard(void)
+{
+    const uint64_t write_ns[] = {10 * WORLD_S, 10 * WORLD_S, 10 * WORLD_S};
+    for (uint64_t publish_ms = 9500; publish_ms < 9960; publish_ms += 10) {
+        struct world_plan plan = plan_of(3);
+        struct world world;
+
+        plan.write_ns = write_ns;
+        plan.deadline_ns = 20 * WORLD_S;
+        plan.publish_ns = publish_ms * WORLD_MS;
+        world_run(&plan, &world);
+        check_rules(&world, 0);
+        CHECK(world.committed && agreement_all_told(&world, 0));
+        CHECK(last_settled_ns(&world) < 20 * WORLD_S + WORLD_MS);
+        world_end(&world);
+    }
+}
+
 /* The fault of a whole host at one time. */
 static void
 strike_host(struct world_plan *plan, uint32_t host, uint64_t at_ns, enum world_event event,
@@ -457,6 +476,7 @@ CTEST_MAIN(RUN(a_save_that_is_durable_everywhere_commits);
            RUN(ranks_that_stage_longer_than_a_host_may_be_silent_are_waited_for);
            RUN(a_coordinator_that_publishes_for_long_is_not_taken_for_dead);
            RUN(at_the_deadline_all_hear_that_the_save_was_given_up);
+           RUN(a_verdict_just_before_the_deadline_is_heard);
            RUN(a_dead_host_is_noticed_by_its_silence_and_named);
            RUN(a_frozen_host_that_comes_back_contradicts_nobody_and_leaves_no_key);
            RUN(a_coordinator_that_was_taken_for_dead_publishes_no_more);

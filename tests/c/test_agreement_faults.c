@@ -242,7 +242,7 @@ a_rank_that_freezes_at_any_step_holds_the_others_until_the_deadline_only(void)
 }
 
 /* It takes leave while the one that waited for it for 30 s removes the keys: at every 20 us of
- * that, frozen at each of its last steps. */
+ * that, frozen at each of the steps around that. */
 static void
 who_takes_leave_while_the_keys_go_leaves_none(void)
 {
@@ -254,7 +254,7 @@ who_takes_leave_while_the_keys_go_leaves_none(void)
     world_run(&plan, &world);
     last_step = world.ranks[2].steps;
     world_end(&world);
-    for (fault.step = last_step - 8; fault.step <= last_step; fault.step++) {
+    for (fault.step = last_step - 20; fault.step < last_step - 6; fault.step++) {
         uint64_t until_gone_ns;
 
         fault.for_ns = WORLD_NEVER;
@@ -263,7 +263,8 @@ who_takes_leave_while_the_keys_go_leaves_none(void)
         until_gone_ns = world.end_ns - (world.ranks[2].fault_ns - WORLD_S);
         world_end(&world);
         for (uint64_t i = 0; i < 80; i++) {
-            plan.faults[0].for_ns = until_gone_ns - 1500000 + i * 20000;
+            plan.seed = i / 20;
+            plan.faults[0].for_ns = until_gone_ns - 1000000 + i % 20 * 50000;
             world_run(&plan, &world);
             look_at(&world, &fault, ask_after_freeze);
             world_end(&world);

@@ -17,6 +17,7 @@
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -29,6 +30,8 @@ using dcp_bridge::current_exception_text;
 using dcp_bridge::set_error;
 
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
+
+constexpr std::chrono::milliseconds GET_TIMEOUT = std::chrono::seconds(5);
 
 struct GroupStore {
     StorePtr store;
@@ -152,7 +155,15 @@ StorePtr
 clone_of(const StorePtr &store)
 {
     WithoutGil guard;
-    return store->clone();
+    StorePtr clone = store->clone();
+    auto theirs = store->getTimeout();
+
+    /* A get() of a key that somebody removes meanwhile waits for it. */
+    clone->setTimeout(GET_TIMEOUT);
+    if (store->getTimeout() != theirs) {
+        clone->setTimeout(theirs); /* stores in memory clone themselves as themselves */
+    }
+    return clone;
 }
 
 } // namespace

@@ -46,7 +46,7 @@ struct dcp_peers {
     uint32_t count, rank;
 };
 
-/* Collective. */
+/* Collective.  A rank without memory for it stays out, and the others' call fails. */
 int dcp_peers_exchange(const struct dcp_comm *comm, const struct dcp_shm *shm,
                        struct dcp_peers *ret_peers, struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_peers_clean_up(struct dcp_peers *peers);
@@ -65,7 +65,8 @@ struct dcp_agreement {
     const char *prefix; /* of the keys, the same on all ranks and of this save alone: "dcp_native/
                            <save id>/" */
     uint32_t rank, size, coordinator;
-    uint64_t deadline_ns;          /* dcp_now_ns() at which the save is given up */
+    uint64_t deadline_ns; /* dcp_now_ns() at which this rank ends; the coordinator gives up up to 5
+                             s earlier, so that the others hear of it */
     uint64_t host_timeout_ns;      /* without a beat of a host: it is dead (default 10 s) */
     const struct dcp_peers *peers; /* NULL: nobody is watched */
     const struct dcp_shm *shm;     /* for peers: alive */

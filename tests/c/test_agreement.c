@@ -183,6 +183,25 @@ at_the_deadline_all_hear_that_the_save_was_given_up(void)
     }
 }
 
+static void
+a_verdict_just_before_the_deadline_is_heard(void)
+{
+    const uint64_t write_ns[] = {10 * WORLD_S, 10 * WORLD_S, 10 * WORLD_S};
+    for (uint64_t publish_ms = 9500; publish_ms < 9960; publish_ms += 10) {
+        struct world_plan plan = plan_of(3);
+        struct world world;
+
+        plan.write_ns = write_ns;
+        plan.deadline_ns = 20 * WORLD_S;
+        plan.publish_ns = publish_ms * WORLD_MS;
+        world_run(&plan, &world);
+        check_rules(&world, 0);
+        CHECK(world.committed && agreement_all_told(&world, 0));
+        CHECK(last_settled_ns(&world) < 20 * WORLD_S + WORLD_MS);
+        world_end(&world);
+    }
+}
+
 /* The fault of a whole host at one time. */
 static void
 strike_host(struct world_plan *plan, uint32_t host, uint64_t at_ns, enum world_event event,
@@ -213,9 +232,6 @@ a_dead_host_is_noticed_by_its_silence_and_named(void)
             strike_host(&plan, host, 5 * WORLD_S, WORLD_KILL, 0);
             world_run(&plan, &world);
             check_rules(&world, 0);
-            if (!agreement_all_told(&world, DCP_E_PEER)) {
-                agreement_describe(&world, "host");
-            }
             CHECK(!world.committed && agreement_all_told(&world, DCP_E_PEER));
             CHECK(last_settled_ns(&world) < (5 + 10 + 4 + 1) * WORLD_S);
             snprintf(ranks, sizeof ranks, "host of ranks %u, %u,", host * 2, host * 2 + 1);
@@ -254,6 +270,46 @@ a_frozen_host_that_comes_back_contradicts_nobody_and_leaves_no_key(void)
                 world_end(&world);
             }
         }
+    }
+}
+
+/* The others were told that it is lost; all are durable when it thaws. */
+static void
+a_coordinator_that_was_taken_for_dead_publishes_no_more(void)
+{
+    const uint64_t write_ns[] = {2 * WORLD_S, 4 * WORLD_S, 8 * WORLD_S};
+    struct world_plan plan = plan_of(3);
+    struct world world;
+
+    plan.ranks_per_host = 1;
+    plan.write_ns = write_ns;
+    strike_host(&plan, 0, 5 * WORLD_S, WORLD_FREEZE, 20 * WORLD_S);
+    world_run(&plan, &world);
+    check_rules(&world, 0);
+    CHECK(world.aborted && agreement_all_told(&world, DCP_E_PEER));
+    CHECK_EQ(world.ranks[1].concluded, DCP_OUTCOME_UNKNOWN);
+    CHECK(agreement_names(&world.ranks[0], 0) && world.ranks[1].settled_ns < 20 * WORLD_S);
+    world_end(&world);
+}
+
+static void
+machines_that_sleep_take_nobody_for_dead(void)
+{
+    const uint64_t write_ns[] = {9 * WORLD_S, 8 * WORLD_S, 9 * WORLD_S};
+    for (uint64_t at = 1; at < 9; at++) {
+        struct world_plan plan = plan_of(3);
+        struct world world;
+
+        plan.ranks_per_host = 1;
+        plan.write_ns = write_ns;
+        for (uint32_t i = 0; i < 3; i++) {
+            plan.faults[i] = (struct world_fault){
+                .rank = i, .at_ns = at * WORLD_S, .for_ns = 60 * WORLD_S, .event = WORLD_FREEZE};
+        }
+        world_run(&plan, &world);
+        check_rules(&world, 0);
+        CHECK(world.committed && agreement_all_told(&world, 0));
+        world_end(&world);
     }
 }
 
@@ -420,8 +476,11 @@ CTEST_MAIN(RUN(a_save_that_is_durable_everywhere_commits);
            RUN(ranks_that_stage_longer_than_a_host_may_be_silent_are_waited_for);
            RUN(a_coordinator_that_publishes_for_long_is_not_taken_for_dead);
            RUN(at_the_deadline_all_hear_that_the_save_was_given_up);
+           RUN(a_verdict_just_before_the_deadline_is_heard);
            RUN(a_dead_host_is_noticed_by_its_silence_and_named);
            RUN(a_frozen_host_that_comes_back_contradicts_nobody_and_leaves_no_key);
+           RUN(a_coordinator_that_was_taken_for_dead_publishes_no_more);
+           RUN(machines_that_sleep_take_nobody_for_dead);
            RUN(independent_ranks_publish_their_own_and_undo_nothing);
            RUN(an_independent_rank_that_dies_is_told_to_all);
            RUN(without_memory_a_rank_ends_and_takes_nobody_for_committed);

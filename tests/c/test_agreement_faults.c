@@ -241,6 +241,37 @@ a_rank_that_freezes_at_any_step_holds_the_others_until_the_deadline_only(void)
     }
 }
 
+/* It takes leave while the one that waited for it for 30 s removes the keys: at every 20 us of
+ * that, frozen at each of the steps around that. */
+static void
+who_takes_leave_while_the_keys_go_leaves_none(void)
+{
+    struct world_plan plan = plan_of(3, 0);
+    struct world_fault fault = {.rank = 2, .event = WORLD_FREEZE, .for_ns = WORLD_NEVER};
+    uint64_t last_step;
+    struct world world;
+
+    world_run(&plan, &world);
+    last_step = world.ranks[2].steps;
+    world_end(&world);
+    for (fault.step = last_step - 20; fault.step < last_step - 6; fault.step++) {
+        uint64_t until_gone_ns;
+
+        fault.for_ns = WORLD_NEVER;
+        plan.faults[0] = fault;
+        world_run(&plan, &world);
+        until_gone_ns = world.end_ns - (world.ranks[2].fault_ns - WORLD_S);
+        world_end(&world);
+        for (uint64_t i = 0; i < 80; i++) {
+            plan.seed = i / 20;
+            plan.faults[0].for_ns = until_gone_ns - 1000000 + i % 20 * 50000;
+            world_run(&plan, &world);
+            look_at(&world, &fault, ask_after_freeze);
+            world_end(&world);
+        }
+    }
+}
+
 static uint64_t
 draw(uint64_t *random, uint64_t below)
 {
@@ -309,4 +340,5 @@ CTEST_MAIN(RUN(a_process_that_dies_at_any_step_is_heard_of_within_two_seconds);
            RUN(a_call_or_a_reply_that_is_lost_at_any_step_leaves_nobody_waiting);
            RUN(a_store_that_is_lost_at_any_step_ends_the_rank_that_lost_it);
            RUN(a_rank_that_freezes_at_any_step_holds_the_others_until_the_deadline_only);
+           RUN(who_takes_leave_while_the_keys_go_leaves_none);
            RUN(whatever_happens_at_random_breaks_no_rule);)

@@ -53,7 +53,7 @@ class Dictionary(dist.Store):
     def check(self, keys: list[str]) -> bool:
         return all(key in self.values for key in keys)
 
-    def deleteKey(self, key: str) -> bool:  # noqa: N802 -- the name that torch looks for
+    def deleteKey(self, key: str) -> bool:  # the name that torch looks for
         return self.values.pop(key, None) is not None
 
 
@@ -224,6 +224,15 @@ def test_a_store_whose_host_was_killed_is_an_error_at_once_that_says_so():
     finally:
         host.kill()
         host.wait()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "hash", "prefix over tcp"])
+def test_the_trainers_timeout_stays_as_it_is(kind, tmp_path):
+    theirs = STORES[kind](tmp_path)
+    theirs.set_timeout(timedelta(seconds=77))
+    ours = Store(TABLE, group_of(theirs))
+    assert theirs.timeout == timedelta(seconds=77)
+    ours.close()
 
 
 class Failing(Dictionary):

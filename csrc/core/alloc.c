@@ -193,6 +193,22 @@ dcp_alloc_fail_after(uint64_t n)
     atomic_store_explicit(&fail_countdown, n, memory_order_relaxed);
 }
 
+bool
+dcp_alloc_count(uint64_t bytes)
+{
+    if (should_fail()) {
+        return false;
+    }
+    count_live(bytes);
+    return true;
+}
+
+void
+dcp_alloc_uncount(uint64_t bytes)
+{
+    count_live(0 - bytes);
+}
+
 /* ---- bump arena ---- */
 
 static void *

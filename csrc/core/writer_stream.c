@@ -28,6 +28,9 @@
 #define IN_PLACE_LEAST_BYTES (32u << 10)
 /* From here on the destination is larger than what the cache should give up for it. */
 #define STREAMING_LEAST_BYTES (1u << 20)
+/* An image is far larger than the cache, whatever its payloads are: stores bypass it from the first
+ * length that crc32_fold.h does by pages side by side. */
+#define IMAGE_STREAMING_LEAST_BYTES (16u << 10)
 
 /* Pieces that are hashed right after their CRC, while the cache still has them. */
 #define HASH_PIECE_BYTES (256u << 10)
@@ -258,7 +261,7 @@ dcp_write_stream_open_image(struct dcp_writer *writer, uint8_t *memory, uint64_t
     writer->buffer = memory;
     writer->limit_bytes = length_bytes;
     writer->position_bytes = writer->filled_bytes = 0;
-    writer->streaming_least_bytes = STREAMING_LEAST_BYTES;
+    writer->streaming_least_bytes = IMAGE_STREAMING_LEAST_BYTES;
 }
 
 int

@@ -30,6 +30,11 @@ void dcp_alloc_reset_peak(void);
 /* Tests: the allocation number `n` from now on fails, and all after it; 0 switches it off. */
 void dcp_alloc_fail_after(uint64_t n);
 
+/* Memory that is mapped elsewhere counts as allocated too.  False: a test makes this one fail, and
+ * nothing was counted. */
+bool dcp_alloc_count(uint64_t bytes) DCP_MUST_CHECK;
+void dcp_alloc_uncount(uint64_t bytes);
+
 /* A growing byte buffer.  Zero-initialised is a valid empty one.  After a failed append `failed`
  * stays set, so that a run of appends is checked once, at its end. */
 struct dcp_buf {

@@ -47,6 +47,30 @@ world_image_write(const struct dcp_io *io, int dirfd, const struct world_image *
     return dcp_image_write(io, dirfd, "dir", &image->image, image->memory, options, stats, err);
 }
 
+bool
+world_image_check_files(const struct dcp_io *io, int dirfd, const struct world *world,
+                        const struct world_image *image)
+{
+    bool all_good = true;
+    for (uint32_t i = 0; i < image->image.files_count; i++) {
+        const struct dcp_image_file *file = &image->image.files[i];
+        struct dcp_buf got = {0};
+        struct dcp_error err = {0};
+        char name[64];
+        world_file_name(world, i, name, sizeof name);
+        bool good = dcp_io_read_file(io, dirfd, name, 1u << 30, &got, &err) == 0 &&
+                    got.len == file->length_bytes &&
+                    memcmp(got.data, image->memory + file->offset_bytes, got.len) == 0 &&
+                    io->unlink_at(io->ctx, dirfd, name) == 0;
+        if (!good) {
+            fprintf(stderr, "image_world: %s is not what the image holds; %s\n", name, err.message);
+        }
+        all_good = all_good && good;
+        dcp_buf_clean_up(&got);
+    }
+    return all_good;
+}
+
 static bool
 check_file(const struct world *world, const struct world_image *image, uint32_t index)
 {

@@ -21,6 +21,9 @@ void world_image_clean_up(struct world_image *image);
 int world_image_write(const struct dcp_io *io, int dirfd, const struct world_image *image,
                       const struct dcp_engine_options *options, struct dcp_write_stats *stats,
                       struct dcp_error *err);
+/* Reads each file back, compares it with the image, removes it; says what is wrong. */
+bool world_image_check_files(const struct dcp_io *io, int dirfd, const struct world *world,
+                             const struct world_image *image);
 /* Each file is its naive image, with zeros behind it; says what is wrong. */
 bool world_image_check(const struct world *world, const struct world_image *image);
 

@@ -216,7 +216,9 @@ dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process,
                              "a save was written from memory in which it was not staged");
     }
     rc = write_all(save, &how, err);
-    dcp_arena_release(save->arena);
-    save->arena = NULL;
+    if (rc != DCP_E_IO || err->sys_errno != ETIMEDOUT) {
+        dcp_arena_release(save->arena);
+    }
+    save->arena = NULL; /* given up for lost where the device may still read it */
     return rc;
 }

@@ -29,11 +29,8 @@ FILE_CALLS = {
     "socket", "socketpair", "sendmsg", "recvmsg", "shutdown", "poll", "waitpid", "kill", "prctl",
     "setsid", "chdir",
 }  # fmt: skip
-SYSTEM_FILES = {
-    "io_posix.c", "io_uring.c", "shm_posix.c", "memfd_posix.c", "process_posix.c",
-}  # fmt: skip
-"""The table of system calls and its queue; shared memory by name and by descriptor; a process and
-its socket."""
+SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c", "memfd_posix.c", "process_posix.c"}
+"""The table of system calls, its queue, shared memory, memory by descriptor, processes."""
 
 
 def code_of(path: Path) -> str:

@@ -24,7 +24,8 @@ struct metadata_job {
 
 /* How the files get to the disk. */
 struct writing {
-    const struct dcp_source *sources;   /* NULL: what was staged */
+    bool staged;                        /* else from `sources` */
+    const struct dcp_source *sources;   /* NULL without items */
     struct dcp_writer_process *process; /* for what was staged; NULL: here */
     bool survive;
     atomic_int *cancel;
@@ -176,8 +177,8 @@ write_all(struct dcp_save *save, const struct writing *how, struct dcp_error *er
         metadata.threaded = false;
     }
     if (rc == 0) {
-        rc = how->sources != NULL ? write_sources(save, how->sources, &options, err)
-                                  : write_image(save, how, &options, err);
+        rc = how->staged ? write_image(save, how, &options, err)
+                         : write_sources(save, how->sources, &options, err);
     }
     rc = metadata_join(&metadata, rc, err);
     if (rc == 0 && save->sync) {
@@ -205,7 +206,8 @@ int
 dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process, bool survive,
                       atomic_int *cancel, _Atomic uint64_t *progress_bytes, struct dcp_error *err)
 {
-    const struct writing how = {.process = process,
+    const struct writing how = {.staged = true,
+                                .process = process,
                                 .survive = survive && process != NULL,
                                 .cancel = cancel,
                                 .progress_bytes = progress_bytes};

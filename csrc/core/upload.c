@@ -132,7 +132,7 @@ write_bytes(struct dcp_upload *upload, struct dcp_error *err)
     if (params->written) {
         return 0;
     }
-    if (params->sources != NULL) {
+    if (!params->staged) {
         return dcp_save_write(params->save, params->sources, &upload->cancel,
                               &upload->progress_bytes, err);
     }

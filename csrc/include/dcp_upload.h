@@ -25,7 +25,8 @@ enum dcp_upload_state {
 /* All pointers are borrowed until ENDED. */
 struct dcp_upload_params {
     struct dcp_save *save;
-    const struct dcp_source *sources;   /* to write from when nothing was staged; else NULL */
+    bool staged; /* else the files are written from `sources` */
+    const struct dcp_source *sources;
     struct dcp_writer_process *process; /* writes what was staged; NULL: a thread does */
     const struct dcp_failure *mine;     /* what failed on this rank before; NULL */
     bool survive;                       /* the process finishes the save if this one dies */

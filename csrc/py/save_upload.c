@@ -220,7 +220,8 @@ fill_params(struct save_object *self, struct dcp_upload_params *params)
     const struct dcp_comm *comm = dcp_group_comm(group);
 
     params->save = self->save;
-    params->sources = self->staged ? NULL : self->items.sources;
+    params->staged = self->staged;
+    params->sources = self->items.sources;
     params->process = self->process == Py_None ? NULL : writer_process_object_get(self->process);
     params->store = self->store == Py_None ? NULL : store_object_get(self->store);
     params->rank = comm->rank;

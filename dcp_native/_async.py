@@ -7,7 +7,7 @@ another key.
 
 from __future__ import annotations
 
-import os
+import weakref
 from concurrent.futures import Future
 from datetime import timedelta
 
@@ -24,14 +24,23 @@ from torch.distributed.checkpoint.state_dict_saver import (
 from . import _roles
 from ._config import config
 from ._report import logger
-from ._save import NativeSave, hash64
+from ._save import NativeSave
 from ._staging import choose_stager, run_stager
-from ._uploads import SaveFuture, Upload, begin, in_flight, wait_for_uploads
+from ._uploads import (
+    SaveFuture,
+    Upload,
+    begin,
+    in_flight,
+    start_watcher,
+    wait_for_uploads,
+)
 
 ALONE_TIMEOUT_S = 24 * 3600.0
 """Deadline of a save that no other rank waits for."""
 
-_independent_saves = 0
+MOST_TIMEOUT_S = 999_999_999.0
+
+_independent_saves: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 """Saves with use_collectives=False so far: no vote gives them a common id, their number does."""
 
 
@@ -57,23 +66,21 @@ def start(
         in_process: the writer process writes.
         stager: None, one that stages as we do, or one of the user's own.
     """
-    upload = Upload(save, SaveFuture(save))
-    borrow = _roles.stage_reason(stager, save.writer) is not None
+    upload = Upload(save, SaveFuture(save), None if alone else _group_or_default(process_group))
+    own = None
+    if _roles.stage_reason(stager, save.writer) is not None:
+        own, _ = choose_stager(stager, save.writer)
     staged = _stages_asynchronously(stager)
     try:
-        _make_room(save)
+        upload.stager = own
+        _make_room(upload)
+        _borrow(upload, in_process and own is None)
         state_dict = _stateful_to_state_dict(state_dict)
-        if borrow and save.error is None:
-            stager, _ = choose_stager(stager, save.writer)
-            copy, future = run_stager(stager, state_dict)
-            # Planning needs the copy, and is collective: it is waited for.
-            state_dict = copy if future is None else future.result()
-            staged = future is not None
+        if own is not None and save.error is None:
+            state_dict, staged = _stage_by(own, save, state_dict)
     except BaseException as error:
-        save.leave(error)
+        _break_off(upload, error)
         raise
-    if save.error is None:
-        _borrow(upload, process_group, alone, in_process and not borrow)
     try:
         save.plan(state_dict)
         save.agree()
@@ -82,8 +89,7 @@ def start(
     except BaseException as error:  # CheckpointException is no Exception
         interrupt = save.interrupt()
         if not save.agreed():
-            upload.give_back()
-            save.leave(error)
+            _break_off(upload, error)
             if error is interrupt or isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             return _response(_failed(upload.future, error), staged)
@@ -92,15 +98,47 @@ def start(
     try:
         survive = in_process and config().survive_trainer
         upload.facts["staging"] = (
-            "borrowed" if borrow else save.stage(shared=in_process, survive=survive)
+            "borrowed" if own is not None else save.stage(shared=in_process, survive=survive)
         )
     except BaseException as error:  # an interrupt between the steps
         save.fail(error)
     interrupt = save.interrupt()
-    _begin(upload, process_group, alone)
+    _begin(upload)
     if interrupt is not None:
         raise interrupt  # nobody may ever look at the future
     return _response(upload.future, staged)
+
+
+def _break_off(upload: Upload, error: BaseException) -> None:
+    """This rank goes no further: the others hear of it where they wait for it."""
+    save = upload.save
+    if save.use_collectives or upload.process_group is None:
+        upload.give_back()
+        save.leave(error)
+    else:  # no collective is there to hear of it in
+        save.fail(error)
+        if upload.store is None:
+            _borrow(upload, False)
+        _begin(upload)
+
+
+def _group_or_default(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    return process_group or dist.distributed_c10d._get_default_group()
+
+
+def _stage_by(
+    stager: AsyncStager, save: NativeSave, state_dict: STATE_DICT_TYPE
+) -> tuple[STATE_DICT_TYPE, bool]:
+    """A private copy by the user's own stager, which the save holds until it is written; whether
+    the stager gave a future of it.  That is waited for: planning needs the copy, and is collective.
+    """
+    future = None
+    try:
+        copy, future = run_stager(stager, state_dict)
+        state_dict = copy if future is None else future.result()
+    except Exception as error:
+        save.fail(error)
+    return state_dict, future is not None
 
 
 def _stages_asynchronously(stager: AsyncStager | None) -> bool:
@@ -126,13 +164,14 @@ def warm_up(
     in_process: bool,
 ) -> None:
     """Memory, connection and process of the first save, ahead of it."""
-    upload = Upload(save, SaveFuture(save))
+    upload = Upload(save, SaveFuture(save), None if alone else _group_or_default(process_group))
     try:
         state_dict = _stateful_to_state_dict(state_dict)
-        _borrow(upload, process_group, alone, in_process)
+        _borrow(upload, in_process)
         reason = save.warm_up(state_dict, shared=in_process)
     except BaseException as error:
-        save.leave(error)
+        if not save.agreed():  # else there is nothing left in which the others wait
+            save.leave(error)
         raise
     finally:
         upload.give_back()
@@ -154,15 +193,21 @@ def _failed(future: SaveFuture, error: BaseException) -> SaveFuture:
     return future
 
 
-def _make_room(save: NativeSave) -> None:
+def _make_room(upload: Upload) -> None:
     """One save more must fit: wait for an older one, or let the ranks agree to leave this one out.
 
     Two saves of one directory are never in flight together: the newer one would fence the older.
+    Nor are two of one stager of the user's, which may use its memory again.
     """
-    directory = os.path.realpath(save.writer.path)
+    save = upload.save
     while True:
         busy = in_flight()
-        same = [u for u in busy if os.path.realpath(u.save.writer.path) == directory]
+        same = [
+            u
+            for u in busy
+            if u.save.directory == save.directory
+            or (upload.stager is not None and u.stager is upload.stager)
+        ]
         if not same and len(busy) < config().arenas:
             return
         policy = config().async_overlap if save.use_collectives else "wait"
@@ -176,20 +221,22 @@ def _make_room(save: NativeSave) -> None:
         wait_for_uploads((same or busy)[:1])
 
 
-def _borrow(
-    upload: Upload, process_group: dist.ProcessGroup | None, alone: bool, in_process: bool
-) -> None:
+def _borrow(upload: Upload, in_process: bool) -> None:
     """What the background needs; what fails here, all ranks hear of before they plan."""
+    if upload.save.error is not None and upload.save.use_collectives:
+        return
     try:
-        if not alone and upload.save.group.size > 1:
-            upload.borrow_store(process_group or dist.distributed_c10d._get_default_group())
+        start_watcher()
+        upload.timeout_s = _timeout_s(upload.process_group)
+        if upload.process_group is not None and upload.save.group.size > 1:
+            upload.borrow_store()
         if in_process:
             upload.borrow_process()
     except BaseException as error:
         upload.save.fail(error)
 
 
-def _begin(upload: Upload, process_group: dist.ProcessGroup | None, alone: bool) -> None:
+def _begin(upload: Upload) -> None:
     save = upload.save
     upload.future._report = {**save.info(), **upload.facts}
     begin(
@@ -198,33 +245,32 @@ def _begin(upload: Upload, process_group: dist.ProcessGroup | None, alone: bool)
             watch,
             store=upload.store,
             process=upload.process,
-            prefix=_prefix(save),
-            timeout_s=_timeout_s(process_group, alone),
+            prefix=_prefix(upload),
+            timeout_s=upload.timeout_s,
             written=upload.facts.get("staging") == "streamed",
             survive=upload.process is not None and config().survive_trainer,
         ),
     )
 
 
-def _prefix(save: NativeSave) -> str:
+def _prefix(upload: Upload) -> str:
     """Of this save's keys in the store, the same on all ranks."""
-    global _independent_saves
-    if save.use_collectives:
+    save, group = upload.save, upload.process_group
+    if save.use_collectives or group is None:
         return f"dcp_native/{save.info()['save_id']}/"
-    _independent_saves += 1
-    return f"dcp_native/{_independent_saves}-{hash64(os.fspath(save.writer.path)):016x}/"
+    number = _independent_saves[group] = _independent_saves.get(group, 0) + 1
+    return f"dcp_native/independent-{number}/"
 
 
-def _timeout_s(process_group: dist.ProcessGroup | None, alone: bool) -> float:
+def _timeout_s(process_group: dist.ProcessGroup | None) -> float:
     if config().async_timeout_s > 0:
         return config().async_timeout_s
-    if alone:
+    if process_group is None:
         return ALONE_TIMEOUT_S
-    group = process_group or dist.distributed_c10d._get_default_group()
-    backend = group._get_backend(torch.device("cpu"))
+    backend = process_group._get_backend(torch.device("cpu"))
     timeout: timedelta = getattr(
         getattr(backend, "options", None),
         "_timeout",
         dist.distributed_c10d.default_pg_timeout,
     )
-    return timeout.total_seconds()
+    return min(timeout.total_seconds(), MOST_TIMEOUT_S)

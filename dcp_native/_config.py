@@ -123,8 +123,9 @@ class Config:
                 f"async_overlap must be one of {list(ASYNC_OVERLAP)}, not {self.async_overlap!r}"
             )
         for name in ("arena_cap_bytes", "async_timeout_s"):
-            if not 0 <= getattr(self, name) < 1 << 60:
-                raise ValueError(f"{name} must be 0 to 2**60, not {getattr(self, name)!r}")
+            most = 1e9 if name.endswith("_s") else 1 << 60
+            if not 0 <= getattr(self, name) < most:
+                raise ValueError(f"{name} must be 0 to {most:g}, not {getattr(self, name)!r}")
         if not 0 < self.host_timeout_s < 1e9:
             raise ValueError(f"host_timeout_s must be above 0, not {self.host_timeout_s!r}")
         io_priority(self.writer_io_class)

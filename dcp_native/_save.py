@@ -69,6 +69,8 @@ class NativeSave:
         self.base = None if base is None else os.fspath(base)
         self.error: BaseException | None = None
         self.in_background = False
+        self.directory = os.path.realpath(writer.path)
+        """As it is now: the writer may be reset while the save is in flight."""
         self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
@@ -232,8 +234,9 @@ class NativeSave:
         """None when it was committed, or what failed where."""
         return self._native.upload_result()
 
-    def upload_stats(self) -> dict[str, int]:
-        """Time from durable to the outcome; once ended also calls of the store."""
+    def upload_stats(self) -> dict[str, Any]:
+        """Time from durable to the outcome; once ended also calls of the store, and whether that
+        answered to the end."""
         return self._native.upload_stats()
 
     def upload_writing(self) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import AsyncStager
 
 from . import _native
 from ._failures import raise_failures
@@ -30,6 +31,7 @@ __all__ = ["SaveFuture", "Upload", "begin", "in_flight", "store_for", "wait_for_
 
 LEAVE_S = 35.0
 """How long the interpreter's exit waits for saves that have ended to take leave of other ranks."""
+CALLBACK_POLL_S = 0.01
 INTERRUPT_S = 10.0
 """How long it waits after a Ctrl-C."""
 WRITER = Path(__file__).parent / "_writer"
@@ -107,21 +109,26 @@ class SaveFuture(Future):
 class Upload:
     """One save between the end of staging and the end of its threads."""
 
-    def __init__(self, save: NativeSave, future: SaveFuture, **facts: Any) -> None:
+    def __init__(
+        self, save: NativeSave, future: SaveFuture, process_group: dist.ProcessGroup | None
+    ) -> None:
         self.save = save
         self.future = future
-        self.facts = facts
+        self.process_group = process_group
+        """None: this process alone."""
+        self.facts: dict[str, Any] = {}
+        self.timeout_s = 0.0
+        self.stager: AsyncStager | None = None
+        """The user's own, whose memory is read until the bytes are written."""
         self.store: _native.Store | None = None
         self.process: _native.WriterProcess | None = None
-        self.process_group: dist.ProcessGroup | None = None
         self._kept: Any = None
 
-    def borrow_store(self, process_group: dist.ProcessGroup) -> None:
+    def borrow_store(self) -> None:
         """A connection to the group's store, before the ranks agree: all hear of a failure."""
-        self.process_group = process_group
         # The trainer may destroy its group meanwhile: the host's side of the store must live.
-        self._kept = process_group.get_group_store()
-        self.store = store_for(process_group)
+        self._kept = self.process_group.get_group_store()
+        self.store = store_for(self.process_group)
 
     def borrow_process(self) -> None:
         """A writer process that lives, started if there is none."""
@@ -141,13 +148,17 @@ class Upload:
                 _processes.append(self.process)
         self.process = None
 
-    def give_back(self) -> None:
-        """Keep what was borrowed for the next save."""
+    def give_back(self, *, in_touch: bool = True) -> None:
+        """Keep what was borrowed for the next save.
+
+        ``in_touch``: the store answered to the end.  A client that lost its connection never makes
+        another one.
+        """
         self.give_back_process()
         with _lock():
-            if self.store is not None and self.process_group is not None:
+            if self.store is not None and in_touch:
                 _stores.setdefault(self.process_group, []).append(self.store)
-        self.store = self.process_group = self._kept = None
+        self.store = self.stager = self._kept = None
 
     def look(self) -> bool:
         """Set the future when there is a result.  True when nothing of the upload runs any more."""
@@ -158,8 +169,9 @@ class Upload:
         if state != "running" and not self.future.done():
             self._settle()
         if state == "ended":
-            self.future._report.update(self.save.upload_stats())
-            self.give_back()
+            stats = self.save.upload_stats()
+            self.future._report.update(stats)
+            self.give_back(in_touch=stats["in_touch"])
         return state == "ended"
 
     def left_s(self) -> float:
@@ -218,24 +230,34 @@ def in_flight() -> list[Upload]:
 
 def wait_for_uploads(uploads: Iterable[Upload] | None = None) -> None:
     """Block until these saves (default: all of this process) have ended in whatever way."""
-    wait([upload.future for upload in (in_flight() if uploads is None else uploads)])
+    uploads = list(in_flight() if uploads is None else uploads)
+    if threading.current_thread() is not _watcher:
+        wait([upload.future for upload in uploads])
+        return
+    # A callback of a future that saves or loads: nobody else would end them.
+    while not all(upload.future.done() for upload in uploads):
+        for upload in uploads:
+            _look_at(upload)
+        time.sleep(CALLBACK_POLL_S)
 
 
 def begin(upload: Upload, start: Callable[[_native.Watch], None]) -> None:
     """Start it and see to its end."""
     with _lock():
-        _start_watcher()
+        start_watcher()
         start(_watch)
         _uploads.append(upload)
     _watch.notify()
 
 
-def _start_watcher() -> None:
+def start_watcher() -> None:
+    """The thread that ends uploads, if there is none."""
     global _watcher
-    if _watcher is not None and _watcher.is_alive():
-        return
-    _watcher = threading.Thread(target=_run, name="dcp_native-saves", daemon=True)
-    _watcher.start()
+    with _lock():
+        if _watcher is not None and _watcher.is_alive():
+            return
+        _watcher = threading.Thread(target=_run, name="dcp_native-saves", daemon=True)
+        _watcher.start()
     try:
         threading._register_atexit(_end_of_interpreter)  # as concurrent.futures does
     except (AttributeError, RuntimeError):  # the end has begun: the save is waited for below
@@ -243,6 +265,7 @@ def _start_watcher() -> None:
 
 
 def _run() -> None:
+    global _watcher
     seen = 0
     while True:
         with _lock():
@@ -252,6 +275,7 @@ def _run() -> None:
             for upload in ended:
                 _uploads.remove(upload)
             if _closing and not _uploads:
+                _watcher = None  # who begins another one now starts another thread
                 return
             left = [upload.left_s() for upload in _uploads if not upload.future.done()]
         uploads = ended = upload = None  # the last save's memory is not ours to keep
@@ -282,8 +306,9 @@ def _end_of_interpreter() -> None:
 
 def _join_watcher(timeout_s: float) -> None:
     _watch.notify()
-    if _watcher is not None:
-        _watcher.join(timeout_s)
+    watcher = _watcher
+    if watcher is not None:
+        watcher.join(timeout_s)
 
 
 def wait_until_ended(timeout_s: float) -> bool:

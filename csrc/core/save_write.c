@@ -30,6 +30,7 @@ struct writing {
     bool survive;
     atomic_int *cancel;
     _Atomic uint64_t *progress_bytes;
+    bool *memory_lost;
 };
 
 static int
@@ -163,6 +164,7 @@ write_all(struct dcp_save *save, const struct writing *how, struct dcp_error *er
         .progress_bytes = how->progress_bytes,
         .hashes = save->reuse.hashes,
         .created_files = &save->created_files,
+        .memory_lost = how->memory_lost,
     };
     uint64_t start_ns = dcp_now_ns();
     struct metadata_job metadata;
@@ -206,7 +208,9 @@ int
 dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process, bool survive,
                       atomic_int *cancel, _Atomic uint64_t *progress_bytes, struct dcp_error *err)
 {
+    bool memory_lost = false;
     const struct writing how = {.staged = true,
+                                .memory_lost = &memory_lost,
                                 .process = process,
                                 .survive = survive && process != NULL,
                                 .cancel = cancel,
@@ -218,9 +222,9 @@ dcp_save_write_staged(struct dcp_save *save, struct dcp_writer_process *process,
                              "a save was written from memory in which it was not staged");
     }
     rc = write_all(save, &how, err);
-    if (rc != DCP_E_IO || err->sys_errno != ETIMEDOUT) {
+    if (!memory_lost) {
         dcp_arena_release(save->arena);
     }
-    save->arena = NULL; /* given up for lost where the device may still read it */
+    save->arena = NULL;
     return rc;
 }

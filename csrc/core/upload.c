@@ -297,8 +297,10 @@ on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const str
         dcp_save_sweep(upload->params.save);
         end_decision(upload);
     }
-    if (upload->params.survive && stopped && upload->params.process != NULL) {
+    if (upload->params.survive && stopped && upload->params.process != NULL &&
+        begin_decision(upload)) {
         dcp_writer_process_settled(upload->params.process);
+        end_decision(upload);
     }
     if (settle(upload, rc, failures, err)) {
         notify(upload);
@@ -535,7 +537,8 @@ dcp_upload_get_stats(struct dcp_upload *upload, struct dcp_upload_stats *ret_sta
 {
     pthread_mutex_lock(&upload->lock);
     *ret_stats = (struct dcp_upload_stats){
-        .writing = upload->writing,
+        .writing = upload->writing || upload->deciding,
+        .in_touch = upload->params.store == NULL || upload->stats.in_touch,
         .settle_ns = upload->settle_ns,
         .store_calls = upload->stats.store_calls,
     };

@@ -69,6 +69,9 @@ lose(struct dcp_writer *writer, struct dcp_error *err)
 {
     struct dcp_write_queue *queue = &writer->queue;
     queue->lost = true;
+    if (writer->options->memory_lost != NULL) {
+        *writer->options->memory_lost = true;
+    }
     return dcp_error_set(err, DCP_E_IO, ETIMEDOUT, writer->dir_path,
                          "%u writes to %s neither ended nor failed within %llu s of the end of the "
                          "save; the device or its server does not answer",

@@ -63,6 +63,9 @@ struct dcp_engine_options {
     /* Writing: counts files that were created, the first ones of the layout; also filled when the
      * writer fails.  May be NULL. */
     _Atomic uint32_t *created_files;
+    /* Writing: set when requests were given up that the kernel may still run: it goes on reading
+     * the memory that they write from.  May be NULL. */
+    bool *memory_lost;
 };
 
 /* Frees the buffers that the process keeps between saves and loads (32 MiB each by default). */

@@ -61,7 +61,8 @@ uint64_t dcp_upload_left_ns(struct dcp_upload *upload);
  * and keeps what it uses for ever.  The outcome is settled by looking. */
 void dcp_upload_expire(struct dcp_upload *upload);
 struct dcp_upload_stats {
-    bool writing;         /* the writer, and with it the process, is still at work */
+    bool writing;         /* the writer process may still be talked to */
+    bool in_touch;        /* the store answered to the end; known at ENDED */
     uint64_t settle_ns;   /* from durable to SETTLED */
     uint64_t store_calls; /* of this rank; known at ENDED */
 };

@@ -79,10 +79,11 @@ save_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
 
     PyObject_GC_UnTrack(object);
-    if (save_upload_release(self)) {
-        dcp_save_destroy(self->save);
-        save_items_clean_up(&self->items);
+    if (!save_upload_release(self)) {
+        return; /* its threads use the object and its group for ever: both stay */
     }
+    dcp_save_destroy(self->save);
+    save_items_clean_up(&self->items);
     dcp_failure_list_clean_up(&self->failures);
     Py_XDECREF(self->mine_record);
     Py_XDECREF(self->pending);

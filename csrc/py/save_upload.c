@@ -383,8 +383,9 @@ save_upload_stats(PyObject *object, PyObject *unused)
         return NULL;
     }
     dcp_upload_get_stats(upload, &stats);
-    return Py_BuildValue("{sKsK}", "settle_ns", (unsigned long long)stats.settle_ns, "store_calls",
-                         (unsigned long long)stats.store_calls);
+    return Py_BuildValue("{sKsKsO}", "settle_ns", (unsigned long long)stats.settle_ns,
+                         "store_calls", (unsigned long long)stats.store_calls, "in_touch",
+                         stats.in_touch ? Py_True : Py_False);
 }
 
 const char save_upload_writing_doc[] = "upload_writing()\n--\n\n"

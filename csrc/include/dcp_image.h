@@ -46,9 +46,8 @@ int dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct 
 
 /* Creates (O_EXCL), writes, syncs and closes every file, as dcp_writer_run does.  The progress is
  * of image->payload_bytes, by the share of file bytes that are written.  Requests have
- * options->ring_buffer_bytes, and options->ring_buffers of them are in flight at a time.  After
- * DCP_E_IO with sys_errno ETIMEDOUT the kernel may still read `memory`: it must be neither freed
- * nor used again. */
+ * options->ring_buffer_bytes, and options->ring_buffers of them are in flight at a time.  When it
+ * sets *options->memory_lost, `memory` must be neither freed nor used again. */
 int dcp_image_write(const struct dcp_io *io, int dirfd, const char *dir_path,
                     const struct dcp_image *image, const uint8_t *memory,
                     const struct dcp_engine_options *options, struct dcp_write_stats *ret_stats,

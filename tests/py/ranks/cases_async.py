@@ -238,7 +238,11 @@ def case_two_saves_are_in_flight_with_two_arenas(ctx):
     try:
         futures = [
             dcp.async_save(
-                {"w": shard(value(f"n{i}", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0))},
+                {
+                    "w": shard(
+                        value(f"n{i}", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0)
+                    )
+                },
                 checkpoint_id=ctx.dir / str(i),
             )
             for i in range(3)
@@ -281,3 +285,36 @@ def case_without_collectives_every_rank_commits_its_own_and_hears_of_the_others(
             assert ctx.rank != 1 and set(error.failures) == {1}, error
         except OSError:
             assert ctx.rank == 1
+
+
+class Raises:
+    """A Stateful that fails."""
+
+    def state_dict(self):
+        raise ValueError("no state today")
+
+    def load_state_dict(self, state_dict):
+        raise AssertionError("never loaded")
+
+
+def case_without_collectives_a_rank_that_breaks_off_is_heard_over_the_store(ctx):
+    sd = {"mine": value(f"r{ctx.rank}", (100, 7)), "app": Raises() if ctx.rank == 1 else 1}
+    try:
+        dcp.async_save(sd, checkpoint_id=ctx.dir, use_collectives=False).result(timeout=20)
+        raise AssertionError("no failure")
+    except dcp.CheckpointException as error:
+        assert ctx.rank != 1 and set(error.failures) == {1}, error
+    except ValueError:
+        assert ctx.rank == 1
+    # The ranks still count alike, and no collective of ours is left over.
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == ctx.size
+    if ctx.rank == 0:  # a save of its own is not counted
+        dcp.async_save(
+            {"x": 1}, checkpoint_id=ctx.dir / "alone", use_collectives=False, no_dist=True
+        ).result(timeout=20)
+    sd["app"] = 2
+    path = ctx.dir / f"node{ctx.rank}"  # a disk of its own
+    dcp.async_save(sd, checkpoint_id=path, use_collectives=False).result(timeout=20)
+    assert (path / f"__{ctx.rank}.metadata").exists()

@@ -164,7 +164,7 @@ make_plan(struct dcp_plan *plan, uint32_t rank, enum names names, size_t round, 
 static void
 look_at_installed(struct job *job, size_t i, const struct dcp_group *group)
 {
-    const struct dcp_installed_plan *installed = &group->installed;
+    const struct dcp_installed_plan *installed = group->installed;
     CHECK_EQ(installed->plans_count, RANKS);
     for (uint32_t r = 0; r < installed->plans_count; r++) {
         bool is_new = true;

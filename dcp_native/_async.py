@@ -130,14 +130,16 @@ def warm_up(
     try:
         state_dict = _stateful_to_state_dict(state_dict)
         _borrow(upload, process_group, alone, in_process)
-        reason = save.warm_up(state_dict, shared=in_process)
+        # A save that survives its trainer has a mapping of its own.
+        process = None if config().survive_trainer else upload.process
+        reason = save.warm_up(state_dict, shared=in_process, process=process)
     except BaseException as error:
         save.leave(error)
         raise
     finally:
         upload.give_back()
     if reason is not None:
-        logger.warning("staging memory can not be made ready: %s", reason)
+        logger.warning("the first background save will not be as fast as later ones: %s", reason)
 
 
 def _failed(future: SaveFuture, error: BaseException) -> SaveFuture:

@@ -163,6 +163,9 @@ enum dcp_outcome dcp_save_abandon(struct dcp_save *save);
 /* The same while files of it may still be written: touches the claim alone.  dcp_save_conclude does
  * the rest later. */
 enum dcp_outcome dcp_save_settle(struct dcp_save *save);
+/* Looks whether the save was committed, by whom ever: for a rank that heard no verdict.  True
+ * concludes it; false says nothing. */
+bool dcp_save_was_committed(struct dcp_save *save);
 /* Another rank's verdict: only removes this rank's files when `outcome` is aborted. */
 void dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome);
 

@@ -238,7 +238,11 @@ def case_two_saves_are_in_flight_with_two_arenas(ctx):
     try:
         futures = [
             dcp.async_save(
-                {"w": shard(value(f"n{i}", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0))},
+                {
+                    "w": shard(
+                        value(f"n{i}", (ctx.size << 10, 6 << 10)), mesh_of(ctx.size), Shard(0)
+                    )
+                },
                 checkpoint_id=ctx.dir / str(i),
             )
             for i in range(3)

@@ -64,7 +64,7 @@ build/ctest/dcp_writer: csrc/writer/main.c build/libcore.a $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -Werror $< build/libcore.a -lpthread -o $@
 
-build/ctest/test_writer_process build/ctest/test_writer_message build/ctest/test_writer_survive: build/ctest/dcp_writer
+build/ctest/test_writer_mappings build/ctest/test_writer_message build/ctest/test_writer_process build/ctest/test_writer_survive: build/ctest/dcp_writer
 
 # ---- benchmarks in C: the core as the package has it, without sanitizers ----
 

@@ -168,7 +168,9 @@ def warm_up(
     try:
         state_dict = _stateful_to_state_dict(state_dict)
         _borrow(upload, in_process)
-        reason = save.warm_up(state_dict, shared=in_process)
+        # A save that survives its trainer has a mapping of its own.
+        process = None if config().survive_trainer else upload.process
+        reason = save.warm_up(state_dict, shared=in_process, process=process)
     except BaseException as error:
         if not save.agreed():  # else there is nothing left in which the others wait
             save.leave(error)
@@ -176,7 +178,7 @@ def warm_up(
     finally:
         upload.give_back()
     if reason is not None:
-        logger.warning("staging memory can not be made ready: %s", reason)
+        logger.warning("the first background save will not be as fast as later ones: %s", reason)
 
 
 def _failed(future: SaveFuture, error: BaseException) -> SaveFuture:

@@ -67,7 +67,8 @@ class Config:
             fails; a process that dies on this host is noticed at once.
         survive_trainer: a staged save with ``AsyncCheckpointerType.PROCESS`` is finished and
             committed by the writer processes when the trainers die.  All ranks must agree on it.
-            The death of one trainer then fails no save: the others wait for it until the deadline.
+            While trainers live they decide: where one dies alone the others wait for it until the
+            deadline and give the save up, unless the coordinator's process has committed it.
         native: False sends every call through torch's own implementation.
     """
 

@@ -114,7 +114,12 @@ class Save:
     def meet(self) -> None: ...
     def stage(self, *, shared: bool = False, cap_bytes: int = 0) -> str | None: ...
     def warm_up(
-        self, *, shared: bool = False, cap_bytes: int = 0, arenas: int = 1
+        self,
+        *,
+        shared: bool = False,
+        cap_bytes: int = 0,
+        arenas: int = 1,
+        process: WriterProcess | None = None,
     ) -> str | None: ...
     def upload(
         self,

@@ -199,11 +199,20 @@ class NativeSave:
         self.write()
         return "streamed"
 
-    def warm_up(self, state_dict: STATE_DICT_TYPE, *, shared: bool) -> str | None:
+    def warm_up(
+        self,
+        state_dict: STATE_DICT_TYPE,
+        *,
+        shared: bool,
+        process: _native.WriterProcess | None,
+    ) -> str | None:
         """Collective: plan as a save would, touch the memory it would take, keep no plan.
 
+        Args:
+            process: maps that memory as well.
+
         Returns:
-            None, or why there is no memory for it.
+            None, or why there is no memory for it, or what became of the process.
         """
         try:
             self._add(state_dict)
@@ -213,7 +222,10 @@ class NativeSave:
             self.agree()
             self.meet()
             return self._native.warm_up(
-                shared=shared, cap_bytes=config().arena_cap_bytes, arenas=config().arenas
+                shared=shared,
+                cap_bytes=config().arena_cap_bytes,
+                arenas=config().arenas,
+                process=process,
             )
         finally:
             # It was made without a directory: the first save must find out who shares it.

@@ -35,6 +35,10 @@
 #define SPARE_DESCRIPTOR 10
 /* Descriptors that are closed one by one where the kernel cannot do it at once. */
 #define MOST_DESCRIPTORS (1u << 20)
+/* Pages that are touched between two looks at whether to stop: a few ms. */
+#define TOUCH_BYTES (64u << 20)
+/* Written out for builds on old headers. */
+enum { RAW_MADV_POPULATE_READ = 22 };
 
 /* ---- who starts a process ---- */
 
@@ -249,11 +253,39 @@ dcp_process_map(struct dcp_process_memory *memory, int fd, uint64_t len)
     struct stat info;
     int rc = ask_length(fd, len, &info);
 
-    if (rc != 0 || (memory->bytes != NULL && memory->dev == info.st_dev &&
-                    memory->ino == info.st_ino && memory->len >= len)) {
+    if (rc != 0 || (memory->len >= len && dcp_process_is_mapped(memory, fd))) {
         return rc;
     }
     return map_whole(memory, fd, &info, PROT_READ, MAP_SHARED);
+}
+
+bool
+dcp_process_is_mapped(const struct dcp_process_memory *memory, int fd)
+{
+    struct stat info;
+
+    return memory->bytes != NULL && fstat(fd, &info) == 0 && memory->dev == info.st_dev &&
+           memory->ino == info.st_ino;
+}
+
+/* Kernels before 5.14 have no call for it: then whoever reads faults. */
+int
+dcp_process_touch(const struct dcp_process_memory *memory, uint64_t len, const atomic_int *cancel)
+{
+    uint64_t step;
+
+    len = dcp_min_u64(len, memory->len);
+    for (uint64_t at = 0; at < len && atomic_load(cancel) == 0; at += step) {
+        step = dcp_min_u64(len - at, TOUCH_BYTES);
+        int rc;
+        do {
+            rc = madvise(memory->bytes + at, (size_t)step, RAW_MADV_POPULATE_READ);
+        } while (rc != 0 && (errno == EINTR || errno == EAGAIN));
+        if (rc != 0) {
+            return errno == EINVAL ? 0 : -errno;
+        }
+    }
+    return 0;
 }
 
 void

@@ -6,6 +6,7 @@
 #ifndef PROCESS_POSIX_H
 #define PROCESS_POSIX_H
 
+#include <stdatomic.h>
 #include <sys/types.h>
 
 #include "dcp_common.h"
@@ -57,6 +58,11 @@ bool dcp_file_lock(int fd, bool shared);
 int dcp_process_map(struct dcp_process_memory *memory, int fd, uint64_t len) DCP_MUST_CHECK;
 /* A mapping of its own whose pages may be written to, for this process alone; nothing is kept. */
 int dcp_process_map_own(struct dcp_process_memory *memory, int fd, uint64_t len) DCP_MUST_CHECK;
+/* Whether that is the same file. */
+bool dcp_process_is_mapped(const struct dcp_process_memory *memory, int fd);
+/* Makes the page tables of [0, len), so that nothing faults later: many pages at a time. */
+int dcp_process_touch(const struct dcp_process_memory *memory, uint64_t len,
+                      const atomic_int *cancel) DCP_MUST_CHECK;
 void dcp_process_unmap(struct dcp_process_memory *memory);
 
 /* ---- both ---- */

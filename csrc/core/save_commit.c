@@ -8,7 +8,10 @@
  */
 #include "save.h"
 
+#include <string.h>
 #include <unistd.h>
+
+#include "claim_scan.h"
 
 /* A forked child holds a copy of a save that is its parent's to end. */
 static bool
@@ -177,6 +180,29 @@ dcp_save_settle(struct dcp_save *save)
         save->info.outcome = dcp_claim_settle(&save->claim, &ignored);
     }
     return save->info.outcome;
+}
+
+bool
+dcp_save_was_committed(struct dcp_save *save)
+{
+    const struct dcp_claim directory = {
+        .io = save->io, .dir_path = save->dir_path, .dirfd = save->dirfd};
+    struct dcp_save_id id = {{0}};
+    struct dcp_error ignored;
+    char name[DCP_CLAIM_NAME_BYTES];
+    bool present = false;
+
+    if (!is_ours(save) || save->dirfd < 0) {
+        return false;
+    }
+    dcp_error_clear(&ignored);
+    dcp_metadata_name(name, save->independent ? (int32_t)save->plan.rank : -1);
+    if (dcp_claim_read_save_id(&directory, name, &present, &id, &ignored) != 0 || !present ||
+        memcmp(&id, &save->info.save_id, sizeof id) != 0) {
+        return false;
+    }
+    dcp_save_conclude(save, DCP_OUTCOME_COMMITTED);
+    return true;
 }
 
 enum dcp_outcome

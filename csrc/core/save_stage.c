@@ -96,6 +96,9 @@ dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, u
             rc = dcp_arena_populate(taken[i], save->image.bytes, params->cancel, err);
             save->info.arena_bytes += taken[i]->bytes;
         }
+        if (rc == 0 && params->process != NULL) {
+            rc = dcp_writer_process_prepare(params->process, taken[i], params->cancel, err);
+        }
     }
     save->info.staged_bytes = save->image.total_bytes;
     for (uint32_t i = 0; i < DCP_MAX_ARENAS; i++) {

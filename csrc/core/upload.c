@@ -286,6 +286,19 @@ on_conclude(void *ctx, enum dcp_outcome outcome)
     }
 }
 
+/* The coordinator may have died, and its process have committed the save. */
+static bool
+was_committed(struct dcp_upload *upload)
+{
+    bool committed = false;
+
+    if (upload->params.survive && begin_decision(upload)) {
+        committed = dcp_save_was_committed(upload->params.save);
+        end_decision(upload);
+    }
+    return committed;
+}
+
 static void
 on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const struct dcp_error *err)
 {
@@ -293,6 +306,11 @@ on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const str
 
     bool stopped = rc == 0 || stop_writer(upload); /* else nobody waits for its bytes any more */
 
+    if (rc != 0 && stopped && was_committed(upload)) {
+        rc = 0;
+        failures = NULL;
+        err = NULL;
+    }
     if (rc == 0 && begin_decision(upload)) {
         dcp_save_sweep(upload->params.save);
         end_decision(upload);

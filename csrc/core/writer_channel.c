@@ -35,6 +35,7 @@ most_body_bytes(uint32_t kind)
            : kind == DCP_WRITER_WRITE    ? DCP_WRITER_REQUEST_MOST_BYTES
            : kind == DCP_WRITER_PROGRESS ? DCP_WRITER_PROGRESS_BYTES
            : kind == DCP_WRITER_DONE     ? DCP_WRITER_RESULT_MOST_BYTES
+           : kind == DCP_WRITER_PREPARE  ? DCP_WRITER_PREPARE_BYTES
                                          : 0;
 }
 
@@ -55,7 +56,7 @@ check_header(const struct dcp_writer_channel *channel, struct dcp_error *err)
                              "install dcp_native anew",
                              version, DCP_WRITER_VERSION);
     }
-    if (kind < DCP_WRITER_HELLO || kind > DCP_WRITER_SETTLED || length > most_body_bytes(kind)) {
+    if (kind < DCP_WRITER_HELLO || kind > DCP_WRITER_PREPARE || length > most_body_bytes(kind)) {
         return not_ours(err, "kind or length");
     }
     return 0;

@@ -15,6 +15,7 @@ enum {
     DCP_WRITER_HEADER_BYTES = 16,
     DCP_WRITER_HELLO_BYTES = 8,
     DCP_WRITER_PROGRESS_BYTES = 8,
+    DCP_WRITER_PREPARE_BYTES = 8,
     DCP_WRITER_FILE_BYTES = 3 * 8,
     /* What does not grow with files and path; a bound, and generous. */
     DCP_WRITER_FIXED_BYTES = 512,

@@ -75,6 +75,25 @@ get_text(struct dcp_cursor *c, size_t most, size_t *ret_len)
     return text == NULL || memchr(text, 0, len) != NULL ? NULL : text;
 }
 
+/* A body of one number. */
+static void
+put_number(struct dcp_buf *buf, enum dcp_writer_kind kind, uint64_t number)
+{
+    size_t at = begin(buf, kind);
+
+    dcp_buf_put_u64(buf, number);
+    end(buf, at);
+}
+
+static bool
+get_number(struct dcp_span body, uint64_t *ret_number)
+{
+    struct dcp_cursor c = {.data = body.data, .len = body.len};
+
+    *ret_number = dcp_cursor_u64(&c);
+    return is_whole(&c);
+}
+
 /* ---- hello ---- */
 
 static uint64_t
@@ -86,19 +105,15 @@ build_hash(void)
 void
 dcp_writer_put_hello(struct dcp_buf *buf)
 {
-    size_t at = begin(buf, DCP_WRITER_HELLO);
-
-    dcp_buf_put_u64(buf, build_hash());
-    end(buf, at);
+    put_number(buf, DCP_WRITER_HELLO, build_hash());
 }
 
 bool
 dcp_writer_get_hello(struct dcp_span body)
 {
-    struct dcp_cursor c = {.data = body.data, .len = body.len};
-    uint64_t hash = dcp_cursor_u64(&c);
+    uint64_t hash;
 
-    return is_whole(&c) && hash == build_hash();
+    return get_number(body, &hash) && hash == build_hash();
 }
 
 /* ---- a write ---- */
@@ -322,24 +337,32 @@ dcp_writer_put_word(struct dcp_buf *buf, enum dcp_writer_kind kind)
     end(buf, begin(buf, kind));
 }
 
+/* ---- a preparation ---- */
+
+void
+dcp_writer_put_prepare(struct dcp_buf *buf, uint64_t bytes)
+{
+    put_number(buf, DCP_WRITER_PREPARE, bytes);
+}
+
+bool
+dcp_writer_get_prepare(struct dcp_span body, uint64_t *ret_bytes)
+{
+    return get_number(body, ret_bytes) && *ret_bytes != 0;
+}
+
 /* ---- answers ---- */
 
 void
 dcp_writer_put_progress(struct dcp_buf *buf, const struct dcp_writer_progress *progress)
 {
-    size_t at = begin(buf, DCP_WRITER_PROGRESS);
-
-    dcp_buf_put_u64(buf, progress->payload_bytes);
-    end(buf, at);
+    put_number(buf, DCP_WRITER_PROGRESS, progress->payload_bytes);
 }
 
 bool
 dcp_writer_get_progress(struct dcp_span body, struct dcp_writer_progress *ret_progress)
 {
-    struct dcp_cursor c = {.data = body.data, .len = body.len};
-
-    ret_progress->payload_bytes = dcp_cursor_u64(&c);
-    return is_whole(&c);
+    return get_number(body, &ret_progress->payload_bytes);
 }
 
 static void

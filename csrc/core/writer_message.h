@@ -8,7 +8,7 @@
 #include "process_posix.h"
 
 /* Changes with every change of a message. */
-enum { DCP_WRITER_VERSION = 1 };
+enum { DCP_WRITER_VERSION = 2 };
 
 enum dcp_writer_kind {
     DCP_WRITER_HELLO = 1,    /* process: ready; body: hash of its build */
@@ -17,6 +17,7 @@ enum dcp_writer_kind {
     DCP_WRITER_PROGRESS = 4, /* process: every DCP_WRITER_SLICE_NS while it writes */
     DCP_WRITER_DONE = 5,     /* process: struct dcp_writer_result */
     DCP_WRITER_SETTLED = 6,  /* trainer: the last write's save needs nobody any more */
+    DCP_WRITER_PREPARE = 7,  /* trainer: how much of the arena that comes along; answer: DONE */
 };
 
 /* The bytes of one image and how to write them.  Zero-initialised is a valid empty one. */
@@ -79,6 +80,7 @@ void dcp_writer_put_hello(struct dcp_buf *buf);
 void dcp_writer_put_request(struct dcp_buf *buf, const struct dcp_writer_request *request);
 /* CANCEL and SETTLED. */
 void dcp_writer_put_word(struct dcp_buf *buf, enum dcp_writer_kind kind);
+void dcp_writer_put_prepare(struct dcp_buf *buf, uint64_t bytes);
 void dcp_writer_put_progress(struct dcp_buf *buf, const struct dcp_writer_progress *progress);
 void dcp_writer_put_result(struct dcp_buf *buf, const struct dcp_writer_result *result);
 
@@ -86,6 +88,7 @@ void dcp_writer_put_result(struct dcp_buf *buf, const struct dcp_writer_result *
 bool dcp_writer_get_hello(struct dcp_span body);
 int dcp_writer_get_request(struct dcp_span body, struct dcp_writer_request *ret_request,
                            struct dcp_error *err) DCP_MUST_CHECK;
+bool dcp_writer_get_prepare(struct dcp_span body, uint64_t *ret_bytes);
 bool dcp_writer_get_progress(struct dcp_span body, struct dcp_writer_progress *ret_progress);
 bool dcp_writer_get_result(struct dcp_span body, struct dcp_writer_result *ret_result);
 

@@ -37,13 +37,13 @@ struct dcp_writer_process {
     int detail;
 };
 
-/* What is in flight. */
+/* What is in flight: a write, or a preparation, which is one of nothing. */
 struct write {
     struct dcp_writer_process *process;
     const struct dcp_image *image;
     const struct dcp_engine_options *options;
     const struct dcp_writer_survival *survival; /* may be NULL */
-    const char *dir_path;                       /* never NULL */
+    const char *dir_path;                       /* never NULL for a write */
     uint64_t told_bytes;                        /* of progress, passed on */
     bool cancelled;                             /* and the process was told */
     uint32_t slices;                            /* without a word, or since the cancel */
@@ -230,7 +230,7 @@ dcp_writer_process_pid(const struct dcp_writer_process *process)
     return process->pid;
 }
 
-/* ---- a write ---- */
+/* ---- a write or a preparation ---- */
 
 /* It died, or is given up: nobody can tell which files it made. */
 static int
@@ -240,6 +240,12 @@ fail_lost(struct write *write, const char *what, int code, struct dcp_error *err
 
     if (write->options->created_files != NULL) {
         atomic_fetch_add(write->options->created_files, write->image->files_count);
+    }
+    if (write->dir_path == NULL) {
+        return dcp_error_set(err, code, 0, NULL,
+                             "making the writer process (pid %" PRId64 ") ready failed: %s; the "
+                             "next save starts a new process",
+                             process->pid, what);
     }
     return dcp_error_set(err, code, 0, write->dir_path,
                          "writing into %s by the writer process (pid %" PRId64 ") failed: %s; this "
@@ -414,6 +420,75 @@ send_request(struct write *write, int dirfd, const struct dcp_save_id *save_id,
     return rc;
 }
 
+static int
+check_usable(const struct dcp_writer_process *process, struct dcp_error *err)
+{
+    if (process->owner == (int64_t)getpid() && !process->lost) {
+        return 0;
+    }
+    return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                         "the writer process (pid %" PRId64 ") is lost, or not of this process; "
+                         "start another",
+                         process->pid);
+}
+
+static int
+check_arena(const struct dcp_arena *arena, uint64_t bytes, struct dcp_error *err)
+{
+    if (arena->kind == DCP_ARENA_SHARED && arena->bytes >= bytes) {
+        return 0;
+    }
+    return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                         "the image is not in an arena that a writer process can map");
+}
+
+static int
+send_prepare(struct write *write, const struct dcp_arena *arena, struct dcp_error *err)
+{
+    struct dcp_buf message = {0};
+    struct dcp_error why = {0};
+
+    dcp_writer_put_prepare(&message, arena->touched_bytes);
+    int rc = dcp_buf_check(&message, err);
+    if (rc == 0) {
+        rc = dcp_writer_send(&write->process->channel, &message, &arena->fd, 1,
+                             DCP_WRITER_SILENT_SLICES, NULL, &why);
+        rc = rc == 0 ? 0 : fail_dead(write, err);
+    }
+    dcp_buf_clean_up(&message);
+    return rc;
+}
+
+int
+dcp_writer_process_prepare(struct dcp_writer_process *process, const struct dcp_arena *arena,
+                           atomic_int *cancel, struct dcp_error *err)
+{
+    const struct dcp_engine_options options = {.cancel = cancel};
+    const struct dcp_image nothing = {0};
+    struct write write = {.process = process, .image = &nothing, .options = &options};
+    struct dcp_writer_result *result;
+
+    int rc = check_usable(process, err);
+    rc = rc != 0 ? rc : check_arena(arena, arena->touched_bytes, err);
+    if (rc != 0 || arena->touched_bytes == 0) {
+        return rc;
+    }
+    result = dcp_calloc(1, sizeof *result);
+    if (result == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a writer process's answer");
+    }
+    dcp_writer_process_settled(process); /* it forgets the save before */
+    rc = send_prepare(&write, arena, err);
+    rc = rc != 0 ? rc : await_result(&write, result, err);
+    rc = rc != 0 ? rc : conclude(&write, result, NULL, err);
+    if (rc == 0 && write.cancelled) {
+        rc = dcp_error_set(err, DCP_E_CANCELLED, 0, NULL,
+                           "making a writer process ready was cancelled");
+    }
+    dcp_free(result);
+    return rc;
+}
+
 int
 dcp_writer_process_write(struct dcp_writer_process *process, int dirfd, const char *dir_path,
                          const struct dcp_save_id *save_id, const struct dcp_image *image,
@@ -442,16 +517,9 @@ dcp_writer_process_write_surviving(struct dcp_writer_process *process, int dirfd
     if (result == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a writer process's answer");
     }
-    int rc;
-    if (process->owner != (int64_t)getpid() || process->lost) {
-        rc = dcp_error_set(err, DCP_E_INVALID, 0, NULL,
-                           "the writer process (pid %" PRId64 ") is lost, or not of this process; "
-                           "start another",
-                           process->pid);
-    } else if (arena->kind != DCP_ARENA_SHARED || arena->bytes < image->bytes) {
-        rc = dcp_error_set(err, DCP_E_INVALID, 0, NULL,
-                           "the image is not in an arena that a writer process can map");
-    } else {
+    int rc = check_usable(process, err);
+    rc = rc != 0 ? rc : check_arena(arena, image->bytes, err);
+    if (rc == 0) {
         process->surviving = survival != NULL;
         rc = send_request(&write, dirfd, save_id, arena, err);
         rc = rc != 0 ? rc : await_result(&write, result, err);

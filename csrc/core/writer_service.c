@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "dcp_limits.h"
+#include "writer_mappings.h"
 #include "writer_message.h"
 #include "writer_outlive.h"
 
@@ -28,10 +29,11 @@
 
 struct job {
     struct dcp_writer_request request;
-    int arena_fd, dirfd;              /* -1 when closed */
-    struct dcp_process_memory memory; /* kept from save to save */
-    struct dcp_process_memory own;    /* of a save that survives: without its headers */
-    int code;                         /* of the write, when it has ended */
+    uint64_t prepare_bytes; /* 0: it is a write; else of the arena, to be mapped ahead */
+    int arena_fd, dirfd;    /* -1 when closed */
+    struct dcp_writer_mappings mappings;
+    struct dcp_process_memory own; /* of a save that survives: without its headers */
+    int code;                      /* of the write, when it has ended */
     _Atomic uint64_t progress_bytes;
     _Atomic uint32_t created_files;
     atomic_int cancel;
@@ -73,21 +75,34 @@ close_descriptor(int *fd)
     }
 }
 
+/* The mapping keeps the memory. */
 static int
-map_arena(struct job *job, struct dcp_process_memory *memory, struct dcp_error *err)
+map_error(struct job *job, uint64_t bytes, int rc, struct dcp_error *err)
+{
+    close_descriptor(&job->arena_fd);
+    return rc == 0 ? 0
+                   : dcp_error_set(err, DCP_E_IO, -rc, NULL,
+                                   "mapping %llu bytes of the trainer's arena failed: %s",
+                                   (unsigned long long)bytes, strerror(-rc));
+}
+
+static int
+map_arena(struct job *job, const uint8_t **ret_memory, struct dcp_error *err)
 {
     uint64_t bytes = job->request.image.bytes;
-    int rc = bytes == 0              ? 0
-             : job->request.survives ? dcp_process_map_own(memory, job->arena_fd, bytes)
-                                     : dcp_process_map(memory, job->arena_fd, bytes);
+    const uint8_t *memory = NULL;
+    int rc = 0;
 
-    close_descriptor(&job->arena_fd); /* the mapping keeps the memory */
-    if (rc != 0) {
-        return dcp_error_set(err, DCP_E_IO, -rc, NULL,
-                             "mapping %llu bytes of the trainer's arena failed: %s",
-                             (unsigned long long)bytes, strerror(-rc));
+    if (bytes != 0 && job->request.survives) {
+        rc = dcp_process_map_own(&job->own, job->arena_fd, bytes);
+        memory = job->own.bytes;
+    } else if (bytes != 0) {
+        rc = dcp_mappings_use(&job->mappings, job->arena_fd, bytes, &memory);
     }
-    return dcp_writer_check_image(&job->request, memory->bytes, err);
+    rc = map_error(job, bytes, rc, err);
+    rc = rc != 0 ? rc : dcp_writer_check_image(&job->request, memory, err);
+    *ret_memory = memory;
+    return rc;
 }
 
 static int
@@ -96,15 +111,15 @@ write_image(struct job *job, const struct dcp_engine_options *options,
 {
     const struct dcp_writer_request *request = &job->request;
     const struct dcp_io *io = dcp_io_posix();
+    const uint8_t *memory;
     uint8_t *headers = NULL;
+    int rc = map_arena(job, &memory, err);
 
     if (!request->survives) {
-        int rc = map_arena(job, &job->memory, err);
         return rc != 0 ? rc
-                       : dcp_image_write(io, job->dirfd, request->dir_path, &request->image,
-                                         job->memory.bytes, options, ret_stats, err);
+                       : dcp_image_write(io, job->dirfd, request->dir_path, &request->image, memory,
+                                         options, ret_stats, err);
     }
-    int rc = map_arena(job, &job->own, err);
     rc = rc != 0 ? rc : dcp_seal_take(&request->image, job->own.bytes, &headers, err);
     rc = rc != 0 ? rc
                  : dcp_image_write(io, job->dirfd, request->dir_path, &request->image,
@@ -120,6 +135,12 @@ run_request(struct job *job, struct dcp_writer_result *ret_result)
 {
     struct dcp_engine_options options = job->request.options;
 
+    if (job->prepare_bytes != 0) {
+        int rc =
+            dcp_mappings_prepare(&job->mappings, job->arena_fd, job->prepare_bytes, &job->cancel);
+        ret_result->code = map_error(job, job->prepare_bytes, rc, &ret_result->err);
+        return;
+    }
     options.own_thread = true;
     options.cancel = &job->cancel;
     options.progress_bytes = &job->progress_bytes;
@@ -185,21 +206,33 @@ end_of(int code)
                                  : DCP_WRITER_END_SYSTEM;
 }
 
+static int
+read_job(struct job *job, const struct dcp_writer_message *message)
+{
+    job->prepare_bytes = 0;
+    return message->kind == DCP_WRITER_WRITE
+               ? dcp_writer_get_request(message->body, &job->request, NULL)
+           : dcp_writer_get_prepare(message->body, &job->prepare_bytes) ? 0
+                                                                        : DCP_E_CORRUPT;
+}
+
+/* A write, or a preparation of later ones. */
 static enum dcp_writer_end
-start_write(struct service *service, struct dcp_writer_message *message)
+start_job(struct service *service, struct dcp_writer_message *message)
 {
     struct job *job = &service->job;
+    uint32_t fds_count = message->kind == DCP_WRITER_WRITE ? DCP_SOCKET_MOST_FDS : 1;
 
-    if (message->fds_count != DCP_SOCKET_MOST_FDS || atomic_load(&service->phase) == WRITING) {
+    if (message->fds_count != fds_count || atomic_load(&service->phase) == WRITING) {
         return DCP_WRITER_END_PROTOCOL;
     }
     forget_request(service);
-    int rc = dcp_writer_get_request(message->body, &job->request, NULL);
+    int rc = read_job(job, message);
     if (rc != 0) {
         return end_of(rc);
     }
     job->arena_fd = message->fds[0];
-    job->dirfd = message->fds[1];
+    job->dirfd = fds_count == DCP_SOCKET_MOST_FDS ? message->fds[1] : -1;
     message->fds_count = 0;
     atomic_store(&job->progress_bytes, 0);
     atomic_store(&job->created_files, 0);
@@ -218,8 +251,8 @@ take_message(struct service *service, struct dcp_writer_message *message)
 {
     enum dcp_writer_end end = DCP_WRITER_END_PROTOCOL;
 
-    if (message->kind == DCP_WRITER_WRITE) {
-        end = start_write(service, message);
+    if (message->kind == DCP_WRITER_WRITE || message->kind == DCP_WRITER_PREPARE) {
+        end = start_job(service, message);
     } else if (message->kind == DCP_WRITER_CANCEL) {
         /* One that comes late finds nothing to stop: the next write clears it. */
         atomic_store(&service->job.cancel, 1);
@@ -277,9 +310,7 @@ serve(struct service *service)
         if (!service->job.request.survives) {
             forget_request(service);
         }
-        if (now_ns() - service->idle_ns > DCP_WRITER_KEEP_NS) {
-            dcp_process_unmap(&service->job.memory);
-        }
+        dcp_mappings_expire(&service->job.mappings, now_ns() - service->idle_ns);
     }
     return end;
 }
@@ -338,7 +369,7 @@ dcp_writer_serve(void)
     }
     atomic_store(&service.job.cancel, 1);
     forget_request(&service);
-    dcp_process_unmap(&service.job.memory);
+    dcp_mappings_clean_up(&service.job.mappings);
     dcp_writer_channel_clean_up(&service.channel);
     dcp_descriptor_close(DCP_PROCESS_SOCKET);
     pthread_mutex_destroy(&service.lock);

@@ -109,6 +109,9 @@
 /* How long an idle writer process keeps an arena mapped: mapping it anew costs as much as a write's
  * system calls do, but pages that the trainer gave up stay taken as long as they are mapped. */
 #define DCP_WRITER_KEEP_NS 30000000000u
+/* The same for an arena that was mapped ahead and not written from yet: 10 minutes, for the first
+ * save of a job. */
+#define DCP_WRITER_KEEP_PREPARED_NS 600000000000u
 /* A writer process whose trainer died waits this long for the files of other ranks, from when its
  * own are durable, before it gives the save up: 5 minutes, for disks that differ. */
 #define DCP_WRITER_ORPHAN_NS 300000000000u

@@ -122,7 +122,8 @@ void dcp_save_lend_thread(struct dcp_save *save);
 struct dcp_stage_params {
     enum dcp_arena_kind kind;
     struct dcp_arena_limits limits;
-    atomic_int *cancel; /* may be NULL */
+    atomic_int *cancel;                 /* may be NULL */
+    struct dcp_writer_process *process; /* dcp_save_warm_up's alone: maps them as well; or NULL */
 };
 
 /* After dcp_save_compare, once: builds this rank's files in an arena; afterwards `sources` may
@@ -130,7 +131,8 @@ struct dcp_stage_params {
  * the caller writes from the sources instead. */
 int dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
                    const struct dcp_stage_params *params, struct dcp_error *err) DCP_MUST_CHECK;
-/* Touches arenas ahead that are as large as this save's would be; they are kept for the next. */
+/* Touches arenas ahead that are as large as this save's would be; they are kept for the next.
+ * DCP_E_IO: all but the process is ready. */
 int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, uint32_t arenas,
                      struct dcp_error *err) DCP_MUST_CHECK;
 /* Writes what was staged, by `process` or, where that is NULL, by this process; then the arena is
@@ -161,6 +163,9 @@ enum dcp_outcome dcp_save_abandon(struct dcp_save *save);
 /* The same while files of it may still be written: touches the claim alone.  dcp_save_conclude does
  * the rest later. */
 enum dcp_outcome dcp_save_settle(struct dcp_save *save);
+/* Looks whether the save was committed, by whom ever: for a rank that heard no verdict.  True
+ * concludes it; false says nothing. */
+bool dcp_save_was_committed(struct dcp_save *save);
 /* Another rank's verdict: only removes this rank's files when `outcome` is aborted. */
 void dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome);
 

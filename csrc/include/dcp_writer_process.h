@@ -30,6 +30,12 @@ void dcp_writer_process_stop(struct dcp_writer_process *process);
 bool dcp_writer_process_usable(struct dcp_writer_process *process);
 int64_t dcp_writer_process_pid(const struct dcp_writer_process *process);
 
+/* Has the process map what was touched of an arena (SHARED), so that its first write costs what
+ * later ones do.  Kept until a write has used it, 10 minutes at most.  DCP_E_IO: the process is
+ * lost, or had no room; DCP_E_CANCELLED. */
+int dcp_writer_process_prepare(struct dcp_writer_process *process, const struct dcp_arena *arena,
+                               atomic_int *cancel, struct dcp_error *err) DCP_MUST_CHECK;
+
 /* As dcp_image_write, by the process.  `arena` is SHARED and holds the image from its beginning.
  * Its death is DCP_E_IO with a text that says so; options->created_files then counts all files of
  * the image, for it cannot tell. */

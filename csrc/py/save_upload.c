@@ -86,15 +86,22 @@ save_meet(PyObject *object, PyObject *unused)
 static int
 parse_staging(PyObject *object, PyObject *args, PyObject *kwargs, const char *format)
 {
-    static char *names[] = {"shared", "cap_bytes", "arenas", NULL};
+    static char *names[] = {"shared", "cap_bytes", "arenas", "process", NULL};
+    const struct module_state *state = module_state_of(Py_TYPE(object));
     struct save_object *self = as_save(object);
     struct dcp_group *group = group_object_get(self->group);
     unsigned long long cap_bytes = 0;
+    PyObject *process = Py_None;
     int shared = 0;
 
     self->arenas = 1;
-    if (group == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &shared,
-                                                      &cap_bytes, &self->arenas)) {
+    if (group == NULL || state == NULL ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &shared, &cap_bytes,
+                                     &self->arenas, &process)) {
+        return -1;
+    }
+    if (process != Py_None && !Py_IS_TYPE(process, state->writer_process_type)) {
+        PyErr_SetString(PyExc_TypeError, "warm_up() takes a _native.WriterProcess");
         return -1;
     }
     self->staging = (struct dcp_stage_params){.kind = shared ? DCP_ARENA_SHARED : DCP_ARENA_PRIVATE,
@@ -102,12 +109,17 @@ parse_staging(PyObject *object, PyObject *args, PyObject *kwargs, const char *fo
                                                          .cap_bytes = cap_bytes,
                                                          .sharers = dcp_group_host_ranks(group)},
                                               .cancel = &self->cancel};
+    if (process != Py_None) {
+        Py_XSETREF(self->process, Py_NewRef(process)); /* a step that was left may still use it */
+        self->staging.process = writer_process_object_get(process);
+    }
     return 0;
 }
 
-/* A step whose want of memory is an answer: None, or the text that says what was missing. */
+/* A step whose want of memory is an answer: None, or the text that says what was missing.  So is
+ * `answer`, a code. */
 static PyObject *
-run_staging(PyObject *object, native_fn fn)
+run_staging(PyObject *object, native_fn fn, int answer)
 {
     struct save_object *self = as_save(object);
     struct dcp_group *group = group_object_get(self->group);
@@ -127,7 +139,7 @@ run_staging(PyObject *object, native_fn fn)
     if (native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
-    if (rc == DCP_E_LIMIT || rc == DCP_E_NOMEM) {
+    if (rc == DCP_E_LIMIT || rc == DCP_E_NOMEM || (rc != 0 && rc == answer)) {
         return PyUnicode_FromString(err.message);
     }
     return rc != 0 ? native_set_error(module_error_class(object), &err) : Py_NewRef(Py_None);
@@ -155,7 +167,7 @@ save_stage(PyObject *object, PyObject *args, PyObject *kwargs)
     if (parse_staging(object, args, kwargs, "|$pKI:stage") != 0) {
         return NULL;
     }
-    result = run_staging(object, step_stage);
+    result = run_staging(object, step_stage, 0);
     if (result == Py_None) {
         self->staged = true;
         save_items_clean_up(&self->items);
@@ -164,9 +176,9 @@ save_stage(PyObject *object, PyObject *args, PyObject *kwargs)
 }
 
 const char save_warm_up_doc[] =
-    "warm_up(*, shared=False, cap_bytes=0, arenas=1)\n--\n\n"
-    "Touch the memory ahead that staging will use.  None, or the text that says which limit left "
-    "no memory for it.";
+    "warm_up(*, shared=False, cap_bytes=0, arenas=1, process=None)\n--\n\n"
+    "Touch the memory ahead that staging will use, and have the process that will write it map it. "
+    "None, or the text that says which limit left no memory for it, or what became of the process.";
 
 static int
 step_warm_up(void *arg, struct dcp_error *err)
@@ -179,9 +191,9 @@ step_warm_up(void *arg, struct dcp_error *err)
 PyObject *
 save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    return parse_staging(object, args, kwargs, "|$pKI:warm_up") != 0
+    return parse_staging(object, args, kwargs, "|$pKIO:warm_up") != 0
                ? NULL
-               : run_staging(object, step_warm_up);
+               : run_staging(object, step_warm_up, DCP_E_IO);
 }
 
 /* ---- the upload ---- */
@@ -277,7 +289,7 @@ save_upload(PyObject *object, PyObject *args, PyObject *kwargs)
     }
     self->watch = Py_NewRef(watch);
     self->store = Py_NewRef(store);
-    self->process = Py_NewRef(process);
+    Py_XSETREF(self->process, Py_NewRef(process));
     self->upload_record = Py_NewRef(failure);
     self->phase = PHASE_OVER;
     fill_params(self, &params);

@@ -71,6 +71,7 @@ what_is_put_is_what_is_read(void)
     struct dcp_writer_request request, got = {0};
     struct dcp_writer_result result, got_result;
     struct dcp_writer_progress progress = {77}, got_progress = {0};
+    uint64_t prepare_bytes = 0;
     struct dcp_buf buf = {0};
     struct dcp_error err = {0};
     char path[] = "/some/directory";
@@ -112,6 +113,11 @@ what_is_put_is_what_is_read(void)
     dcp_writer_put_progress(&buf, &progress);
     CHECK(dcp_writer_get_progress(body_of(&buf), &got_progress) &&
           got_progress.payload_bytes == 77);
+    dcp_buf_clear(&buf);
+    dcp_writer_put_prepare(&buf, 88);
+    CHECK(dcp_writer_get_prepare(body_of(&buf), &prepare_bytes) && prepare_bytes == 88);
+    buf.data[DCP_WRITER_HEADER_BYTES] = 0;
+    CHECK(!dcp_writer_get_prepare(body_of(&buf), &prepare_bytes)); /* of nothing */
     dcp_buf_clear(&buf);
     dcp_writer_put_hello(&buf);
     CHECK(dcp_writer_get_hello(body_of(&buf)));
@@ -299,6 +305,26 @@ the_process_ends_orderly_on_garbage(void)
 }
 
 static void
+a_preparation_without_an_arena_is_no_protocol(void)
+{
+    int nowhere = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    const int fds[2] = {nowhere, nowhere};
+
+    for (uint32_t fds_count = 0; fds_count <= 2; fds_count += 2) {
+        struct dcp_error err = {0};
+        struct dcp_buf buf = {0};
+        struct stranger s;
+
+        meet(&s);
+        dcp_writer_put_prepare(&buf, 4096);
+        CHECK_OK(dcp_writer_send(&s.channel, &buf, fds, fds_count, 10, NULL, &err), &err);
+        dcp_buf_clean_up(&buf);
+        part(&s, DCP_WRITER_END_PROTOCOL);
+    }
+    close(nowhere);
+}
+
+static void
 descriptors_that_are_none_of_an_arena_are_an_error_that_is_told(void)
 {
     struct dcp_writer_request request;
@@ -364,5 +390,6 @@ long_messages_arrive_whole_and_take_no_memory_ahead(void)
 CTEST_MAIN(RUN(what_is_put_is_what_is_read); RUN(damaged_messages_are_refused_or_harmless);
            RUN(requests_that_no_memory_can_hold_fail_and_leave_nothing);
            RUN(the_process_ends_orderly_on_garbage);
+           RUN(a_preparation_without_an_arena_is_no_protocol);
            RUN(descriptors_that_are_none_of_an_arena_are_an_error_that_is_told);
            RUN(long_messages_arrive_whole_and_take_no_memory_ahead);)

@@ -13,6 +13,7 @@ import dcp_native
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden"
 sys.path.insert(0, str(ROOT / "tests" / "py" / "ranks"))  # `common`: values and comparisons
+sys.path.insert(0, str(ROOT / "tests" / "py" / "kill"))  # jobs whose processes are killed
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 warnings.filterwarnings("ignore", message="Detected an existing checkpoint")

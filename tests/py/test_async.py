@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -174,6 +175,43 @@ def test_warm_up_makes_no_file_and_leaves_memory_for_the_first_save(tmp_path, mo
     future.result(timeout=60)
     assert _uploads.wait_until_ended(30)
     assert dcp._native.live_bytes() - kept < 36 << 20  # the arena was there: the ring is new
+
+
+def mapped_bytes(pid: int) -> int:
+    """Shared memory in the page tables of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssShmem:")[2].split()[0]) << 10
+
+
+def test_warm_up_has_the_writer_process_map_the_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dcp.configure(arenas=2)
+    state = {"w": torch.randn(1 << 20)}
+    dcp.trim()
+    dcp.warm_up(state, async_checkpointer_type=PROCESS)
+    pid = _uploads._processes[-1].pid
+    mapped = mapped_bytes(pid)
+    assert mapped >= 2 * 4 << 20
+    dcp.async_save(state, checkpoint_id=tmp_path / "c", async_checkpointer_type=PROCESS).result(60)
+    assert mapped_bytes(pid) == mapped
+
+
+def test_warm_up_without_its_writer_process_warns_and_the_next_save_works(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    borrow = _uploads.Upload.borrow_process
+
+    def borrow_and_kill(upload: _uploads.Upload) -> None:
+        borrow(upload)
+        os.kill(upload.process.pid, signal.SIGKILL)
+
+    state = {"w": torch.randn(1 << 10)}
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", "dcp_native"):
+        patch.setattr(_uploads.Upload, "borrow_process", borrow_and_kill)
+        dcp.warm_up(state, async_checkpointer_type=PROCESS)
+    assert "killed by signal 9" in caplog.text
+    dcp.async_save(state, checkpoint_id=tmp_path / "c", async_checkpointer_type=PROCESS).result(60)
 
 
 class Own(AsyncStager):

@@ -76,10 +76,10 @@ def until(condition, what: str, *ranks: Rank) -> None:
 class Jobs:
     """Starts jobs; each rank is forked off a process that has imported torch already."""
 
-    def __init__(self, tmp: Path) -> None:
+    def __init__(self, tmp: Path, script: str = "job.py") -> None:
         self.tmp, self.count = tmp, 0
         self.forker = subprocess.Popen(
-            [sys.executable, str(KILL / "job.py")],
+            [sys.executable, str(KILL / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(dcp.__file__).resolve().parents[1])},

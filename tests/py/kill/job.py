@@ -372,7 +372,7 @@ def compete(rank: int, size: int, args: dict[str, Any]) -> None:
     say(committed=committed, superseded=superseded)
 
 
-def run_rank(order: dict[str, Any]) -> None:
+def run_rank(order: dict[str, Any], scenarios: dict[str, Any]) -> None:
     """A rank of a job, in a process of its own."""
     rank, size = order["rank"], order["size"]
     out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -390,7 +390,7 @@ def run_rank(order: dict[str, Any]) -> None:
         )
         dist.barrier()
     say(ready=True)
-    globals()[order["scenario"]](rank, size, order["args"])
+    scenarios[order["scenario"]](rank, size, order["args"])
     say(done=True)
     if dist.is_initialized() and order["scenario"] != "exit_in_flight":
         dist.destroy_process_group()
@@ -407,7 +407,7 @@ def bury(orders: dict[int, dict[str, Any]]) -> None:
         os.rename(note + "-", note)
 
 
-def main() -> None:
+def main(scenarios: dict[str, Any]) -> None:
     """Forks a rank for every order on stdin and answers with its pid: torch is imported once."""
     # A job in the background of a shell inherits that Ctrl-C is ignored; these tests send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -424,7 +424,7 @@ def main() -> None:
             order = json.loads(line)
             if (pid := os.fork()) == 0:
                 os.close(0)
-                run_rank(order)
+                run_rank(order, scenarios)
                 return
             orders[pid] = order
             say(pid=pid)
@@ -434,4 +434,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

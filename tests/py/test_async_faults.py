@@ -197,9 +197,10 @@ INTERRUPTS = {
     "vote": ("vote", SMALL, 1, 2, True),
     "vote-absent": ("vote", SMALL, 1, 13, False),
     "vote-twice": ("vote", SMALL, 2, 5, False),
-    "stage": ("stage", 64 << 20, 1, 0, True),
+    "stage": ("stage", 32 << 20, 1, 0, True),
     "room": ("room", NUMEL, 1, 0, True),
     "save": ("save", NUMEL, 1, 0, True),
+    "load": ("load", NUMEL, 1, 0, True),
 }
 """Name -> phase, elements, how often, how late the other rank is, are ranks in step behind it."""
 
@@ -226,18 +227,20 @@ def test_ctrl_c_in_async_save_is_prompt_and_heard_by_all(jobs, tmp_path, store, 
         check_no_junk(path)
     else:
         assert loaded_version(path, 2, numel) == 1
-    if phase in ("room", "save"):
+    if phase in ("room", "save", "load"):
         assert [rank.fact("older")["raised"] for rank in ranks] == [None, None]
     assert store.keys() == []
 
 
 # ---- the end of the script ----
 
-EXITS = ["plain", "destroy", "sys.exit", "exception"]
+EXITS = [
+    ("plain", "thread"), ("plain", "process"), ("destroy", "thread"), ("sys.exit", "process"),
+    ("exception", "thread"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["thread", "process"])
-@pytest.mark.parametrize("how", EXITS)
+@pytest.mark.parametrize(("how", "mode"), EXITS)
 def test_the_end_of_the_script_waits_for_the_save(jobs, tmp_path, store, how, mode):
     path = tmp_path / "checkpoint"
     ranks = jobs.start(
@@ -267,7 +270,7 @@ def test_an_end_without_farewell_tears_nothing(jobs, tmp_path, store, mode):
 def test_ctrl_c_at_the_end_of_the_script_gives_the_save_up(jobs, tmp_path, store, times):
     path = tmp_path / "checkpoint"
     ranks = jobs.start(
-        "exit_in_flight", 2, order=store.order, dir=str(path), numel=8 * NUMEL, mode="thread",
+        "exit_in_flight", 2, order=store.order, dir=str(path), numel=4 * NUMEL, mode="thread",
         limit_bytes_s=4 << 20, how="plain",
     )  # fmt: skip
     until(lambda: all(r.fact("leaving") for r in ranks), "the end of the script", *ranks)
@@ -281,6 +284,6 @@ def test_ctrl_c_at_the_end_of_the_script_gives_the_save_up(jobs, tmp_path, store
     ranks[0].wait()
     assert ranks[0].fact("resolved") == "CheckpointException", ranks[0].out.read_text()[-3000:]
     assert time.monotonic() - pressed < DEADLINE_S
-    assert loaded_version(path, 2, 8 * NUMEL) == 1
+    assert loaded_version(path, 2, 4 * NUMEL) == 1
     if times == 1:
         assert store.keys() == []

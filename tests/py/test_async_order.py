@@ -35,15 +35,16 @@ MODES = pytest.mark.parametrize("mode", ["thread", "process"])
 def test_saves_end_in_order_and_only_as_many_at_once_as_there_are_arenas(
     jobs, tmp_path, store, arenas, same, mode
 ):
-    path, numel = tmp_path / "checkpoint", NUMEL // 4
+    path, numel = tmp_path / "checkpoint", NUMEL
     ranks = jobs.run(
         "in_row", 2, order=store.order, dir=str(path), numel=numel, arenas=arenas, same=same,
         mode=mode,
     )  # fmt: skip
     for rank in ranks:
-        assert rank.fact("order") == [0, 1, 2, 3]
+        order = rank.fact("order")
+        assert (order if arenas == 1 or same else sorted(order)) == [0, 1, 2]
         assert rank.fact("most") == (1 if same else arenas)
-    paths = {3: path} if same else {i: Path(f"{path}-{i}") for i in range(4)}
+    paths = {2: path} if same else {i: Path(f"{path}-{i}") for i in range(3)}
     for version, where in paths.items():
         assert loaded_version(where, 2, numel) == version
         check_no_junk(where)
@@ -68,7 +69,7 @@ def test_ranks_decide_together_when_one_of_them_is_busy(jobs, tmp_path, store, p
     assert ranks[1].fact("own_was_done") == (policy == "wait")
     assert ranks[1].fact("own")["raised"] is None
     assert loaded_version(path, 2, NUMEL // 4) == 3
-    assert loaded_version(Path(f"{path}-own"), 1, NUMEL // 4) == 7
+    assert loaded_version(Path(f"{path}-own"), 1, NUMEL) == 7
     check_no_junk(path)
     assert store.keys() == []
 
@@ -153,6 +154,8 @@ def test_200_saves_leave_nothing_behind(jobs, tmp_path, store):
         before, after = rank.fact("before"), rank.fact("after")
         assert after.pop("rss") - before.pop("rss") < 4 << 20
         assert after.pop("mappings") - before.pop("mappings") < 8  # of the allocators
+        # One connection is kept for each of the saves that ever took leave at the same time.
+        assert after.pop("descriptors") - before.pop("descriptors") < 4
         assert after == before
     assert loaded_version(path, 2, 64 << 10) == 199
     check_no_junk(path)

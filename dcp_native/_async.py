@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
 
 from . import _roles
 from ._config import config
+from ._failures import forget_frames
 from ._report import logger
 from ._save import NativeSave
 from ._staging import choose_stager, run_stager
@@ -191,7 +192,7 @@ def _failed(future: SaveFuture, error: BaseException) -> SaveFuture:
         future.set_result(None)
     else:
         future._end({})
-        future.set_exception(error)
+        future.set_exception(forget_frames(error))
     return future
 
 

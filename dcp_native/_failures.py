@@ -92,6 +92,16 @@ def from_record(record: bytes) -> BaseException:
     return error if isinstance(error, Exception) else RuntimeError(f"another rank: {error!r}")
 
 
+def forget_frames(error: BaseException) -> BaseException:
+    """``error`` without its frames: they hold the save, its memory and the caller's state dict for
+    as long as somebody keeps a future.  Where it happened is in ``failures``."""
+    link: BaseException | None = error
+    while isinstance(link, Exception | CheckpointException):
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def codes_of(failures: list[tuple[int, Any]] | None) -> set[str | None]:
     """Names of the core's error codes in an exchanged list; None for what has no code."""
     causes = (_from_payload(payload)[0] for _, payload in failures or ())

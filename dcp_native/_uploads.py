@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from . import _native
-from ._failures import raise_failures
+from ._failures import forget_frames, raise_failures
 from ._fork import fork_safe
 from ._report import logger
 from ._save import NativeSave
@@ -193,7 +193,7 @@ class Upload:
         if error is None:
             future.set_result(metadata)
         else:
-            future.set_exception(error)
+            future.set_exception(forget_frames(error))
 
     def _result(self) -> Metadata:
         save = self.save

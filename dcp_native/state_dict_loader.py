@@ -164,7 +164,6 @@ def _tell(
             with contextlib.suppress(CheckpointException):
                 _refuse(error, process_group, coordinator_rank, no_dist)
     else:
-        wait_for_uploads()
         group = group_for(process_group, no_dist, 0 if no_dist else coordinator_rank)
         NativeLoad(reader, planner, group).tell(error)
 
@@ -183,7 +182,11 @@ def _load_state_dict(
 ) -> None:
     """As torch's private function of this name: no Stateful calls, no reset."""
     torch._C._log_api_usage_once("dcp_native.load_state_dict")
-    wait_for_uploads()
+    try:
+        wait_for_uploads()
+    except BaseException as error:  # an interrupt
+        _tell(error, storage_reader, planner, process_group, coordinator_rank, no_dist)
+        raise
     reason = _roles.load_reason(storage_reader, planner)
     reason = reason or _roles.group_reason(process_group, no_dist)
     if reason is None:

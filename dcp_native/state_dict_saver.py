@@ -317,13 +317,13 @@ def _save(
             planner,
             use_collectives,
         )
-    wait_for_uploads()
     alone = no_dist or not (dist.is_available() and dist.is_initialized())
     group = group_for(process_group, alone, 0 if alone else coordinator_rank)
     save_ = NativeSave(
         writer, planner, group, use_collectives=use_collectives, kind="save", base=base
     )
     try:
+        wait_for_uploads()
         if call_stateful:
             state_dict = _stateful_to_state_dict(state_dict)
         save_.plan(state_dict)

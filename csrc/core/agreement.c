@@ -62,8 +62,9 @@ leavers_of(const struct agreement *run)
     return run->verdict.gone < others ? others - run->verdict.gone : 0;
 }
 
-/* Who gave the verdict waits until the last one has removed the keys.  It removes them too: the
- * last one may have been killed while it did, or there is none. */
+/* Who gave the verdict waits until the last one has removed the keys, as long as any other is known
+ * to live.  It removes them too: the last one may have been killed while it did, or there is none.
+ */
 static bool
 see_off(struct agreement *run)
 {
@@ -74,7 +75,7 @@ see_off(struct agreement *run)
     struct dcp_error ignored;
 
     dcp_error_clear(&ignored);
-    while (there && agreement_now_ns(run) < end_ns) {
+    while (there && agreement_now_ns(run) < end_ns && !agreement_all_others_died(run)) {
         (void)run->with->bytes(run->with->ctx, pauses.pause_ns, &ignored_failure);
         pauses.pause_ns = dcp_min_u64(pauses.pause_ns * 2, pauses.most_ns);
         if (agreement_check(run, AGREEMENT_VERDICT, &there, &ignored) != 0) {

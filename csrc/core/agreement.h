@@ -130,6 +130,8 @@ void agreement_liveness_begin(struct agreement *run);
 void agreement_liveness_clean_up(struct agreement *run);
 /* Beats and looks, as far as their time has come. */
 void agreement_look_around(struct agreement *run, struct agreement_loss *ret_loss);
+/* Whether all ranks but this one are of this host, and dead. */
+bool agreement_all_others_died(const struct agreement *run);
 /* When that is to be called again; UINT64_MAX: never. */
 uint64_t agreement_next_look_ns(const struct agreement *run);
 /* Before a call into the file system, which may take longer than a beat. */

@@ -1,8 +1,9 @@
 /*
  * agreement_liveness.c: who is still there while a save is in flight.
  *
- * Processes of one host look at each other's process ids.  Each looks at the next few ranks of its
- * host, in a ring: whichever of them end, the first living one before them sees it.
+ * Processes of one host look at each other's process ids: at the coordinator's, whose death hides
+ * behind no other, and at those of the next few ranks of the host, in a ring: whichever of them
+ * end, the first living one before them sees it.
  *
  * Hosts are watched by beats: counters in the store, one for each host, which its leader adds to.
  * The coordinator watches all of them, every leader the coordinator's.  A host is watched from its
@@ -48,11 +49,14 @@ static void
 choose_peers(struct agreement *run)
 {
     struct agreement_liveness *live = &run->liveness;
-    uint32_t size = run->with->size, rank = run->with->rank;
+    uint32_t size = run->with->size, rank = run->with->rank, coordinator = run->with->coordinator;
 
+    if (rank != coordinator && share_a_host(run, coordinator, rank)) {
+        live->peers[live->peers_count++] = coordinator;
+    }
     for (uint32_t i = 1; i < size && live->peers_count < DCP_WATCHED_PEERS; i++) {
         uint32_t other = (rank + i) % size;
-        if (share_a_host(run, other, rank)) {
+        if (other != coordinator && share_a_host(run, other, rank)) {
             live->peers[live->peers_count++] = other;
         }
     }
@@ -138,6 +142,20 @@ look_at_processes(struct agreement *run, struct agreement_loss *ret_loss)
                             rank, pid, role_of(run, rank));
         ret_loss->what.rank = (int32_t)rank;
     }
+}
+
+bool
+agreement_all_others_died(const struct agreement *run)
+{
+    const struct dcp_shm *shm = run->with->shm;
+    const struct agreement_liveness *live = &run->liveness;
+
+    for (uint32_t i = 0; i < live->peers_count; i++) {
+        if (shm->alive(shm->ctx, run->with->peers->hosts[live->peers[i]].pid)) {
+            return false;
+        }
+    }
+    return live->peers_count > 0 && live->peers_count == run->with->size - 1;
 }
 
 /* "8, 9, 10 and 5 more" */

@@ -85,8 +85,14 @@ class Jobs:
             env={**os.environ, "PYTHONPATH": str(Path(dcp.__file__).resolve().parents[1])},
         )
 
-    def start(self, scenario: str, size: int, *, alone: bool = False, **args) -> list[Rank]:
-        """`size` ranks of one job; `alone`: processes that know nothing of each other."""
+    def start(
+        self, scenario: str, size: int, *, alone: bool = False, order: dict | None = None, **args
+    ) -> list[Rank]:
+        """`size` ranks of one job; `alone`: processes that know nothing of each other.
+
+        `order`: more of the orders that job.py takes.
+        """
+        more = order or {}
         self.count += 1
         ranks = []
         for rank in range(size):
@@ -94,7 +100,7 @@ class Jobs:
             order = {
                 "rank": rank, "size": 0 if alone else size, "out": str(out),
                 "store": str(self.tmp / f"job{self.count}-store"),
-                "timeout_s": TIMEOUT_S, "scenario": scenario, "args": args,
+                "timeout_s": TIMEOUT_S, "scenario": scenario, "args": args, **more,
             }  # fmt: skip
             self.forker.stdin.write(json.dumps(order).encode() + b"\n")
             self.forker.stdin.flush()

@@ -1,6 +1,7 @@
 """Ranks of small jobs for tests/py/test_kill.py: gloo over a file store, no agent, survivors live.
 
-A scenario is a function of this module, run by each rank in a process of its own.  It prints one
+A scenario is a function of this module, or of the one that the order names, run by each rank in a
+process of its own.  It prints one
 JSON object per line: what the test may believe, as soon as it is true.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -372,6 +374,18 @@ def compete(rank: int, size: int, args: dict[str, Any]) -> None:
     say(committed=committed, superseded=superseded)
 
 
+def how_to_meet(order: dict[str, Any]) -> dict[str, Any]:
+    """Over a file; or over a port, which rank 0 serves unless somebody does already."""
+    if "port" not in order:
+        return {"init_method": f"file://{order['store']}"}
+    serves = order["rank"] == 0 and not order["served"]
+    timeout = timedelta(seconds=order["timeout_s"])
+    store = dist.TCPStore(
+        "127.0.0.1", order["port"], is_master=serves, wait_for_workers=False, timeout=timeout
+    )
+    return {"store": store}
+
+
 def run_rank(order: dict[str, Any], scenarios: dict[str, Any]) -> None:
     """A rank of a job, in a process of its own."""
     rank, size = order["rank"], order["size"]
@@ -383,16 +397,18 @@ def run_rank(order: dict[str, Any], scenarios: dict[str, Any]) -> None:
     if size > 0:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{order['store']}",
+            **how_to_meet(order),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=order["timeout_s"]),
         )
         dist.barrier()
     say(ready=True)
+    if "module" in order:
+        scenarios = vars(importlib.import_module(order["module"]))
     scenarios[order["scenario"]](rank, size, order["args"])
     say(done=True)
-    if dist.is_initialized() and order["scenario"] != "exit_in_flight":
+    if dist.is_initialized() and not order["scenario"].startswith("exit_in_flight"):
         dist.destroy_process_group()
 
 

@@ -325,6 +325,7 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
         ret->image = dcp_hash128(ret->info.metadata.data, ret->info.metadata.len, 1);
     }
     ret->info.metadata = (struct dcp_span){0};
+    ret->was_committed = request->looks && dcp_save_was_committed(save);
     dcp_save_destroy(save);
     save_state_clean_up(&state);
 }

@@ -51,6 +51,7 @@ struct save_request {
     bool independent, share_metadata;
     /* As if the caller had raised there. */
     bool fail_before_agree, fail_before_compare, fail_before_finish;
+    bool looks; /* at the end, as a rank does that heard no verdict */
     /* The allocation of this number fails and all later ones, on all ranks: they share a heap.
      * From before agree, compare or write on, until the caller ends it; 0: none. */
     uint64_t fail_allocation_of_agree, fail_allocation_of_compare, fail_allocation_of_write;
@@ -61,6 +62,7 @@ struct save_result {
     struct dcp_error err;
     struct dcp_failure_list failures; /* when rc is DCP_E_PEER */
     struct dcp_save_info info;
+    bool was_committed;       /* by that look */
     struct dcp_hash128 image; /* of the metadata that this rank holds; zero: it holds none */
 };
 

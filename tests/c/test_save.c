@@ -290,9 +290,56 @@ independent_saves_commit_and_sweep_per_rank(void)
     dcp_engine_trim();
 }
 
+struct look_run {
+    const struct dcp_io *table;
+    struct save_request request;
+    struct save_result results[MOST_RANKS];
+};
+
+static void
+save_and_look(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
+{
+    struct look_run *run = arg;
+    struct save_request request = run->request;
+    struct dcp_group *group = save_world_group(comm, 0);
+    (void)sim;
+
+    request.fail_before_finish = request.fail_before_finish && comm->rank == 1;
+    save_once(group, run->table, &request, &run->results[comm->rank]);
+    dcp_group_destroy(group);
+}
+
+/* The committed save of another is there when the second one fails. */
+static void
+every_rank_can_see_what_became_of_its_save(void)
+{
+    const uint32_t size = 3;
+    for (int independent = 0; independent < 2; independent++) {
+        struct io_memory *fs = io_memory_new(3);
+        struct look_run *run = dcp_calloc(1, sizeof *run);
+        run->table = &io_memory_process(fs, 0)->io;
+        run->request = (struct save_request){.independent = independent == 1, .looks = true};
+        for (int fails = 0; fails < 2; fails++) {
+            run->request.generation = 1 + fails;
+            run->request.fail_before_finish = fails == 1;
+            sim_ranks_run(size, TIMEOUT_MS, save_and_look, run);
+            for (uint32_t r = 0; r < size; r++) {
+                bool committed = !fails || (independent && r != 1);
+                CHECK_EQ(run->results[r].info.outcome == DCP_OUTCOME_COMMITTED, committed);
+                CHECK_EQ(run->results[r].was_committed, committed);
+                save_result_clean_up(&run->results[r]);
+            }
+        }
+        dcp_free(run);
+        io_memory_free(fs);
+    }
+    dcp_engine_trim();
+}
+
 CTEST_MAIN(RUN(saves_of_any_number_of_ranks_load_on_any_other); RUN(replicas_are_written_once);
            RUN(cut_replicas_are_written_once_and_load_right);
            RUN(a_plan_is_reused_only_when_nothing_about_it_changed_anywhere);
            RUN(every_change_of_a_plan_still_loads_right);
            RUN(the_metadata_reaches_every_rank_when_all_ask_for_it);
-           RUN(independent_saves_commit_and_sweep_per_rank);)
+           RUN(independent_saves_commit_and_sweep_per_rank);
+           RUN(every_rank_can_see_what_became_of_its_save);)

@@ -22,7 +22,7 @@ struct run {
     uint32_t victim;
     uint64_t victim_timeout_ns; /* 0: as the others */
     bool victim_fails_before;
-    uint32_t other_fails; /* 1 + a rank that fails before too; 0: none */
+    uint32_t other_fails; /* 1 + a rank that fails when the victim stands still; 0: none */
     /* The allocation of this number fails and all later ones, on all ranks, which share a heap:
      * while they stage, or, of one rank, until it has ended; 0: none. */
     uint64_t fail_allocation;
@@ -76,6 +76,9 @@ upload_rank(const struct dcp_comm *comm, struct dcp_comm_sim *sim, void *arg)
         }
         if (run->fail_allocation != 0 && run->size > 1) {
             upload_world_memory(group, 0);
+        }
+        if (comm->rank + 1 == run->other_fails) {
+            (void)gate_wait(&world->ranks[run->victim].io, NULL, NULL);
         }
         background_start(&bg, group, &request);
         if (is_victim && run->act != NULL) {

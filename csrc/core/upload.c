@@ -109,17 +109,6 @@ settle(struct dcp_upload *upload, int rc, const struct dcp_failure_list *failure
     return first;
 }
 
-static bool
-is_settled(struct dcp_upload *upload)
-{
-    bool settled;
-
-    pthread_mutex_lock(&upload->lock);
-    settled = upload->settled;
-    pthread_mutex_unlock(&upload->lock);
-    return settled;
-}
-
 /* The last thing a thread does.  Who destroys waits for the end of `notifying`. */
 static void
 leave(struct dcp_upload *upload)
@@ -294,9 +283,10 @@ on_conclude(void *ctx, enum dcp_outcome outcome)
 }
 
 /* Stops the writer: nobody waits for its bytes any more.  True: its files are ours, and a decision
- * has begun.  False: they are its own, as it does not come back, or the owner's. */
+ * has begun.  False: they are its own, as it does not come back, or the owner's.  *ret_lent: what
+ * was lent is still ours; with a result the owner takes it back for another save. */
 static bool
-take_files(struct dcp_upload *upload)
+take_files(struct dcp_upload *upload, bool *ret_lent)
 {
     uint64_t until_ns = dcp_now_ns() + WRITER_GRACE_NS;
     bool ours;
@@ -309,6 +299,7 @@ take_files(struct dcp_upload *upload)
         upload->left_to_writer = upload->writing;
     }
     ours = upload->deciding = !upload->expired && !upload->writing;
+    *ret_lent = !upload->settled;
     pthread_mutex_unlock(&upload->lock);
     return ours;
 }
@@ -317,12 +308,13 @@ static void
 on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const struct dcp_error *err)
 {
     struct dcp_upload *upload = ctx;
+    bool lent;
 
     if (rc != 0) {
         atomic_store(&upload->cancel, 1);
     }
-    if (take_files(upload)) {
-        if (!is_settled(upload)) { /* else what was lent is back, and another save may use it */
+    if (take_files(upload, &lent)) {
+        if (lent) {
             wind_up(upload);
             dcp_save_sweep(upload->params.save);
         } else {

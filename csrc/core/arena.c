@@ -249,8 +249,9 @@ dcp_arena_release(struct dcp_arena *arena)
     }
     /* Carried from slot to slot: a free one ends it, a smaller arena is carried on instead. */
     for (int i = 0; arena != NULL && i < DCP_MAX_ARENAS; i++) {
+        uint64_t bytes = arena->bytes; /* from the exchange on it may be another's, or be freed */
         struct dcp_arena *other = atomic_exchange(&kept[i], arena);
-        if (other != NULL && is_ours(other) && other->bytes > arena->bytes) {
+        if (other != NULL && is_ours(other) && other->bytes > bytes) {
             other = atomic_exchange(&kept[i], other);
         }
         if (other != NULL && !is_ours(other)) {

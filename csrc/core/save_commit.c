@@ -221,16 +221,30 @@ dcp_save_abandon(struct dcp_save *save)
 }
 
 void
-dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome)
+dcp_save_hear(struct dcp_save *save, enum dcp_outcome outcome)
+{
+    if (is_ours(save)) {
+        save->info.outcome = outcome;
+    }
+}
+
+void
+dcp_save_wind_up(struct dcp_save *save)
 {
     if (!is_ours(save)) {
         return;
     }
-    save->info.outcome = outcome;
-    if (outcome == DCP_OUTCOME_COMMITTED) {
+    if (save->info.outcome == DCP_OUTCOME_COMMITTED) {
         dcp_unchanged_keep(save);
     }
-    if (outcome == DCP_OUTCOME_ABORTED || outcome == DCP_OUTCOME_SUPERSEDED) {
+    if (save->info.outcome == DCP_OUTCOME_ABORTED || save->info.outcome == DCP_OUTCOME_SUPERSEDED) {
         discard_files(save);
     }
+}
+
+void
+dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome)
+{
+    dcp_save_hear(save, outcome);
+    dcp_save_wind_up(save);
 }

@@ -4,17 +4,19 @@
  * Two threads, because either may be stuck where no deadline helps: the writer in a device that
  * does not answer, the other in a store whose host is frozen.  Each may be given up without the
  * other.  Nothing may be undone under a writer that still runs: what is left to undo then is done
- * by the writer itself when it comes back.
+ * by the writer itself when it comes back.  Nobody waits for it before the verdict is told.
  *
- * Order: bytes durable on every rank, publish, the verdict, the caller's result, leave.  The claim
- * is settled (commit rule 6) before anybody hears of a failure.
+ * Order: bytes durable on every rank, publish, the verdict, what is left to undo, the caller's
+ * result, leave.  The claim is settled (commit rule 6) before anybody hears of a failure.
+ *
+ * At the deadline the owner takes over from an agreement that is stuck in the store, and settles
+ * the save itself.  One that is stuck in the storage keeps its decision, and ends it when it can.
  *
  * Threads: `lock` guards what both threads and the owner see.  It is never held across a call of
  * the store, the save or the owner.
  */
 #include "dcp_upload.h"
 
-#include <errno.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,11 +42,13 @@ struct dcp_upload {
     pthread_cond_t changed;
     enum dcp_bytes_state bytes; /* of this rank */
     bool writing;               /* the writer runs */
-    bool deciding;              /* the agreement is in publish or abandon */
+    bool left_to_writer;        /* what it wrote is its own to undo when it comes back */
+    bool deciding;              /* the agreement is in the storage */
     bool cancelled;             /* by the owner, in time: the bytes are of no use, written or not */
-    bool expired;               /* given up by the owner: nothing is published any more */
+    bool expired, told_expired; /* the owner took over: the agreement decides nothing any more */
     uint32_t running;           /* threads */
     bool settled, ended;
+    bool notifying;            /* that it has ended */
     enum dcp_bytes_state told; /* to the agreement, last */
     struct dcp_error write_error;
     int rc; /* of the whole; valid once settled */
@@ -105,20 +109,32 @@ settle(struct dcp_upload *upload, int rc, const struct dcp_failure_list *failure
     return first;
 }
 
-/* The last thing a thread does: behind the lock the owner may free all of it. */
+/* The last thing a thread does.  Who destroys waits for the end of `notifying`. */
 static void
 leave(struct dcp_upload *upload)
 {
-    void (*notify_fn)(void *) = upload->params.notify;
-    void *ctx = upload->params.notify_ctx;
     bool last;
 
     pthread_mutex_lock(&upload->lock);
     last = --upload->running == 0;
-    upload->ended = last;
+    upload->ended = upload->notifying = last;
     pthread_mutex_unlock(&upload->lock);
-    if (last && notify_fn != NULL) {
-        notify_fn(ctx);
+    if (last) {
+        notify(upload);
+        pthread_mutex_lock(&upload->lock);
+        upload->notifying = false;
+        pthread_cond_broadcast(&upload->changed);
+        pthread_mutex_unlock(&upload->lock);
+    }
+}
+
+/* What this rank wrote is kept or undone, as the outcome says.  Nobody writes it any more. */
+static void
+wind_up(struct dcp_upload *upload)
+{
+    dcp_save_wind_up(upload->params.save);
+    if (upload->params.survive && upload->params.process != NULL) {
+        dcp_writer_process_settled(upload->params.process);
     }
 }
 
@@ -144,7 +160,7 @@ static void
 run_writer(struct dcp_upload *upload)
 {
     struct dcp_error err;
-    bool late;
+    bool left;
     int rc;
 
     dcp_error_clear(&err);
@@ -156,15 +172,14 @@ run_writer(struct dcp_upload *upload)
     upload->write_error = err;
     upload->bytes = rc == 0 ? DCP_BYTES_DURABLE : DCP_BYTES_FAILED;
     upload->durable_ns = dcp_now_ns();
-    upload->writing = false;
-    late = upload->settled;
+    left = upload->writing = upload->left_to_writer;
     pthread_cond_broadcast(&upload->changed);
     pthread_mutex_unlock(&upload->lock);
-    if (late) {
-        /* Given up meanwhile, by somebody who left the files to us. */
-        struct dcp_save_info info;
-        dcp_save_get_info(upload->params.save, &info);
-        dcp_save_conclude(upload->params.save, info.outcome);
+    if (left) {
+        wind_up(upload);
+        pthread_mutex_lock(&upload->lock);
+        upload->writing = false;
+        pthread_mutex_unlock(&upload->lock);
     }
 }
 
@@ -191,9 +206,11 @@ on_bytes(void *ctx, uint64_t wait_ns, struct dcp_failure *ret_failure)
     enum dcp_bytes_state state;
 
     pthread_mutex_lock(&upload->lock);
-    while (!upload->expired && upload->bytes == upload->told && dcp_now_ns() < until_ns) {
+    while (upload->expired == upload->told_expired && upload->bytes == upload->told &&
+           dcp_now_ns() < until_ns) {
         wait_until(upload, until_ns);
     }
+    upload->told_expired = upload->expired;
     state = upload->told = upload->bytes;
     pthread_mutex_unlock(&upload->lock);
     if (state == DCP_BYTES_FAILED) {
@@ -204,7 +221,7 @@ on_bytes(void *ctx, uint64_t wait_ns, struct dcp_failure *ret_failure)
     return state;
 }
 
-/* False once the owner has given up: then nothing may be published or undone here any more. */
+/* False once the owner took over: then nothing may be published or undone here any more. */
 static bool
 begin_decision(struct dcp_upload *upload)
 {
@@ -239,36 +256,17 @@ on_publish(void *ctx, struct dcp_error *err)
     return rc;
 }
 
-/* Stops the writer.  False when it does not come back: its files are its own then. */
-static bool
-stop_writer(struct dcp_upload *upload)
-{
-    uint64_t until_ns = dcp_now_ns() + WRITER_GRACE_NS;
-    bool stopped;
-
-    atomic_store(&upload->cancel, 1);
-    pthread_mutex_lock(&upload->lock);
-    while (upload->writing && dcp_now_ns() < until_ns) {
-        wait_until(upload, until_ns);
-    }
-    stopped = !upload->writing;
-    pthread_mutex_unlock(&upload->lock);
-    return stopped;
-}
-
 static enum dcp_outcome
 on_abandon(void *ctx)
 {
     struct dcp_upload *upload = ctx;
     enum dcp_outcome outcome;
 
+    atomic_store(&upload->cancel, 1);
     if (!begin_decision(upload)) {
         return DCP_OUTCOME_UNKNOWN;
     }
     outcome = dcp_save_settle(upload->params.save);
-    if (stop_writer(upload)) {
-        dcp_save_conclude(upload->params.save, outcome);
-    }
     end_decision(upload);
     return outcome;
 }
@@ -279,45 +277,54 @@ on_conclude(void *ctx, enum dcp_outcome outcome)
     struct dcp_upload *upload = ctx;
 
     if (begin_decision(upload)) {
-        if (outcome == DCP_OUTCOME_COMMITTED || stop_writer(upload)) {
-            dcp_save_conclude(upload->params.save, outcome);
-        }
+        dcp_save_hear(upload->params.save, outcome);
         end_decision(upload);
     }
 }
 
-/* The coordinator may have died, and its process have committed the save. */
+/* Stops the writer: nobody waits for its bytes any more.  True: its files are ours, and a decision
+ * has begun.  False: they are its own, as it does not come back, or the owner's.  *ret_lent: what
+ * was lent is still ours; with a result the owner takes it back for another save. */
 static bool
-was_committed(struct dcp_upload *upload)
+take_files(struct dcp_upload *upload, bool *ret_lent)
 {
-    bool committed = false;
+    uint64_t until_ns = dcp_now_ns() + WRITER_GRACE_NS;
+    bool ours;
 
-    if (upload->params.survive && begin_decision(upload)) {
-        committed = dcp_save_was_committed(upload->params.save);
-        end_decision(upload);
+    pthread_mutex_lock(&upload->lock);
+    while (upload->writing && !upload->expired && dcp_now_ns() < until_ns) {
+        wait_until(upload, until_ns);
     }
-    return committed;
+    if (!upload->expired) {
+        upload->left_to_writer = upload->writing;
+    }
+    ours = upload->deciding = !upload->expired && !upload->writing;
+    *ret_lent = !upload->settled;
+    pthread_mutex_unlock(&upload->lock);
+    return ours;
 }
 
 static void
 on_settled(void *ctx, int rc, const struct dcp_failure_list *failures, const struct dcp_error *err)
 {
     struct dcp_upload *upload = ctx;
+    bool lent;
 
-    bool stopped = rc == 0 || stop_writer(upload); /* else nobody waits for its bytes any more */
-
-    if (rc != 0 && stopped && was_committed(upload)) {
-        rc = 0;
-        failures = NULL;
-        err = NULL;
+    if (rc != 0) {
+        atomic_store(&upload->cancel, 1);
     }
-    if (rc == 0 && begin_decision(upload)) {
-        dcp_save_sweep(upload->params.save);
-        end_decision(upload);
-    }
-    if (upload->params.survive && stopped && upload->params.process != NULL &&
-        begin_decision(upload)) {
-        dcp_writer_process_settled(upload->params.process);
+    if (take_files(upload, &lent)) {
+        if (rc != 0 && upload->params.survive && dcp_save_was_committed(upload->params.save)) {
+            rc = 0; /* the coordinator died, and its process has committed */
+            failures = NULL;
+            err = NULL;
+        }
+        if (lent) {
+            wind_up(upload);
+            dcp_save_sweep(upload->params.save);
+        } else {
+            dcp_save_wind_up(upload->params.save);
+        }
         end_decision(upload);
     }
     if (settle(upload, rc, failures, err)) {
@@ -409,9 +416,7 @@ init(struct dcp_upload *upload, const struct dcp_upload_params *params)
     pthread_condattr_t attr;
     size_t len = params->prefix == NULL ? 0 : strlen(params->prefix);
 
-    if (len >= sizeof upload->prefix) {
-        return EINVAL;
-    }
+    DCP_ASSERT(len < sizeof upload->prefix);
     upload->params = *params;
     memcpy(upload->prefix, params->prefix == NULL ? "" : params->prefix, len + 1);
     upload->pid = getpid();
@@ -429,7 +434,13 @@ init(struct dcp_upload *upload, const struct dcp_upload_params *params)
     (void)pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     rc = pthread_cond_init(&upload->changed, &attr);
     pthread_condattr_destroy(&attr);
-    return rc != 0 ? rc : pthread_mutex_init(&upload->lock, NULL);
+    if (rc == 0) {
+        rc = pthread_mutex_init(&upload->lock, NULL);
+        if (rc != 0) {
+            pthread_cond_destroy(&upload->changed);
+        }
+    }
+    return rc;
 }
 
 /* A thread that is not to be had is done without: a rank that gave up here would leave the others
@@ -453,8 +464,13 @@ int
 dcp_upload_start(const struct dcp_upload_params *params, struct dcp_upload **ret_upload,
                  struct dcp_error *err)
 {
-    struct dcp_upload *upload = dcp_calloc(1, sizeof *upload);
+    struct dcp_upload *upload;
 
+    if (params->prefix != NULL && strlen(params->prefix) >= sizeof upload->prefix) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "the prefix \"%s\" is too long",
+                             params->prefix);
+    }
+    upload = dcp_calloc(1, sizeof *upload);
     if (upload == NULL || init(upload, params) != 0) {
         dcp_free(upload);
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a background save");
@@ -478,9 +494,9 @@ dcp_upload_state(struct dcp_upload *upload)
     enum dcp_upload_state state;
 
     pthread_mutex_lock(&upload->lock);
-    state = upload->ended     ? DCP_UPLOAD_ENDED
-            : upload->settled ? DCP_UPLOAD_SETTLED
-                              : DCP_UPLOAD_RUNNING;
+    state = !upload->settled ? DCP_UPLOAD_RUNNING
+            : upload->ended  ? DCP_UPLOAD_ENDED
+                             : DCP_UPLOAD_SETTLED;
     pthread_mutex_unlock(&upload->lock);
     return state;
 }
@@ -528,23 +544,32 @@ void
 dcp_upload_expire(struct dcp_upload *upload)
 {
     struct dcp_error err;
-    bool deciding;
+    bool settled, stuck, takes_over, ours = false;
 
     atomic_store(&upload->cancel, 1);
     pthread_mutex_lock(&upload->lock);
-    upload->expired = true;
-    deciding = upload->deciding;
+    settled = upload->settled;
+    stuck = upload->deciding || upload->writing;
+    takes_over = !upload->deciding && !settled;
+    upload->expired = upload->expired || takes_over;
     pthread_cond_broadcast(&upload->changed);
     pthread_mutex_unlock(&upload->lock);
-    if (!deciding) {
+    if (takes_over) {
         (void)dcp_save_settle(upload->params.save);
+        pthread_mutex_lock(&upload->lock);
+        ours = !upload->writing;
+        upload->left_to_writer = upload->writing;
+        pthread_mutex_unlock(&upload->lock);
+    }
+    if (ours) {
+        wind_up(upload);
     }
     dcp_error_clear(&err);
     dcp_error_set(&err, DCP_E_TIMEOUT, 0, NULL,
                   "the save had not ended at its deadline (%.0f s), and %s does not answer; it was "
                   "given up, and whether it was committed its .metadata tells",
                   (double)upload->params.timeout_ns / 1e9,
-                  deciding || upload->writing ? "the storage" : "the store of the process group");
+                  stuck ? "the storage" : "the store of the process group");
     if (settle(upload, DCP_E_TIMEOUT, NULL, &err)) {
         notify(upload);
     }
@@ -569,6 +594,11 @@ dcp_upload_destroy(struct dcp_upload *upload)
     if (upload == NULL || upload->pid != getpid() || dcp_upload_state(upload) != DCP_UPLOAD_ENDED) {
         return;
     }
+    pthread_mutex_lock(&upload->lock);
+    while (upload->notifying) {
+        pthread_cond_wait(&upload->changed, &upload->lock);
+    }
+    pthread_mutex_unlock(&upload->lock);
     dcp_failure_list_clean_up(&upload->failures);
     pthread_mutex_destroy(&upload->lock);
     pthread_cond_destroy(&upload->changed);

@@ -77,7 +77,8 @@ struct dcp_agreement {
     /* Waits up to `wait_ns` for a change, then tells.  After DURABLE and FAILED it only waits. */
     enum dcp_bytes_state (*bytes)(void *ctx, uint64_t wait_ns, struct dcp_failure *ret_failure);
     int (*publish)(void *ctx, struct dcp_error *err); /* coordinator, or `independent` */
-    /* Both may be called while the bytes are still being written: they stop that first. */
+    /* Both may be called while the bytes are still being written.  They wait for nothing but the
+     * claim: what is left to undo is undone in `settled`, when the verdict was told. */
     enum dcp_outcome (*abandon)(void *ctx); /* coordinator, or `independent` */
     /* The others, not `independent`: the verdict.  UNKNOWN: nobody knows it, files are left. */
     void (*conclude)(void *ctx, enum dcp_outcome outcome);

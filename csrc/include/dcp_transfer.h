@@ -160,13 +160,18 @@ int dcp_save_publish(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHEC
 void dcp_save_sweep(struct dcp_save *save);
 /* Gives the save up: drops the claim and this rank's files unless it turns out to be committed. */
 enum dcp_outcome dcp_save_abandon(struct dcp_save *save);
-/* The same while files of it may still be written: touches the claim alone.  dcp_save_conclude does
+/* The same while files of it may still be written: touches the claim alone.  dcp_save_wind_up does
  * the rest later. */
 enum dcp_outcome dcp_save_settle(struct dcp_save *save);
 /* Looks whether the save was committed, by whom ever: for a rank that heard no verdict.  True
  * concludes it; false says nothing. */
 bool dcp_save_was_committed(struct dcp_save *save);
-/* Another rank's verdict: only removes this rank's files when `outcome` is aborted. */
+/* Another rank's verdict, while files may still be written. */
+void dcp_save_hear(struct dcp_save *save, enum dcp_outcome outcome);
+/* When nothing is written any more and the outcome is known: removes this rank's files when it is
+ * aborted.  Again does nothing. */
+void dcp_save_wind_up(struct dcp_save *save);
+/* Both: dcp_save_hear, dcp_save_wind_up. */
 void dcp_save_conclude(struct dcp_save *save, enum dcp_outcome outcome);
 
 struct dcp_save_info {

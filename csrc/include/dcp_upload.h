@@ -39,7 +39,8 @@ struct dcp_upload_params {
     const struct dcp_peers *peers;
     const struct dcp_shm *shm;
     uint64_t timeout_ns, host_timeout_ns;
-    /* Called at SETTLED and at ENDED from a thread of the upload, without any lock of it. */
+    /* Called at SETTLED and at ENDED from a thread of the upload, without any lock of it; must not
+     * destroy it.  `notify_ctx` is borrowed until dcp_upload_destroy. */
     void (*notify)(void *ctx);
     void *notify_ctx;
 };
@@ -58,7 +59,8 @@ uint64_t dcp_upload_progress(struct dcp_upload *upload);
 /* Until the deadline has passed and a grace with it. */
 uint64_t dcp_upload_left_ns(struct dcp_upload *upload);
 /* Ends it when nothing is left: a thread that is stuck in the store, or in the device, is given up
- * and keeps what it uses for ever.  The outcome is settled by looking. */
+ * and keeps what it uses for ever.  The outcome is settled by looking, unless it is the looking
+ * that is stuck.  One that has a result already is left alone. */
 void dcp_upload_expire(struct dcp_upload *upload);
 struct dcp_upload_stats {
     bool writing;         /* the writer process may still be talked to */
@@ -67,7 +69,8 @@ struct dcp_upload_stats {
     uint64_t store_calls; /* of this rank; known at ENDED */
 };
 void dcp_upload_get_stats(struct dcp_upload *upload, struct dcp_upload_stats *ret_stats);
-/* Of one that has not ENDED, and in a forked child, nothing is freed. */
+/* Of one that has not ENDED, and in a forked child, nothing is freed.  Waits for a call of `notify`
+ * to return. */
 void dcp_upload_destroy(struct dcp_upload *upload);
 
 #endif

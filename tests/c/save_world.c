@@ -237,50 +237,63 @@ write_items(struct dcp_save *save, const struct save_request *request, struct sa
     return rc != 0 ? rc : dcp_save_write_staged(save, NULL, false, NULL, NULL, err);
 }
 
+/* Up to compare.  False: it has ended there. */
+static bool
+begin_save(struct dcp_group *group, struct dcp_save *save, const struct save_request *request,
+           struct save_state *state, struct local_failure *local, struct save_result *ret)
+{
+    uint32_t rank = dcp_group_comm(group)->rank;
+    bool exists;
+
+    dcp_error_clear(&local->err);
+    local->failed =
+        dcp_save_open(save, &exists, &local->err) != 0 || dcp_save_claim(save, &local->err) != 0;
+    if (!local->failed && request->fail_before_agree) {
+        raise_here(local, "agree");
+    }
+    dcp_save_set_plan(save, &state->plan);
+    run_out_of_memory(group, request->fail_allocation_of_agree);
+    if (!request->independent || !local->failed) {
+        ret->rc = dcp_save_agree(save, as_failure(local, rank), &ret->failures, &ret->err);
+        if (ret->rc == 0) {
+            dcp_save_fit_sources(save, state->sources);
+        } else if (!request->independent) {
+            return false;
+        } else {
+            local->failed = true;
+            local->err = ret->err;
+        }
+    }
+    dcp_error_clear(&ret->err);
+    if (!local->failed && request->fail_before_compare) {
+        raise_here(local, "compare");
+    }
+    run_out_of_memory(group, request->fail_allocation_of_compare);
+    if (!request->independent || !local->failed) {
+        ret->rc = dcp_save_compare(save, as_failure(local, rank), state->sources, NULL,
+                                   &ret->failures, &ret->err);
+        if (ret->rc != 0 && !request->independent) {
+            return false;
+        }
+        if (ret->rc != 0) {
+            local->failed = true;
+            local->err = ret->err;
+        }
+    }
+    dcp_error_clear(&ret->err);
+    return true;
+}
+
 static void
 run_save(struct dcp_group *group, struct dcp_save *save, const struct save_request *request,
          struct save_state *state, struct save_result *ret)
 {
     uint32_t rank = dcp_group_comm(group)->rank;
     struct local_failure local = {0};
-    bool exists;
 
-    dcp_error_clear(&local.err);
-    local.failed =
-        dcp_save_open(save, &exists, &local.err) != 0 || dcp_save_claim(save, &local.err) != 0;
-    if (!local.failed && request->fail_before_agree) {
-        raise_here(&local, "agree");
+    if (!begin_save(group, save, request, state, &local, ret)) {
+        return;
     }
-    dcp_save_set_plan(save, &state->plan);
-    run_out_of_memory(group, request->fail_allocation_of_agree);
-    if (!request->independent || !local.failed) {
-        ret->rc = dcp_save_agree(save, as_failure(&local, rank), &ret->failures, &ret->err);
-        if (ret->rc == 0) {
-            dcp_save_fit_sources(save, state->sources);
-        } else if (!request->independent) {
-            return;
-        } else {
-            local.failed = true;
-            local.err = ret->err;
-        }
-    }
-    dcp_error_clear(&ret->err);
-    if (!local.failed && request->fail_before_compare) {
-        raise_here(&local, "compare");
-    }
-    run_out_of_memory(group, request->fail_allocation_of_compare);
-    if (!request->independent || !local.failed) {
-        ret->rc = dcp_save_compare(save, as_failure(&local, rank), state->sources, NULL,
-                                   &ret->failures, &ret->err);
-        if (ret->rc != 0 && !request->independent) {
-            return;
-        }
-        if (ret->rc != 0) {
-            local.failed = true;
-            local.err = ret->err;
-        }
-    }
-    dcp_error_clear(&ret->err);
     run_out_of_memory(group, request->fail_allocation_of_write);
     if (!local.failed) {
         local.failed = write_items(save, request, state, &local.err) != 0;
@@ -291,12 +304,10 @@ run_save(struct dcp_group *group, struct dcp_save *save, const struct save_reque
     ret->rc = dcp_save_finish(save, as_failure(&local, rank), &ret->failures, &ret->err);
 }
 
-void
-save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_request *request,
-          struct save_result *ret)
+static struct dcp_save *
+make_save(struct dcp_group *group, const struct dcp_io *io, const struct save_request *request)
 {
-    const struct dcp_comm *comm = dcp_group_comm(group);
-    struct dcp_save_params params = {
+    const struct dcp_save_params params = {
         .io = io,
         .dir_path = request->dir == NULL ? SAVE_DIR : request->dir,
         .meta = {.checkpoint_id = SAVE_DIR, .version = "1.0.0"},
@@ -313,12 +324,24 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
         .content_hash = request->content_hash,
     };
     struct dcp_save *save = NULL;
+    struct dcp_error err = {0};
+
+    must(dcp_save_new(group, &params, &save, &err) == 0, err.message);
+    return save;
+}
+
+void
+save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_request *request,
+          struct save_result *ret)
+{
+    const struct dcp_comm *comm = dcp_group_comm(group);
+    struct dcp_save *save;
     struct save_state state;
 
     *ret = (struct save_result){0};
     dcp_error_clear(&ret->err);
     save_state_make(&state, comm->rank, comm->size, request->generation, request->change);
-    must(dcp_save_new(group, &params, &save, &ret->err) == 0, ret->err.message);
+    save = make_save(group, io, request);
     run_save(group, save, request, &state, ret);
     dcp_save_get_info(save, &ret->info);
     if (ret->info.metadata.len != 0) {
@@ -328,6 +351,44 @@ save_once(struct dcp_group *group, const struct dcp_io *io, const struct save_re
     ret->was_committed = request->looks && dcp_save_was_committed(save);
     dcp_save_destroy(save);
     save_state_clean_up(&state);
+}
+
+void
+save_begin(struct dcp_group *group, const struct dcp_io *io, const struct save_request *request,
+           struct begun_save *ret)
+{
+    const struct dcp_comm *comm = dcp_group_comm(group);
+    struct local_failure local = {0};
+    struct save_result result = {0};
+
+    *ret = (struct begun_save){.state = dcp_calloc(1, sizeof *ret->state)};
+    must(ret->state != NULL, "no memory for a state");
+    save_state_make(ret->state, comm->rank, comm->size, request->generation, request->change);
+    ret->sources = ret->state->sources;
+    ret->save = make_save(group, io, request);
+    dcp_error_clear(&result.err);
+    (void)begin_save(group, ret->save, request, ret->state, &local, &result);
+    ret->rc = result.rc;
+    ret->err = result.err;
+    ret->failures = result.failures;
+}
+
+void
+begun_save_free_sources(struct begun_save *begun)
+{
+    for (size_t i = 0; i < SAVE_ITEMS; i++) {
+        dcp_free(begun->state->memory[i]);
+        begun->state->memory[i] = NULL;
+    }
+}
+
+void
+begun_save_end(struct begun_save *begun)
+{
+    dcp_save_destroy(begun->save);
+    save_state_clean_up(begun->state);
+    dcp_free(begun->state);
+    dcp_failure_list_clean_up(&begun->failures);
 }
 
 void

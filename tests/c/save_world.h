@@ -71,6 +71,22 @@ void save_once(struct dcp_group *group, const struct dcp_io *io, const struct sa
                struct save_result *ret);
 void save_result_clean_up(struct save_result *result);
 
+/* A save that is agreed and compared, and whose bytes are the caller's to write. */
+struct begun_save {
+    struct dcp_save *save;
+    struct save_state *state;
+    const struct dcp_source *sources;
+    int rc; /* else this is why it is not */
+    struct dcp_error err;
+    struct dcp_failure_list failures;
+};
+
+void save_begin(struct dcp_group *group, const struct dcp_io *io,
+                const struct save_request *request, struct begun_save *ret);
+/* What a trainer may do once all is staged. */
+void begun_save_free_sources(struct begun_save *begun);
+void begun_save_end(struct begun_save *begun);
+
 struct load_request {
     const char *dir;            /* NULL: SAVE_DIR */
     uint32_t saved_size;        /* ranks that saved */

@@ -9,6 +9,7 @@ A scenario says what the test may believe, as job.py's do; under torchrun in `ou
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from dcp_native import _uploads
 
 PROCESS = dcp.AsyncCheckpointerType.PROCESS
 DEADLINE_S = 60
+INIT_S = 15
 
 
 def ends(pid: int) -> bool:
@@ -102,7 +104,7 @@ def save_again(rank: int, size: int, args: dict[str, Any]) -> None:
 
 
 def restarted_job(rank: int, size: int, args: dict[str, Any]) -> None:
-    """Attempt 0: saves step 1; a rank dies while step 2 is written.  Attempt 1: goes on from the
+    """Attempt 0: saves step 1; a rank dies while step 2 is written.  The next one: goes on from the
     latest checkpoint, or saves step 2 anew."""
     dcp.configure(survive_trainer=True)
     steps = Path(args["dir"])
@@ -140,7 +142,10 @@ def under_torchrun(scenario: str, args: dict[str, Any]) -> None:
     os.dup2(out, 1)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=args.get("group_timeout_s", 30)))
+    # On a busy machine two ranks of gloo may wait for each other for ever: the agent starts anew.
+    faulthandler.dump_traceback_later(INIT_S, exit=True)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    faulthandler.cancel_dump_traceback_later()
     say(pid=os.getpid())
     globals()[scenario](dist.get_rank(), dist.get_world_size(), args)
     dist.destroy_process_group()

@@ -9,7 +9,6 @@ A scenario says what the test may believe, as job.py's do; under torchrun in `ou
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import signal
@@ -31,7 +30,6 @@ from dcp_native import _uploads
 
 PROCESS = dcp.AsyncCheckpointerType.PROCESS
 DEADLINE_S = 60
-INIT_S = 15
 
 
 def ends(pid: int) -> bool:
@@ -142,10 +140,15 @@ def under_torchrun(scenario: str, args: dict[str, Any]) -> None:
     os.dup2(out, 1)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    # On a busy machine two ranks of gloo may wait for each other for ever: the agent starts anew.
-    faulthandler.dump_traceback_later(INIT_S, exit=True)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    faulthandler.cancel_dump_traceback_later()
+    # The agent's store outlives an attempt, and gloo would find the dead ranks' addresses there.
+    agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", agent),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=30),
+    )
     say(pid=os.getpid())
     globals()[scenario](dist.get_rank(), dist.get_world_size(), args)
     dist.destroy_process_group()

@@ -168,7 +168,10 @@ class Torchrun:
         return [rank.fact(name) for rank in self.ranks(attempt)]
 
     def wait(self) -> None:
-        code = self.agent.wait(timeout=DEADLINE_S)
+        try:
+            code = self.agent.wait(timeout=DEADLINE_S)
+        finally:
+            self.agent.terminate()  # with its ranks
         assert code == 0, self.said.read_text()[-5000:]
 
 

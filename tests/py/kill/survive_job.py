@@ -102,7 +102,7 @@ def save_again(rank: int, size: int, args: dict[str, Any]) -> None:
 
 
 def restarted_job(rank: int, size: int, args: dict[str, Any]) -> None:
-    """Attempt 0: saves step 1; a rank dies while step 2 is written.  Attempt 1: goes on from the
+    """Attempt 0: saves step 1; a rank dies while step 2 is written.  The next one: goes on from the
     latest checkpoint, or saves step 2 anew."""
     dcp.configure(survive_trainer=True)
     steps = Path(args["dir"])
@@ -140,7 +140,15 @@ def under_torchrun(scenario: str, args: dict[str, Any]) -> None:
     os.dup2(out, 1)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=args.get("group_timeout_s", 30)))
+    # The agent's store outlives an attempt, and gloo would find the dead ranks' addresses there.
+    agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", agent),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=30),
+    )
     say(pid=os.getpid())
     globals()[scenario](dist.get_rank(), dist.get_world_size(), args)
     dist.destroy_process_group()

@@ -129,7 +129,8 @@ def last_report() -> dict[str, Any] | None:
             ``async_save`` returned); ``"borrowed"`` from the stager of the user's own.
         staged_bytes, arena_bytes: files in staging memory; all of that memory.
         planned_bytes: payload that this rank is to write.
-        store_calls: of this rank, to end the save with the others; in ``future.report``.
+        store_calls, in_touch: calls of this rank to the store, to end the save with the others, and
+            whether it answered to the end; in ``future.report``, some time after the result.
         copy_ns, sync_ns, limited_ns: of writing: copying, fdatasync, asleep for
             ``write_limit_bytes_s``.
         ring_bytes: memory of the writer.

@@ -186,9 +186,12 @@ class Upload:
             metadata = self._result()
         except BaseException as raised:
             error = raised
-        future._end({**save.info(), "kind": save.kind, "path": "native", **self.facts})
+        # Threads that were given up still count: what they know is not looked at.
+        at_rest = not save.upload_writing()
+        info = save.info() if at_rest else future._report
+        future._end({**info, "kind": save.kind, "path": "native", **self.facts})
         save.error = None  # its traceback holds the save
-        if not save.upload_writing():
+        if at_rest:
             self.give_back_process()
         if error is None:
             future.set_result(metadata)

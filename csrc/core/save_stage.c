@@ -66,10 +66,8 @@ dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
     if (rc != 0) {
         return rc;
     }
-    if (params->kind == DCP_ARENA_SHARED) {
-        /* Small pages: touched in one call they cost less than faulted in one by one. */
-        rc = dcp_arena_populate(save->arena, save->image.bytes, params->cancel, err);
-    }
+    /* Touched in one call, fresh pages cost less than faulted in one by one; used ones nothing. */
+    rc = dcp_arena_populate(save->arena, save->image.bytes, params->cancel, err);
     rc = rc == 0 ? fill(save, sources, params->cancel, err) : rc;
     if (rc != 0) {
         give_back_arena(save);

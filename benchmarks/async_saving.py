@@ -111,8 +111,6 @@ def call_rows(found: Found, mode: str) -> list[dict]:
     ]
     first_s = _median(_saves(rounds, "first"), "call_s")
     what = f"- first save after warm_up, {name}"
-    if any(r["warm_up"] is None for r in rounds):
-        return [*rows, row(what, f"no warm_up in this build ({seconds(first_s)} without)")]
     warm_up_s = statistics.median(r["warm_up"]["wall_s"] for r in rounds)
     shown = f"{seconds(first_s)} ({first_s / call_s:.2f}x warm; warm_up took {seconds(warm_up_s)})"
     target = f"<= {FIRST_RATIO}x warm"

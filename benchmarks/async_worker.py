@@ -32,10 +32,9 @@ def _report_of(dcp: Any, upload: Future) -> dict[str, Any]:
     """The numbers of a finished save, and the few texts that say how it went."""
     if dcp.__name__ != "dcp_native":
         return {}
-    report = getattr(upload, "report", None) or dcp.last_report() or {}
     return {
         name: value
-        for name, value in report.items()
+        for name, value in upload.report.items()
         if isinstance(value, int) or name in ("staging", "save_id", "outcome")
     }
 
@@ -104,11 +103,8 @@ class AsyncWorker(Worker):
             self._limits = None
             release_free_memory()
 
-    def warm_up(self, mode: str) -> dict | None:
-        """None: this dcp_native has no warm_up."""
+    def warm_up(self, mode: str) -> dict:
         dcp = importlib.import_module("dcp_native")
-        if not hasattr(dcp, "warm_up"):
-            return None
         dist.barrier()
         start = time.monotonic()
         dcp.warm_up(self._state, async_checkpointer_type=AsyncCheckpointerType[mode])

@@ -298,7 +298,7 @@ write_metadata(struct job *job, int round, const struct dcp_group *group)
     struct dcp_error err = {0};
     uint64_t since_ns = cpu_now_ns();
 
-    must(dcp_metadata_write(&group->installed.global, &meta, &id, 0, NULL, &image, &err), &err);
+    must(dcp_metadata_write(&group->installed->global, &meta, &id, 0, NULL, &image, &err), &err);
     if (job->metadata_path != NULL && round == CHANGED) {
         write_file(job->metadata_path, &image);
     }
@@ -334,7 +334,7 @@ run_slow_round(struct rank *rank, struct dcp_group *group, int round)
         job->plans_bytes[round] = dcp_alloc_live_bytes() - before_bytes;
     }
     agree(rank, save, false);
-    rank->books->own_bytes = kept_by_rank(&group->installed, tensors + job->own_keys);
+    rank->books->own_bytes = kept_by_rank(group->installed, tensors + job->own_keys);
     wait_for_all(rank);
     if (rank->inner.rank == 0) {
         job->installed_bytes[round] = dcp_alloc_live_bytes() - job->plans_bytes[round];

@@ -96,7 +96,9 @@ def forget_frames(error: BaseException) -> BaseException:
     """``error`` without its frames: they hold the save, its memory and the caller's state dict for
     as long as somebody keeps a future.  Where it happened is in ``failures``."""
     link: BaseException | None = error
-    while isinstance(link, Exception | CheckpointException):
+    seen: set[int] = set()  # a rank's own exception may be the cause of what it is told
+    while isinstance(link, Exception | CheckpointException) and id(link) not in seen:
+        seen.add(id(link))
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
     return error

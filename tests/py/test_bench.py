@@ -266,6 +266,7 @@ def run_soak(tmp_path, *arguments, environment=None):
 def test_a_soak_keeps_its_promise_and_counts_every_save(tmp_path):
     status, result = run_soak(tmp_path, "--saves", "10")
     assert (status, result["wrong"]) == (0, [])
+    assert result["has_writer"]
     counts = result["counts"]
     assert counts["committed"] + counts["failed"] == 10
     assert counts["failed"] <= counts["with_kills"]

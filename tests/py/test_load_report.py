@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as torch_dcp
 from common import assert_equal, like, value
 
 import dcp_native as dcp
-from dcp_native import _load, _native
+from dcp_native import _load, _native, _uploads
 
 BLOCK = 1 << 20
 LISTED = 1000
@@ -170,6 +170,10 @@ def documented() -> set[str]:
 def test_every_field_of_a_report_is_documented(tmp_path):
     dcp.save({"w": value("w", (8,))}, checkpoint_id=tmp_path)
     fields = set(dcp.last_report())
+    future = dcp.async_save({"w": value("w", (8,))}, checkpoint_id=tmp_path)
+    future.result(timeout=60)
+    assert _uploads.wait_until_ended(60)
+    fields |= set(future.report)
     dcp.load({"w": torch.zeros(8)}, checkpoint_id=tmp_path)
     fields |= set(dcp.last_report())
     with pytest.raises(dcp.CheckpointException):

@@ -92,4 +92,4 @@ for scenario in (interrupt_a_load, die_in_a_load, load_in_children):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    job.main()
+    job.main(vars(job))

@@ -208,7 +208,7 @@ def _make_room(upload: Upload) -> None:
         same = [
             u
             for u in busy
-            if u.save.directory == save.directory
+            if u.directory == upload.directory
             or (upload.stager is not None and u.stager is upload.stager)
         ]
         if not same and len(busy) < config().arenas:

@@ -69,8 +69,6 @@ class NativeSave:
         self.base = None if base is None else os.fspath(base)
         self.error: BaseException | None = None
         self.in_background = False
-        self.directory = os.path.realpath(writer.path)
-        """As it is now: the writer may be reset while the save is in flight."""
         self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
@@ -247,13 +245,8 @@ class NativeSave:
         return self._native.upload_result()
 
     def upload_stats(self) -> dict[str, Any]:
-        """Time from durable to the outcome; once ended also calls of the store, and whether that
-        answered to the end."""
+        """``writing``, ``settle_ns``; once ended also ``store_calls`` and ``in_touch``."""
         return self._native.upload_stats()
-
-    def upload_writing(self) -> bool:
-        """Whether bytes are still being written: one that was given up may be."""
-        return self._native.upload_writing()
 
     def upload_left_s(self) -> float:
         """Seconds until the upload is to be expired."""

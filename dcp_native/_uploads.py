@@ -113,6 +113,8 @@ class Upload:
         self, save: NativeSave, future: SaveFuture, process_group: dist.ProcessGroup | None
     ) -> None:
         self.save = save
+        self.directory = os.path.realpath(save.writer.path)
+        """As it is now: the writer may be reset while the save is in flight."""
         self.future = future
         self.process_group = process_group
         """None: this process alone."""
@@ -169,7 +171,7 @@ class Upload:
         if state != "running" and not self.future.done():
             self._settle()
         if state == "ended":
-            stats = self.save.upload_stats()
+            _, stats = self._stats()
             self.future._report.update(stats)
             self.give_back(in_touch=stats["in_touch"])
         return state == "ended"
@@ -178,16 +180,22 @@ class Upload:
         """Seconds until an upload that has no result is given up."""
         return self.save.upload_left_s()
 
+    def _stats(self) -> tuple[bool, dict[str, Any]]:
+        """Whether no thread is at work on bytes or outcome, and facts for the report."""
+        stats = self.save.upload_stats()
+        return not stats.pop("writing"), stats
+
     def _settle(self) -> None:
         save, future = self.save, self.future
         error: BaseException | None = None
         metadata: Metadata | None = None
+        at_rest, stats = self._stats()
+        self.facts.update(stats, progress_bytes=save.progress_bytes())
         try:
             metadata = self._result()
         except BaseException as raised:
             error = raised
         # Threads that were given up still count: what they know is not looked at.
-        at_rest = not save.upload_writing()
         info = save.info() if at_rest else future._report
         future._end({**info, "kind": save.kind, "path": "native", **self.facts})
         save.error = None  # its traceback holds the save
@@ -201,7 +209,6 @@ class Upload:
     def _result(self) -> Metadata:
         save = self.save
         rank = save.group.rank
-        self.facts.update(save.upload_stats(), progress_bytes=save.progress_bytes())
         try:
             failures = save.upload_result()
         except Exception as alone:

@@ -19,7 +19,8 @@ int
 dcp_image_place(const struct dcp_layout *layout, uint32_t rank, uint64_t n0,
                 struct dcp_image *ret_image, struct dcp_error *err)
 {
-    struct dcp_image image = {.rank = rank, .files_count = layout->files_count};
+    struct dcp_image image = {
+        .rank = rank, .files_count = layout->files_count, .payload_bytes = layout->payload_bytes};
     int rc = dcp_write_check_numbers(n0, layout->files_count, err);
     if (rc != 0) {
         return rc;
@@ -43,9 +44,6 @@ dcp_image_place(const struct dcp_layout *layout, uint32_t rank, uint64_t n0,
                                                  .n = n0 + placed->index};
         image.bytes = dcp_align_up(end, DCP_DIRECT_ALIGN_BYTES);
         image.total_bytes += placed->length_bytes;
-    }
-    for (uint32_t i = 0; i < layout->records_count; i++) {
-        image.payload_bytes += layout->records[i].payload_bytes;
     }
     *ret_image = image;
     return 0;

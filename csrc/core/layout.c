@@ -199,6 +199,7 @@ place_file(const struct dcp_plan *plan, struct dcp_layout *layout, struct dcp_pl
     for (uint32_t i = 0; i < file->records_count; i++) {
         struct dcp_placed_record *record = &layout->records[file->first_record + i];
         cursor = place_record(plan, record, cursor);
+        layout->payload_bytes += record->payload_bytes; /* less than the files have */
         if (cursor > DCP_MAX_FILE_BYTES) {
             return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
                                  "file %u of rank %u would be longer than 2^62 bytes", file->index,

@@ -319,12 +319,8 @@ dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources)
 void
 dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret)
 {
-    const struct dcp_layout *layout = save->installed == NULL ? NULL : dcp_save_layout(save);
-
     *ret = save->info;
-    for (uint32_t i = 0; layout != NULL && i < layout->records_count; i++) {
-        ret->planned_bytes += layout->records[i].payload_bytes;
-    }
+    ret->planned_bytes = save->installed == NULL ? 0 : dcp_save_layout(save)->payload_bytes;
 }
 
 const struct dcp_plan *

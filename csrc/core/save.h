@@ -81,6 +81,12 @@ int dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failu
 /* The same for one rank on its own. */
 int dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
 
+/* ---- save_write.c ---- */
+
+/* Room for the checksum of every record that this rank writes: the caller's, dcp_free. */
+int dcp_save_new_crcs(const struct dcp_save *save, uint32_t **ret_crcs,
+                      struct dcp_error *err) DCP_MUST_CHECK;
+
 /* ---- unchanged.c ---- */
 
 /* After the writer ran: `crcs` are of the records of dcp_save_layout.  Fills the counts of info. */

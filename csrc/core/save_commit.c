@@ -154,7 +154,6 @@ discard_files(struct dcp_save *save)
         char text[DCP_CLAIM_NAME_BYTES];
         const char *name = text;
 
-        /* Not by the layout: the plan that it was made from may be another save's by now. */
         dcp_data_file_name(text, sizeof text, save->plan.rank, save->info.n0 + i);
         dcp_claim_discard(&files, &name, 1);
     }

@@ -38,17 +38,15 @@ static int
 fill(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
      struct dcp_error *err)
 {
-    const struct dcp_layout *layout = dcp_save_layout(save);
     const struct dcp_engine_options options = {.cancel = cancel, .hashes = save->reuse.hashes};
-    uint32_t *crcs = dcp_malloc_array(layout->records_count, sizeof *crcs);
-    int rc;
+    uint32_t *crcs;
+    int rc = dcp_save_new_crcs(save, &crcs, err);
 
-    if (crcs == NULL) {
-        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the checksums of %u records",
-                             layout->records_count);
+    if (rc != 0) {
+        return rc;
     }
-    rc = dcp_image_fill(&save->image, save->arena->memory, &save->plan, layout, sources,
-                        &save->info.save_id, save->info.n0, &options, crcs, err);
+    rc = dcp_image_fill(&save->image, save->arena->memory, &save->plan, dcp_save_layout(save),
+                        sources, &save->info.save_id, save->info.n0, &options, crcs, err);
     if (rc == 0) {
         rc = dcp_unchanged_count(save, crcs, err);
     }

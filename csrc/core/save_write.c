@@ -105,20 +105,30 @@ sync_names(const struct dcp_save *save, struct dcp_error *err)
                          save->dir_path, dcp_io_explain(&trouble, why));
 }
 
+int
+dcp_save_new_crcs(const struct dcp_save *save, uint32_t **ret_crcs, struct dcp_error *err)
+{
+    uint32_t count = dcp_save_layout(save)->records_count;
+
+    *ret_crcs = dcp_malloc_array(count, sizeof **ret_crcs);
+    return *ret_crcs != NULL ? 0
+                             : dcp_error_set(err, DCP_E_NOMEM, 0, NULL,
+                                             "no memory for the checksums of %u records", count);
+}
+
 static int
 write_sources(struct dcp_save *save, const struct dcp_source *sources,
               const struct dcp_engine_options *options, struct dcp_error *err)
 {
-    const struct dcp_layout *layout = dcp_save_layout(save);
-    uint32_t *crcs = dcp_malloc_array(layout->records_count, sizeof *crcs);
-    int rc;
+    uint32_t *crcs;
+    int rc = dcp_save_new_crcs(save, &crcs, err);
 
-    if (crcs == NULL) {
-        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the checksums of %u records",
-                             layout->records_count);
+    if (rc != 0) {
+        return rc;
     }
-    rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, layout, sources,
-                        &save->info.save_id, save->info.n0, options, crcs, &save->info.write, err);
+    rc = dcp_writer_run(save->io, save->dirfd, save->dir_path, &save->plan, dcp_save_layout(save),
+                        sources, &save->info.save_id, save->info.n0, options, crcs,
+                        &save->info.write, err);
     if (rc == 0) {
         rc = dcp_unchanged_count(save, crcs, err);
     }

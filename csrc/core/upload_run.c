@@ -336,7 +336,8 @@ run_agreement(struct dcp_upload *upload)
         .coordinator = params->coordinator,
         .deadline_ns = upload->deadline_ns,
         .host_timeout_ns = params->host_timeout_ns,
-        .peers = params->peers,
+        /* The death of a trainer fails no save that outlives it. */
+        .peers = params->survive ? NULL : params->peers,
         .shm = params->shm,
         .independent = params->independent,
         .ctx = upload,

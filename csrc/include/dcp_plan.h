@@ -283,7 +283,8 @@ struct dcp_layout {
     uint32_t files_count;
     struct dcp_placed_record *records; /* owned; grouped by file, ascending offset */
     uint32_t records_count;
-    uint64_t total_bytes; /* of all files */
+    uint64_t total_bytes;   /* of all files */
+    uint64_t payload_bytes; /* of all records */
 };
 
 /* Objects first in every file, as torch does; thread_count > 1 spreads objects round robin and

@@ -1,6 +1,6 @@
 /*
- * save_object.h: _native.Save and how its steps run (private to save_object.c, save_run.c and
- * save_upload.c).
+ * save_object.h: _native.Save and how its steps run (private to save_object.c, save_run.c,
+ * save_stage.c and save_upload.c).
  */
 #ifndef DCP_PY_SAVE_OBJECT_H
 #define DCP_PY_SAVE_OBJECT_H

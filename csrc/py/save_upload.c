@@ -1,10 +1,10 @@
 /*
- * save_upload.c: _native.Save in the background: meet, stage, upload, and what became of it.
+ * save_upload.c: _native.Save in the background: upload, and what became of it.
  *
- * stage copies, on the calling thread; upload starts the core's threads (csrc/core/upload.c), which
- * borrow from this object: the tensors or the arena, the store, the writer process, the watch.
- * Whoever started an upload keeps the object until its state is "ended".  An object that goes
- * before (the interpreter's end, a forked child) frees none of it.
+ * upload starts the core's threads (csrc/core/upload.c), which borrow from this object: the tensors
+ * or the arena, the store, the writer process, the watch. Whoever started an upload keeps the
+ * object until its state is "ended".  An object that goes before (the interpreter's end, a forked
+ * child) frees none of it.
  */
 #include "save_upload.h"
 
@@ -12,189 +12,6 @@
 
 #include "errors.h"
 #include "upload_parts.h"
-
-/* ---- before ---- */
-
-const char save_wait_for_orphan_doc[] =
-    "wait_for_orphan(timeout_s, /)\n--\n\n"
-    "Coordinator: wait for a save of this directory that goes on without its trainer.  False when "
-    "it still does: claiming fences it.";
-
-static int
-step_wait_for_orphan(void *arg, struct dcp_error *err)
-{
-    struct save_object *self = arg;
-
-    return dcp_writer_orphan_wait(dcp_save_dirfd(self->save), NULL, self->orphan_timeout_ns,
-                                  &self->cancel, err);
-}
-
-PyObject *
-save_wait_for_orphan(PyObject *object, PyObject *arg)
-{
-    struct save_object *self = as_save(object);
-    double timeout_s = PyFloat_AsDouble(arg);
-    struct dcp_save_info info;
-    struct dcp_error err;
-    int rc = 0;
-
-    if (timeout_s == -1.0 && PyErr_Occurred()) {
-        return NULL;
-    }
-    dcp_save_get_info(self->save, &info);
-    if (!info.is_coordinator) {
-        Py_RETURN_TRUE;
-    }
-    self->orphan_timeout_ns = (uint64_t)(timeout_s * 1e9);
-    if (native_run(object, step_wait_for_orphan, self, &self->cancel, &self->pending, &rc, &err) !=
-            0 ||
-        native_raise_pending(&self->pending) != 0) {
-        (void)native_raise_pending(&self->pending);
-        return NULL;
-    }
-    if (rc != 0 && rc != DCP_E_TIMEOUT) {
-        return native_set_error(module_error_class(object), &err);
-    }
-    return PyBool_FromLong(rc == 0);
-}
-
-const char save_meet_doc[] = "meet()\n--\n\n"
-                             "Collective, once per group: learn which ranks share this host.";
-
-static int
-step_meet(void *arg, struct dcp_error *err)
-{
-    return dcp_group_meet(group_object_get(as_save(arg)->group), dcp_shm_posix(), err);
-}
-
-PyObject *
-save_meet(PyObject *object, PyObject *unused)
-{
-    struct dcp_group *group = group_object_get(as_save(object)->group);
-    int rc;
-
-    (void)unused;
-    if (group == NULL) {
-        return NULL;
-    }
-    if (dcp_group_peers(group) != NULL) {
-        Py_RETURN_NONE;
-    }
-    return save_run_step(object, step_meet, true, &rc) != 0 ? NULL : Py_NewRef(Py_None);
-}
-
-static int
-parse_staging(PyObject *object, PyObject *args, PyObject *kwargs, const char *format)
-{
-    static char *names[] = {"shared", "cap_bytes", "arenas", "process", NULL};
-    const struct module_state *state = module_state_of(Py_TYPE(object));
-    struct save_object *self = as_save(object);
-    struct dcp_group *group = group_object_get(self->group);
-    unsigned long long cap_bytes = 0;
-    PyObject *process = Py_None;
-    int shared = 0;
-
-    self->arenas = 1;
-    if (group == NULL || state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &shared, &cap_bytes,
-                                     &self->arenas, &process)) {
-        return -1;
-    }
-    if (process != Py_None && !Py_IS_TYPE(process, state->writer_process_type)) {
-        PyErr_SetString(PyExc_TypeError, "warm_up() takes a _native.WriterProcess");
-        return -1;
-    }
-    self->staging = (struct dcp_stage_params){.kind = shared ? DCP_ARENA_SHARED : DCP_ARENA_PRIVATE,
-                                              .limits = {.io = dcp_io_posix(),
-                                                         .cap_bytes = cap_bytes,
-                                                         .sharers = dcp_group_host_ranks(group)},
-                                              .cancel = &self->cancel};
-    if (process != Py_None) {
-        Py_XSETREF(self->process, Py_NewRef(process)); /* a step that was left may still use it */
-        self->staging.process = writer_process_object_get(process);
-    }
-    return 0;
-}
-
-/* A step whose want of memory is an answer: None, or the text that says what was missing.  So is
- * `answer`, a code. */
-static PyObject *
-run_staging(PyObject *object, native_fn fn, int answer)
-{
-    struct save_object *self = as_save(object);
-    struct dcp_group *group = group_object_get(self->group);
-    struct dcp_error err;
-    int rc = 0;
-
-    if (native_raise_pending(&self->pending) != 0) {
-        return NULL;
-    }
-    self->left = native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0;
-    if (self->interrupt == NULL) {
-        self->interrupt = Py_XNewRef(self->pending);
-    }
-    if (self->left) {
-        dcp_group_poison(group); /* what still runs reads tensors that the caller may free */
-    }
-    if (native_raise_pending(&self->pending) != 0) {
-        return NULL;
-    }
-    if (rc == DCP_E_LIMIT || rc == DCP_E_NOMEM || (rc != 0 && rc == answer)) {
-        return PyUnicode_FromString(err.message);
-    }
-    return rc != 0 ? native_set_error(module_error_class(object), &err) : Py_NewRef(Py_None);
-}
-
-const char save_stage_doc[] =
-    "stage(*, shared=False, cap_bytes=0)\n--\n\n"
-    "Build this rank's files in memory; afterwards the tensors may change.  None, or the text that "
-    "says which limit left no memory for it: then write().";
-
-static int
-step_stage(void *arg, struct dcp_error *err)
-{
-    struct save_object *self = arg;
-
-    return dcp_save_stage(self->save, self->items.sources, &self->staging, err);
-}
-
-PyObject *
-save_stage(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    struct save_object *self = as_save(object);
-    PyObject *result;
-
-    if (parse_staging(object, args, kwargs, "|$pKI:stage") != 0) {
-        return NULL;
-    }
-    result = run_staging(object, step_stage, 0);
-    if (result == Py_None) {
-        self->staged = true;
-        save_items_clean_up(&self->items);
-    }
-    return result;
-}
-
-const char save_warm_up_doc[] =
-    "warm_up(*, shared=False, cap_bytes=0, arenas=1, process=None)\n--\n\n"
-    "Touch the memory ahead that staging will use, and have the process that will write it map it. "
-    "None, or the text that says which limit left no memory for it, or what became of the process.";
-
-static int
-step_warm_up(void *arg, struct dcp_error *err)
-{
-    struct save_object *self = arg;
-
-    return dcp_save_warm_up(self->save, &self->staging, self->arenas, err);
-}
-
-PyObject *
-save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    return parse_staging(object, args, kwargs, "|$pKIO:warm_up") != 0
-               ? NULL
-               : run_staging(object, step_warm_up, DCP_E_IO);
-}
 
 /* ---- the upload ---- */
 
@@ -298,8 +115,6 @@ save_upload(PyObject *object, PyObject *args, PyObject *kwargs)
     params.prefix = prefix;
     params.written = written != 0;
     params.survive = survive != 0;
-    /* The death of a trainer fails no save that outlives it. */
-    params.peers = survive ? NULL : params.peers;
     params.timeout_ns = (uint64_t)(timeout_s * 1e9);
     params.host_timeout_ns = (uint64_t)(host_timeout_s * 1e9);
     return start(object, &params) != 0 ? NULL : Py_NewRef(Py_None);
@@ -382,7 +197,9 @@ save_upload_result(PyObject *object, PyObject *unused)
 
 const char save_upload_stats_doc[] =
     "upload_stats()\n--\n\n"
-    "`settle_ns`, from durable to the outcome; once ended `store_calls`, of this rank.";
+    "`writing`: threads are still at work on the bytes or the outcome; `settle_ns`, from durable "
+    "to "
+    "the outcome; once ended `store_calls`, of this rank, and `in_touch`: the store answered.";
 
 PyObject *
 save_upload_stats(PyObject *object, PyObject *unused)
@@ -395,26 +212,10 @@ save_upload_stats(PyObject *object, PyObject *unused)
         return NULL;
     }
     dcp_upload_get_stats(upload, &stats);
-    return Py_BuildValue("{sKsKsO}", "settle_ns", (unsigned long long)stats.settle_ns,
-                         "store_calls", (unsigned long long)stats.store_calls, "in_touch",
+    return Py_BuildValue("{sOsKsKsO}", "writing", stats.writing ? Py_True : Py_False, "settle_ns",
+                         (unsigned long long)stats.settle_ns, "store_calls",
+                         (unsigned long long)stats.store_calls, "in_touch",
                          stats.in_touch ? Py_True : Py_False);
-}
-
-const char save_upload_writing_doc[] = "upload_writing()\n--\n\n"
-                                       "Whether bytes are still being written.";
-
-PyObject *
-save_upload_writing(PyObject *object, PyObject *unused)
-{
-    struct dcp_upload *upload = upload_of(object);
-    struct dcp_upload_stats stats;
-
-    (void)unused;
-    if (upload == NULL) {
-        return NULL;
-    }
-    dcp_upload_get_stats(upload, &stats);
-    return PyBool_FromLong(stats.writing);
 }
 
 const char save_upload_left_doc[] = "upload_left_s()\n--\n\n"

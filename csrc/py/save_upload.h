@@ -6,23 +6,23 @@
 
 #include "save_object.h"
 
+/* ---- save_stage.c ---- */
 PyObject *save_wait_for_orphan(PyObject *object, PyObject *arg);
 PyObject *save_meet(PyObject *object, PyObject *unused);
 PyObject *save_stage(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs);
+/* ---- save_upload.c ---- */
 PyObject *save_upload(PyObject *object, PyObject *args, PyObject *kwargs);
 PyObject *save_upload_state(PyObject *object, PyObject *unused);
 PyObject *save_upload_result(PyObject *object, PyObject *unused);
 PyObject *save_upload_stats(PyObject *object, PyObject *unused);
-PyObject *save_upload_writing(PyObject *object, PyObject *unused);
 PyObject *save_upload_left(PyObject *object, PyObject *unused);
 PyObject *save_upload_progress(PyObject *object, PyObject *unused);
 PyObject *save_expire(PyObject *object, PyObject *unused);
 PyObject *save_cancel(PyObject *object, PyObject *unused);
 extern const char save_wait_for_orphan_doc[], save_meet_doc[], save_stage_doc[], save_warm_up_doc[],
     save_upload_doc[], save_upload_state_doc[], save_upload_result_doc[], save_upload_stats_doc[],
-    save_upload_writing_doc[], save_upload_left_doc[], save_upload_progress_doc[],
-    save_expire_doc[], save_cancel_doc[];
+    save_upload_left_doc[], save_upload_progress_doc[], save_expire_doc[], save_cancel_doc[];
 
 #define SAVE_WITH_KEYWORDS(fn) (PyCFunction)(void (*)(void))(fn), METH_VARARGS | METH_KEYWORDS
 
@@ -35,7 +35,6 @@ extern const char save_wait_for_orphan_doc[], save_meet_doc[], save_stage_doc[],
         {"upload_state", save_upload_state, METH_NOARGS, save_upload_state_doc},                   \
         {"upload_result", save_upload_result, METH_NOARGS, save_upload_result_doc},                \
         {"upload_stats", save_upload_stats, METH_NOARGS, save_upload_stats_doc},                   \
-        {"upload_writing", save_upload_writing, METH_NOARGS, save_upload_writing_doc},             \
         {"upload_left_s", save_upload_left, METH_NOARGS, save_upload_left_doc},                    \
         {"upload_progress", save_upload_progress, METH_NOARGS, save_upload_progress_doc},          \
         {"expire", save_expire, METH_NOARGS, save_expire_doc},                                     \

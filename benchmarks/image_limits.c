@@ -188,8 +188,9 @@ run_way(struct bench *bench, enum way way)
 }
 
 static void
-run_process(struct bench *bench)
+run_process(void *arg)
 {
+    struct bench *bench = arg;
     uint64_t bytes = bench->items_count * bench->item_bytes;
     bench->source = map_touched(bytes);
     for (uint64_t i = 0; i < bytes / 8; i++) {
@@ -250,25 +251,8 @@ main(int argc, char **argv)
              bench.rounds <= MOST_ROUNDS,
          "the arguments are out of range", NULL);
     bench.items_count = (uint32_t)(bytes / bench.item_bytes);
-    bench.shared =
-        mmap(NULL, sizeof *bench.shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    must(bench.shared != MAP_FAILED, "memory", NULL);
-    pthread_barrierattr_t attr;
-    pthread_barrierattr_init(&attr);
-    pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
-    pthread_barrier_init(&bench.shared->barrier, &attr, (unsigned)bench.processes);
-    for (bench.process = 0; bench.process < bench.processes; bench.process++) {
-        pid_t child = fork();
-        must(child >= 0, "fork", NULL);
-        if (child == 0) {
-            run_process(&bench);
-            _exit(0);
-        }
-    }
-    for (int i = 0; i < bench.processes; i++) {
-        int status = -1;
-        must(wait(&status) > 0 && status == 0, "a process failed", NULL);
-    }
+    bench.shared = map_shared(sizeof *bench.shared);
+    run_processes(bench.processes, &bench.shared->barrier, &bench.process, run_process, &bench);
     report(&bench);
     return 0;
 }

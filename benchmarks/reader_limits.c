@@ -585,13 +585,8 @@ main(int argc, char **argv)
     bench.only = argc > 5 ? argv[5] : NULL;
     must(bench.bytes >= REQUEST_BYTES, "at least 8 MiB", NULL);
     bench.cut_bytes = dcp_align_up(dcp_min_u64(bench.bytes / 8, 64u << 20), 1u << 20);
-    bench.shared =
-        mmap(NULL, sizeof *bench.shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    must(bench.shared != MAP_FAILED, "mmap", NULL);
-    pthread_barrierattr_t attr;
-    pthread_barrierattr_init(&attr);
-    pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
-    pthread_barrier_init(&bench.shared->barrier, &attr, RANKS);
+    bench.shared = map_shared(sizeof *bench.shared);
+    init_shared_barrier(&bench.shared->barrier, RANKS);
     pid_t other = fork();
     must(other >= 0, "fork", NULL);
     bench.rank = other == 0 ? 1 : 0;

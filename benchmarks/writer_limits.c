@@ -246,8 +246,9 @@ run_way(struct bench *bench, enum way way)
 }
 
 static void
-run_process(struct bench *bench)
+run_process(void *arg)
 {
+    struct bench *bench = arg;
     bench->dirfd = open(bench->path, O_RDONLY | O_DIRECTORY);
     must(bench->dirfd >= 0, bench->path, NULL);
     uint64_t room = dcp_max_u64(bench->bytes, bench->small_count * SMALL_BYTES);
@@ -321,25 +322,8 @@ main(int argc, char **argv)
     bench.io = dcp_io_posix();
     must(bench.io->mkdirs(bench.io->ctx, bench.path) == 0, bench.path, NULL);
     memset(bench.save_id.bytes, 7, sizeof bench.save_id.bytes);
-    bench.shared =
-        mmap(NULL, sizeof *bench.shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    must(bench.shared != MAP_FAILED, "memory", NULL);
-    pthread_barrierattr_t attr;
-    pthread_barrierattr_init(&attr);
-    pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
-    pthread_barrier_init(&bench.shared->barrier, &attr, (unsigned)bench.processes);
-    for (bench.process = 0; bench.process < bench.processes; bench.process++) {
-        pid_t child = fork();
-        must(child >= 0, "fork", NULL);
-        if (child == 0) {
-            run_process(&bench);
-            _exit(0);
-        }
-    }
-    for (int i = 0; i < bench.processes; i++) {
-        int status = -1;
-        must(wait(&status) > 0 && status == 0, "a process failed", NULL);
-    }
+    bench.shared = map_shared(sizeof *bench.shared);
+    run_processes(bench.processes, &bench.shared->barrier, &bench.process, run_process, &bench);
     report(&bench);
     return 0;
 }

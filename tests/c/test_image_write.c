@@ -1,11 +1,11 @@
 /*
  * test_image_write.c: a ready image becomes the files that it holds, on every way that requests
- * take, and fails as a save does.
+ * take, and fails as a save does.  What holds of requests alike (the queue, the rate) is in
+ * test_writer_queue.c.
  */
 #include "ctest.h"
 
 #include <errno.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "image_world.h"
@@ -352,43 +352,6 @@ requests_of_no_shape_are_refused(void)
     bench_clean_up(&bench);
 }
 
-/* ---- the queue ---- */
-
-static void
-many_requests_use_the_queue_and_few_do_not(void)
-{
-    struct bench bench;
-    bench_make_large(&bench, 5, QUEUE, 9u << 20);
-    bench.engine.tuning.queue = DCP_QUEUE_AUTO;
-    CHECK_OK(bench_write(&bench), &bench.err);
-    CHECK(bench.stats.queue_writes_count >= 9);
-    CHECK(bench_check_files(&bench));
-    bench_clean_up(&bench);
-    bench_make_large(&bench, 5, QUEUE, 300000);
-    bench.engine.tuning.queue = DCP_QUEUE_AUTO;
-    CHECK_OK(bench_write(&bench), &bench.err);
-    CHECK_EQ(bench.stats.queue_writes_count, 0);
-    CHECK_EQ(io_memory_calls_of(bench.fs, IO_QUEUE_OPEN), 0);
-    bench_clean_up(&bench);
-}
-
-static void
-a_queue_that_refuses_is_left_for_the_thread(void)
-{
-    static const int codes[] = {EOPNOTSUPP, EINVAL, EPERM, ENOSYS};
-    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
-        struct bench bench;
-        bench_make_large(&bench, 5, QUEUE, 20u << 20);
-        bench.engine.tuning.queue = DCP_QUEUE_AUTO;
-        io_memory_faults(bench.fs)->queue_errno = codes[i];
-        CHECK_OK(bench_write(&bench), &bench.err);
-        CHECK(bench.stats.queue_writes_count >= 1 && bench.stats.queue_writes_count <= 4);
-        CHECK(bench.stats.direct_files_count > 0);
-        CHECK(bench_check_files(&bench));
-        bench_clean_up(&bench);
-    }
-}
-
 /* ---- pressure ---- */
 
 static atomic_int stop;
@@ -399,15 +362,6 @@ stop_at_the_fifth_write(struct io_memory_process *process, enum io_call call, co
     (void)name;
     if ((call == IO_QUEUE_WRITE || call == IO_PWRITE) &&
         io_memory_calls_of(process->fs, call) == 4) {
-        atomic_store(&stop, 1);
-    }
-}
-
-static void
-stop_at_the_fifth_reap(struct io_memory_process *process, enum io_call call, const char *name)
-{
-    (void)name;
-    if (call == IO_QUEUE_REAP && io_memory_calls_of(process->fs, IO_QUEUE_REAP) == 4) {
         atomic_store(&stop, 1);
     }
 }
@@ -428,54 +382,6 @@ a_cancelled_write_stops_at_the_next_request_and_waits_for_those_in_flight(void)
         CHECK_EQ(bench_write(&bench), DCP_E_CANCELLED);
         CHECK_EQ(io_memory_calls_of(bench.fs, way == QUEUE ? IO_QUEUE_WRITE : IO_PWRITE), 5);
         CHECK(progress <= 5u << 20);
-        bench_clean_up(&bench);
-    }
-}
-
-/* In a child, whose memory is given up for lost, on purpose.  Time is the file system's. */
-static void
-after_a_failure_writes_that_never_end_are_waited_for_a_minute(void)
-{
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        struct bench bench;
-        bench_make_large(&bench, 5, QUEUE, 12u << 20);
-        atomic_store(&stop, 0);
-        bench.engine.cancel = &stop;
-        io_memory_faults(bench.fs)->delay_percent = 100;
-        io_memory_process(bench.fs, 0)->before = stop_at_the_fifth_reap;
-        uint64_t start_ns = io_memory_now_ns(bench.fs);
-        int rc = bench_write(&bench);
-        uint64_t waited_ns = io_memory_now_ns(bench.fs) - start_ns;
-        bool good = rc == DCP_E_IO && bench.err.sys_errno == ETIMEDOUT &&
-                    waited_ns >= DCP_QUEUE_GRACE_NS && waited_ns < 2 * DCP_QUEUE_GRACE_NS &&
-                    io_memory_open_files(bench.fs) == 1 && io_memory_open_queues(bench.fs) == 1;
-        _exit(good ? 0 : 1);
-    }
-    int status = -1;
-    CHECK(child > 0 && waitpid(child, &status, 0) == child);
-    CHECK_EQ(status, 0);
-}
-
-static void
-the_rate_is_kept_on_every_way(void)
-{
-    for (int way = 0; way < WAYS; way++) {
-        struct bench bench;
-        const uint64_t rate = 5u << 20;
-        bench_make_large(&bench, 5, (enum way)way, 24u << 20);
-        bench.engine.tuning.limit_bytes_s = rate;
-        io_memory_faults(bench.fs)->oversleep_us = 20000; /* a scheduler under load */
-        uint64_t start_ns = io_memory_now_ns(bench.fs);
-        CHECK_OK(bench_write(&bench), &bench.err);
-        uint64_t took_ns = io_memory_now_ns(bench.fs) - start_ns;
-        uint64_t due_ns = bench.stats.file_bytes * 1000000000u / rate;
-        uint64_t first_ns = (2u << 20) * UINT64_C(1000000000) / rate; /* starts at once, credit */
-        CHECK(took_ns + first_ns >= due_ns);
-        CHECK(took_ns <= due_ns + due_ns / 20);
-        CHECK(bench.stats.limited_ns > 0 && bench.stats.limited_ns <= took_ns);
-        CHECK(bench_check_files(&bench));
         bench_clean_up(&bench);
     }
 }
@@ -514,9 +420,6 @@ CTEST_MAIN(RUN(files_equal_the_image_on_every_way_and_layout); RUN(a_real_disk_g
            RUN(any_failing_call_fails_the_write_cleanly); RUN(calls_that_may_fail_do_no_harm);
            RUN(a_full_disk_is_named); RUN(an_existing_name_is_never_touched);
            RUN(a_removed_directory_is_named); RUN(requests_of_no_shape_are_refused);
-           RUN(many_requests_use_the_queue_and_few_do_not);
-           RUN(a_queue_that_refuses_is_left_for_the_thread);
            RUN(a_cancelled_write_stops_at_the_next_request_and_waits_for_those_in_flight);
-           RUN(after_a_failure_writes_that_never_end_are_waited_for_a_minute);
-           RUN(the_rate_is_kept_on_every_way); RUN(dirty_bytes_are_pushed_out_while_they_are_few);
+           RUN(dirty_bytes_are_pushed_out_while_they_are_few);
            RUN(running_out_of_memory_anywhere_is_an_error_without_a_leak);)

@@ -73,18 +73,14 @@ an_arena_may_grow_and_change_between_saves(void)
     struct dcp_writer_process *process = writer_start();
     struct dcp_engine_options engine = {0};
     struct writer_world w, other;
-    struct dcp_error err = {0};
 
     writer_world_make(&w, &small_mix, NULL);
     writer_world_make(&other, &one_large, NULL);
     for (int round = 0; round < 3; round++) {
-        CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-        CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
+        CHECK(writer_writes(process, &w, &engine));
         CHECK_EQ(ftruncate(w.arena.fd, (off_t)(w.arena.bytes << (round + 1))), 0);
-        CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-        CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
-        CHECK_OK(writer_write(process, &other, &engine, NULL, &err), &err);
-        CHECK(world_check_files(dcp_io_posix(), other.dirfd, &other.world));
+        CHECK(writer_writes(process, &w, &engine));
+        CHECK(writer_writes(process, &other, &engine));
     }
     writer_world_clean_up(&other);
     writer_world_clean_up(&w);
@@ -187,7 +183,6 @@ signals_meant_for_its_trainer_do_not_reach_it(void)
     static const int signals[] = {SIGINT, SIGHUP, SIGTERM, SIGQUIT, SIGUSR1, SIGPIPE};
     struct dcp_engine_options engine = {0};
     struct writer_world w;
-    struct dcp_error err = {0};
     sigset_t blocked, before;
 
     /* Nor does what the trainer's thread blocks reach it. */
@@ -199,8 +194,7 @@ signals_meant_for_its_trainer_do_not_reach_it(void)
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
         CHECK_EQ(kill((pid_t)dcp_writer_process_pid(process), signals[i]), 0);
     }
-    CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-    CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
+    CHECK(writer_writes(process, &w, &engine));
     writer_world_clean_up(&w);
     dcp_writer_process_stop(process);
 }
@@ -327,8 +321,7 @@ a_cancelled_write_ends_and_the_next_one_works(void)
     CHECK_EQ(write_disturbed(&d, &w, &err), DCP_E_CANCELLED);
     CHECK(dcp_writer_process_usable(process));
     dcp_error_clear(&err);
-    CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-    CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
+    CHECK(writer_writes(process, &w, &engine));
     writer_world_clean_up(&w);
     dcp_writer_process_stop(process);
 }
@@ -380,8 +373,7 @@ a_process_killed_between_saves_is_noticed(void)
     writer_world_make(&w, &small_mix, NULL);
     for (int before = 0; before < 2; before++) {
         if (!before) {
-            CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-            CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
+            CHECK(writer_writes(process, &w, &engine));
         }
         CHECK_EQ(kill((pid_t)dcp_writer_process_pid(process), SIGKILL), 0);
         if (before) {
@@ -398,8 +390,7 @@ a_process_killed_between_saves_is_noticed(void)
         process = writer_start();
         dcp_error_clear(&err);
     }
-    CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-    CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
+    CHECK(writer_writes(process, &w, &engine));
     writer_world_clean_up(&w);
     dcp_writer_process_stop(process);
 }
@@ -445,8 +436,7 @@ a_forked_child_leaves_its_parents_process_alone(void)
     CHECK(writer_await(child, &status));
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     CHECK(dcp_writer_process_usable(process));
-    CHECK_OK(writer_write(process, &w, &engine, NULL, &err), &err);
-    CHECK(world_check_files(dcp_io_posix(), w.dirfd, &w.world));
+    CHECK(writer_writes(process, &w, &engine));
     writer_world_clean_up(&w);
     dcp_writer_process_stop(process);
 }

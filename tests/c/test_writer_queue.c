@@ -1,6 +1,7 @@
 /*
  * test_writer_queue.c: the ways that the writer's requests take (queue, thread, neither), how they
- * are held back, and many files at once.
+ * are held back, and many files at once.  What holds of requests holds wherever their bytes come
+ * from.
  */
 #include "ctest.h"
 
@@ -8,7 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "engine_world.h"
+#include "image_world.h"
 #include "io_memory.h"
 
 static const struct world_options small_mix = {
@@ -19,22 +20,28 @@ enum { WAYS = 2 };
 
 /* ---- the queue ---- */
 
+/* Where the bytes come from. */
+enum sink { FROM_TENSORS, FROM_IMAGE, SINKS };
+
 /* A file system with its directory, and a world to write into it with direct I/O. */
 struct bench {
+    enum sink sink;
     struct io_memory *fs;
     struct dcp_io *io;
     int dirfd;
     struct world world;
+    struct world_image image; /* FROM_IMAGE */
     struct dcp_engine_options engine;
     struct dcp_write_stats stats;
     struct dcp_error err;
 };
 
 static void
-bench_make(struct bench *bench, uint64_t large_bytes, bool file_per_item)
+bench_make_of(struct bench *bench, enum sink sink, uint64_t large_bytes, bool file_per_item)
 {
     struct world_options options = small_mix;
     memset(bench, 0, sizeof *bench);
+    bench->sink = sink;
     options.large_bytes = large_bytes;
     options.file_per_item = file_per_item;
     bench->fs = io_memory_new(11);
@@ -44,14 +51,37 @@ bench_make(struct bench *bench, uint64_t large_bytes, bool file_per_item)
     bench->dirfd = bench->io->open_dir(bench->io->ctx, "/d");
     bench->engine = (struct dcp_engine_options){.sync = true, .ring_buffer_bytes = 1u << 20};
     world_make(&bench->world, &options);
+    if (sink == FROM_IMAGE) {
+        const struct dcp_engine_options filling = {0};
+        CHECK_OK(world_image_make(&bench->world, &filling, NULL, &bench->image, &bench->err),
+                 &bench->err);
+    }
+}
+
+static void
+bench_make(struct bench *bench, uint64_t large_bytes, bool file_per_item)
+{
+    bench_make_of(bench, FROM_TENSORS, large_bytes, file_per_item);
 }
 
 static int
 bench_write(struct bench *bench)
 {
     dcp_error_clear(&bench->err);
+    if (bench->sink == FROM_IMAGE) {
+        return world_image_write(bench->io, bench->dirfd, &bench->image, &bench->engine,
+                                 &bench->stats, &bench->err);
+    }
     return world_write(bench->io, bench->dirfd, &bench->world, &bench->engine, NULL, &bench->stats,
                        &bench->err);
+}
+
+static bool
+bench_check_files(struct bench *bench)
+{
+    return bench->sink == FROM_IMAGE
+               ? world_image_check_files(bench->io, bench->dirfd, &bench->world, &bench->image)
+               : world_check_files(bench->io, bench->dirfd, &bench->world);
 }
 
 static void
@@ -60,6 +90,7 @@ bench_clean_up(struct bench *bench)
     bench->io->close(bench->io->ctx, bench->dirfd);
     CHECK_EQ(io_memory_open_files(bench->fs), 0);
     CHECK_EQ(io_memory_open_queues(bench->fs), 0);
+    world_image_clean_up(&bench->image);
     world_clean_up(&bench->world);
     io_memory_free(bench->fs);
     dcp_engine_trim();
@@ -68,17 +99,19 @@ bench_clean_up(struct bench *bench)
 static void
 many_requests_use_the_queue_and_few_do_not(void)
 {
-    struct bench bench;
-    bench_make(&bench, 9u << 20, false);
-    CHECK_OK(bench_write(&bench), &bench.err);
-    CHECK(bench.stats.queue_writes_count >= 9);
-    CHECK(world_check_files(bench.io, bench.dirfd, &bench.world));
-    bench_clean_up(&bench);
-    bench_make(&bench, 300000, false);
-    CHECK_OK(bench_write(&bench), &bench.err);
-    CHECK_EQ(bench.stats.queue_writes_count, 0);
-    CHECK_EQ(io_memory_calls_of(bench.fs, IO_QUEUE_OPEN), 0);
-    bench_clean_up(&bench);
+    for (int sink = 0; sink < SINKS; sink++) {
+        struct bench bench;
+        bench_make_of(&bench, (enum sink)sink, 9u << 20, false);
+        CHECK_OK(bench_write(&bench), &bench.err);
+        CHECK(bench.stats.queue_writes_count >= 9);
+        CHECK(bench_check_files(&bench));
+        bench_clean_up(&bench);
+        bench_make_of(&bench, (enum sink)sink, 300000, false);
+        CHECK_OK(bench_write(&bench), &bench.err);
+        CHECK_EQ(bench.stats.queue_writes_count, 0);
+        CHECK_EQ(io_memory_calls_of(bench.fs, IO_QUEUE_OPEN), 0);
+        bench_clean_up(&bench);
+    }
 }
 
 static void
@@ -102,14 +135,14 @@ static void
 a_queue_that_refuses_is_left_for_the_thread(void)
 {
     static const int codes[] = {EOPNOTSUPP, EINVAL, EPERM, ENOSYS};
-    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
+    for (size_t i = 0; i < SINKS * sizeof codes / sizeof codes[0]; i++) {
         struct bench bench;
-        bench_make(&bench, 20u << 20, false);
-        io_memory_faults(bench.fs)->queue_errno = codes[i];
+        bench_make_of(&bench, (enum sink)(i % SINKS), 20u << 20, false);
+        io_memory_faults(bench.fs)->queue_errno = codes[i / SINKS];
         CHECK_OK(bench_write(&bench), &bench.err);
         CHECK(bench.stats.queue_writes_count >= 1 && bench.stats.queue_writes_count <= 4);
         CHECK(bench.stats.direct_files_count > 0);
-        CHECK(world_check_files(bench.io, bench.dirfd, &bench.world));
+        CHECK(bench_check_files(&bench));
         bench_clean_up(&bench);
     }
 }
@@ -195,30 +228,39 @@ a_cancelled_save_waits_for_what_is_in_flight(void)
     bench_clean_up(&bench);
 }
 
+static bool
+waits_for_a_minute(enum sink sink)
+{
+    struct bench bench;
+    bool lost = false;
+    bench_make_of(&bench, sink, 12u << 20, false);
+    atomic_store(&stop, 0);
+    bench.engine.cancel = &stop;
+    bench.engine.memory_lost = &lost;
+    io_memory_faults(bench.fs)->delay_percent = 100;
+    io_memory_process(bench.fs, 0)->before = stop_at_the_fifth_reap;
+    uint64_t start_ns = io_memory_now_ns(bench.fs);
+    int rc = bench_write(&bench);
+    uint64_t waited_ns = io_memory_now_ns(bench.fs) - start_ns;
+    return lost && rc == DCP_E_IO && bench.err.sys_errno == ETIMEDOUT &&
+           waited_ns >= DCP_QUEUE_GRACE_NS && waited_ns < 2 * DCP_QUEUE_GRACE_NS &&
+           io_memory_open_files(bench.fs) == 1 && io_memory_open_queues(bench.fs) == 1;
+}
+
 /* In a child, whose memory is given up for lost, on purpose.  Time is the file system's. */
 static void
 after_a_failure_writes_that_never_end_are_waited_for_a_minute(void)
 {
-    fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        struct bench bench;
-        bench_make(&bench, 12u << 20, false);
-        atomic_store(&stop, 0);
-        bench.engine.cancel = &stop;
-        io_memory_faults(bench.fs)->delay_percent = 100;
-        io_memory_process(bench.fs, 0)->before = stop_at_the_fifth_reap;
-        uint64_t start_ns = io_memory_now_ns(bench.fs);
-        int rc = bench_write(&bench);
-        uint64_t waited_ns = io_memory_now_ns(bench.fs) - start_ns;
-        bool good = rc == DCP_E_IO && bench.err.sys_errno == ETIMEDOUT &&
-                    waited_ns >= DCP_QUEUE_GRACE_NS && waited_ns < 2 * DCP_QUEUE_GRACE_NS &&
-                    io_memory_open_files(bench.fs) == 1 && io_memory_open_queues(bench.fs) == 1;
-        _exit(good ? 0 : 1);
+    for (int sink = 0; sink < SINKS; sink++) {
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            _exit(waits_for_a_minute((enum sink)sink) ? 0 : 1);
+        }
+        int status = -1;
+        CHECK(child > 0 && waitpid(child, &status, 0) == child);
+        CHECK_EQ(status, 0);
     }
-    int status = -1;
-    CHECK(child > 0 && waitpid(child, &status, 0) == child);
-    CHECK_EQ(status, 0);
 }
 
 /* ---- pressure ---- */
@@ -226,12 +268,13 @@ after_a_failure_writes_that_never_end_are_waited_for_a_minute(void)
 static void
 the_rate_is_kept_on_every_way(void)
 {
-    enum { QUEUE, THREAD, BUFFERED, IN_PLACE, CASES };
-    for (int way = 0; way < CASES; way++) {
+    enum { QUEUE, THREAD, BUFFERED, IN_MEMORY, CASES };
+    for (int round = 0; round < SINKS * CASES; round++) {
         struct bench bench;
-        bench_make(&bench, 24u << 20, false);
+        int way = round / SINKS;
+        bench_make_of(&bench, (enum sink)(round % SINKS), 24u << 20, false);
         if (way >= BUFFERED) {
-            io_memory_set_dio(bench.fs, (struct dcp_dio_align){0, 0, way == IN_PLACE});
+            io_memory_set_dio(bench.fs, (struct dcp_dio_align){0, 0, way == IN_MEMORY});
         }
         const uint64_t rate = 5u << 20;
         bench.engine.tuning.queue = way == QUEUE ? DCP_QUEUE_ON : DCP_QUEUE_OFF;
@@ -246,7 +289,7 @@ the_rate_is_kept_on_every_way(void)
         CHECK(took_ns <= due_ns + due_ns / 20);
         CHECK(bench.stats.limited_ns > 0 && bench.stats.limited_ns <= took_ns);
         CHECK(io_memory_longest_sleep_ns(bench.fs) <= 100000000);
-        CHECK(world_check_files(bench.io, bench.dirfd, &bench.world));
+        CHECK(bench_check_files(&bench));
         bench_clean_up(&bench);
     }
 }

@@ -98,6 +98,19 @@ writer_write(struct dcp_writer_process *process, const struct writer_world *w,
                                     &w->arena, options, ret_stats, err);
 }
 
+bool
+writer_writes(struct dcp_writer_process *process, const struct writer_world *w,
+              const struct dcp_engine_options *options)
+{
+    struct dcp_error err = {0};
+
+    if (writer_write(process, w, options, NULL, &err) != 0) {
+        printf("writing by the process: %s\n", err.message);
+        return false;
+    }
+    return world_check_files(dcp_io_posix(), w->dirfd, &w->world);
+}
+
 uint32_t
 writer_world_sweep(const struct writer_world *w)
 {

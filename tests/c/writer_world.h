@@ -27,6 +27,9 @@ struct dcp_writer_process *writer_start(void);
 int writer_write(struct dcp_writer_process *process, const struct writer_world *w,
                  const struct dcp_engine_options *options, struct dcp_write_stats *ret_stats,
                  struct dcp_error *err);
+/* Writes, compares the files with what they must hold and removes them; says what is wrong. */
+bool writer_writes(struct dcp_writer_process *process, const struct writer_world *w,
+                   const struct dcp_engine_options *options);
 /* Removes what a failed save left; how many files there were. */
 uint32_t writer_world_sweep(const struct writer_world *w);
 /* Descriptors that a process has open. */

@@ -26,7 +26,7 @@ from ._config import config
 from ._failures import forget_frames
 from ._report import logger
 from ._save import NativeSave
-from ._staging import choose_stager, run_stager
+from ._staging import choose_stager, completion_of, run_stager
 from ._uploads import (
     SaveFuture,
     Upload,
@@ -53,7 +53,6 @@ def start(
     save: NativeSave,
     state_dict: STATE_DICT_TYPE,
     process_group: dist.ProcessGroup | None,
-    alone: bool,
     *,
     in_process: bool,
     stager: AsyncStager | None,
@@ -64,21 +63,22 @@ def start(
     raised raw; every other one is on the returned future.
 
     Args:
+        process_group: None: this process saves alone.
         in_process: the writer process writes.
         stager: None, one that stages as we do, or one of the user's own.
     """
-    upload = Upload(save, SaveFuture(save), None if alone else _group_or_default(process_group))
+    upload = Upload(save, SaveFuture(save), process_group)
     own = None
     if _roles.stage_reason(stager, save.writer) is not None:
-        own, _ = choose_stager(stager, save.writer)
-    staged = _stages_asynchronously(stager)
+        own = choose_stager(stager, save.writer)
+    staging = _done() if _stages_asynchronously(stager) else None
     try:
         upload.stager = own
         _make_room(upload)
         _borrow(upload, in_process and own is None)
         state_dict = _stateful_to_state_dict(state_dict)
         if own is not None and save.error is None:
-            state_dict, staged = _stage_by(own, save, state_dict)
+            state_dict, staging = _stage_by(own, save, state_dict)
     except BaseException as error:
         _break_off(upload, error)
         raise
@@ -93,7 +93,7 @@ def start(
             _break_off(upload, error)
             if error is interrupt or isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            return _response(_failed(upload.future, error), staged)
+            return _response(_failed(upload.future, error), staging)
         # The others are past their last collective: they hear of it over the store.
         save.fail(error)
     try:
@@ -107,7 +107,7 @@ def start(
     _begin(upload)
     if interrupt is not None:
         raise interrupt  # nobody may ever look at the future
-    return _response(upload.future, staged)
+    return _response(upload.future, staging)
 
 
 def _break_off(upload: Upload, error: BaseException) -> None:
@@ -123,23 +123,19 @@ def _break_off(upload: Upload, error: BaseException) -> None:
         _begin(upload)
 
 
-def _group_or_default(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    return process_group or dist.distributed_c10d._get_default_group()
-
-
 def _stage_by(
     stager: AsyncStager, save: NativeSave, state_dict: STATE_DICT_TYPE
-) -> tuple[STATE_DICT_TYPE, bool]:
-    """A private copy by the user's own stager, which the save holds until it is written; whether
-    the stager gave a future of it.  That is waited for: planning needs the copy, and is collective.
-    """
+) -> tuple[STATE_DICT_TYPE, Future[None] | None]:
+    """A private copy by the user's own stager, which the save holds until it is written; and when
+    it was there, if the stager gave a future of it.  That is waited for: planning needs the copy,
+    and is collective."""
     future = None
     try:
         copy, future = run_stager(stager, state_dict)
         state_dict = copy if future is None else future.result()
     except Exception as error:
         save.fail(error)
-    return state_dict, future is not None
+    return state_dict, None if future is None else completion_of(future)
 
 
 def _stages_asynchronously(stager: AsyncStager | None) -> bool:
@@ -148,11 +144,15 @@ def _stages_asynchronously(stager: AsyncStager | None) -> bool:
     return bool(getattr(options, "use_async_staging", False))
 
 
-def _response(future: SaveFuture, staged: bool) -> SaveFuture | AsyncSaveResponse:
-    if not staged:
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def _response(future: SaveFuture, staging: Future[None] | None) -> SaveFuture | AsyncSaveResponse:
+    if staging is None:
         return future
-    staging: Future[None] = Future()
-    staging.set_result(None)
     return AsyncSaveResponse(staging_completion=staging, upload_completion=future)
 
 
@@ -160,12 +160,11 @@ def warm_up(
     save: NativeSave,
     state_dict: STATE_DICT_TYPE,
     process_group: dist.ProcessGroup | None,
-    alone: bool,
     *,
     in_process: bool,
 ) -> None:
     """Memory, connection and process of the first save, ahead of it."""
-    upload = Upload(save, SaveFuture(save), None if alone else _group_or_default(process_group))
+    upload = Upload(save, SaveFuture(save), process_group)
     try:
         state_dict = _stateful_to_state_dict(state_dict)
         _borrow(upload, in_process)

@@ -11,24 +11,14 @@ from typing import Any, cast
 
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
-from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
-
-from .staging import DefaultStager
+from torch.distributed.checkpoint.staging import AsyncStager
 
 __all__ = ["choose_stager", "completion_of", "run_stager"]
 
 
-def choose_stager(stager: AsyncStager | None, writer: Any) -> tuple[AsyncStager, bool]:
-    """Who stages, and whether the save owns it, which then calls ``close()`` after the upload.
-
-    As torch: the caller's stager, else a writer that is one, else a DefaultStager with all options
-    off.
-    """
-    if stager is not None:
-        return stager, False
-    if isinstance(writer, AsyncStager):
-        return writer, False
-    return DefaultStager(StagingOptions(False, False, False, False)), True
+def choose_stager(stager: AsyncStager | None, writer: Any) -> AsyncStager:
+    """Who stages, as in torch: the caller's stager, else a writer that is one."""
+    return writer if stager is None else stager
 
 
 def run_stager(

@@ -173,14 +173,14 @@ def _async_save(
     base: str | os.PathLike | None = None,
 ) -> Future | AsyncSaveResponse:
     torch._C._log_api_usage_once("dcp_native.async_save")
-    alone = no_dist or (not dist.is_available()) or (not dist.is_initialized())
-    if dist.is_available() and dist.is_initialized():
-        group = process_group or dist.distributed_c10d._get_default_group()
-        if torch.device("cpu") not in group._device_types:
-            raise AssertionError(
-                "A CPU backend must be enabled for async save; try initializing process group "
-                "with 'cpu:gloo,cuda:nccl'"
-            )
+    group = _group_of(process_group)
+    if group is not None and torch.device("cpu") not in group._device_types:
+        raise AssertionError(
+            "A CPU backend must be enabled for async save; try initializing process group with "
+            "'cpu:gloo,cuda:nccl'"
+        )
+    if no_dist:
+        group = None
     in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
     writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
     reason = _roles.save_reason(writer, planner)
@@ -204,19 +204,19 @@ def _async_save(
     save_ = NativeSave(
         writer,
         planner,
-        group_for(process_group, alone, 0 if alone else coordinator_rank),
+        group_for(group, group is None, 0 if group is None else coordinator_rank),
         use_collectives=use_collectives,
         kind="async_save",
         base=base,
     )
-    return _async.start(
-        save_,
-        state_dict,
-        None if alone else process_group,
-        alone,
-        in_process=in_process,
-        stager=async_stager,
-    )
+    return _async.start(save_, state_dict, group, in_process=in_process, stager=async_stager)
+
+
+def _group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group that a call means; None where nothing is distributed."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return process_group or dist.distributed_c10d._get_default_group()
 
 
 def warm_up(
@@ -242,22 +242,17 @@ def warm_up(
     Raises:
         CheckpointException: on every rank when any rank failed.
     """
-    alone = no_dist or (not dist.is_available()) or (not dist.is_initialized())
+    group = None if no_dist else _group_of(process_group)
     writer = storage_writer if storage_writer is not None else FileSystemWriter(".")
     reason = _roles.save_reason(writer, planner)
     if reason is not None:
         logger.debug("warm_up: nothing to do, because %s", reason)
         return
     save_ = NativeSave(
-        writer, planner, group_for(process_group, alone), use_collectives=True, kind="warm_up"
+        writer, planner, group_for(group, group is None), use_collectives=True, kind="warm_up"
     )
-    _async.warm_up(
-        save_,
-        state_dict,
-        None if alone else process_group,
-        alone,
-        in_process=async_checkpointer_type == AsyncCheckpointerType.PROCESS,
-    )
+    in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
+    _async.warm_up(save_, state_dict, group, in_process=in_process)
 
 
 def _note_unused_base(base: str | os.PathLike | None, reason: str) -> None:

@@ -365,6 +365,22 @@ def test_a_stager_that_fails_fails_the_save_and_not_the_call(tmp_path):
     assert caught.value.args[0] == "plan"
 
 
+def test_a_staging_that_fails_in_a_future_is_on_both_futures(tmp_path):
+    class FailsLater(Own):
+        def stage(self, state_dict):
+            future: Future = Future()
+            threading.Timer(0.05, future.set_exception, (ValueError("no copy today"),)).start()
+            return future
+
+    response = dcp.async_save(
+        {"w": torch.ones(3)}, checkpoint_id=tmp_path, async_stager=FailsLater(True)
+    )
+    with pytest.raises(ValueError, match="no copy today"):
+        response.staging_completion.result(timeout=60)
+    with pytest.raises(dcp.CheckpointException, match="no copy today"):
+        response.upload_completion.result(timeout=60)
+
+
 def test_a_callback_may_save_while_another_save_is_in_flight(tmp_path):
     dcp.configure(arenas=2, write_limit_bytes_s=16 << 20)
     later: Future = Future()

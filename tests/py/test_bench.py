@@ -213,6 +213,7 @@ import concurrent.futures, threading, time
 import dcp_native
 def late(state_dict, *, checkpoint_id, async_checkpointer_type):
     upload = concurrent.futures.Future()
+    upload.report = {}
     def save():
         time.sleep(0.3)
         upload.set_result(dcp_native.save(state_dict, checkpoint_id=checkpoint_id))

@@ -59,7 +59,7 @@ def disturbed(rank: int, size: int, args: dict[str, Any]) -> None:
     )
     save_future = save_behind(mine(2, rank, size, args["numel"]), args["dir"], args["mode"])
     save = save_future._save
-    while not is_slow and save.upload_writing():
+    while not is_slow and save.upload_stats()["writing"]:
         time.sleep(0.001)
     say(in_flight=True)
     first = outcome(save_future.result)

@@ -105,6 +105,11 @@ __all__ = [
     "verify",
     "warm_up",
 ]
+__all__ += [  # what a newer torch has besides
+    name
+    for name, value in vars(torch.distributed.checkpoint).items()
+    if callable(value) and name not in __all__ and not name.startswith("_")
+]
 
 
 def trim() -> None:

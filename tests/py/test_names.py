@@ -25,6 +25,8 @@ import dcp_native
 
 TORCHS = torch_dcp.__name__
 OURS = dcp_native.__name__
+IDENTICAL = {"_StorageInfo", "_StoragePrefix"}
+"""Private classes that end in files."""
 Import = Callable[[str], types.ModuleType]
 
 EXTRA_KEYWORDS = {"base", "keys", "verify"}
@@ -90,12 +92,18 @@ def class_differences(where: str, theirs: type, own: Any) -> Iterator[str]:
 
 def must_be_torchs(cls: type) -> bool:
     """Data classes, enums, exceptions and protocols: others test and compare by them."""
+    if cls.__name__.startswith("_") and cls.__name__ not in IDENTICAL:
+        return False
     return (
         dataclasses.is_dataclass(cls)
         or issubclass(cls, (enum.Enum, BaseException))
         or getattr(cls, "_is_protocol", False)
         or inspect.isabstract(cls)
     )
+
+
+def is_private(where: str) -> bool:
+    return any(part.startswith("_") and part[:2] != "__" for part in where.split(".")[2:])
 
 
 def signature_differences(where: str, theirs: Any, own: Any) -> Iterator[str]:
@@ -111,8 +119,11 @@ def signature_differences(where: str, theirs: Any, own: Any) -> Iterator[str]:
     if len(got) < len(wanted):
         yield f"{where}: lacks {[p.name for p in wanted[len(got) :]]}"
     for extra in got[len(wanted) :]:
-        private = where.rpartition(".")[2].startswith("_") and extra.default is not extra.empty
-        if extra.kind is not extra.KEYWORD_ONLY or not (private or extra.name in EXTRA_KEYWORDS):
+        if extra.kind in (extra.VAR_POSITIONAL, extra.VAR_KEYWORD):
+            continue  # takes more than torch's, never less
+        if is_private(where) and extra.default is not extra.empty:
+            continue
+        if extra.kind is not extra.KEYWORD_ONLY or extra.name not in EXTRA_KEYWORDS:
             yield f"{where}: {extra} is not torch's"
 
 

@@ -169,6 +169,7 @@ def main() -> None:
     try:
         from setuptools import Extension, setup
         from setuptools.command.build_ext import build_ext
+        from setuptools.command.build_py import build_py
         from setuptools.modified import newer_group
     except ModuleNotFoundError:
         sys.exit(f"dcp_native: {sys.executable} has no setuptools; install setuptools and wheel")
@@ -239,6 +240,25 @@ def main() -> None:
             built, inplace = self.writer_paths()
             return super().get_output_mapping() | ({built: inplace} if self.inplace else {})
 
+    class BuildWithHook(build_py):
+        """The stock command, which also puts dcp_native.pth beside the package, in site-packages.
+
+        An editable install takes Python files from the tree, but not this one.
+        """
+
+        def hook(self) -> str:
+            install = self.get_finalized_command("install")
+            root = install.install_lib if self.editable_mode else self.build_lib
+            return os.path.join(root, "dcp_native.pth")
+
+        def run(self) -> None:
+            super().run()
+            self.mkpath(os.path.dirname(self.hook()))
+            self.copy_file("dcp_native.pth", self.hook())
+
+        def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+            return [*super().get_outputs(include_bytecode), self.hook()]
+
     setup(
         ext_modules=[
             Extension(
@@ -255,7 +275,7 @@ def main() -> None:
             )
             for module in (bridge_module(torch), native)
         ],
-        cmdclass={"build_ext": BuildAll},
+        cmdclass={"build_ext": BuildAll, "build_py": BuildWithHook},
         # The bridge is one slow file and the core many quick ones: side by side they take as long
         # as the bridge alone.
         options={"build_ext": {"parallel": os.cpu_count() or 1}},

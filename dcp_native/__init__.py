@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.stateful import Stateful
 
 from . import _native
+from ._mirror import rest_of_torchs
 
 if _native.built_for_torch != torch.__version__.split("+")[0]:
     raise ImportError(
@@ -39,10 +40,14 @@ if _native.built_for_torch != torch.__version__.split("+")[0]:
 from ._config import Config, config, configure
 from ._failures import LoadException
 from ._find_latest import find_latest
+from ._install import install, install_if_asked, uninstall
 from ._native import NativeError
 from ._report import last_report
 from ._verify import VerifyProblem, VerifyResult, verify
 from .filesystem import FileSystemReader
+from .hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from .optimizer import load_sharded_optimizer_state_dict
+from .quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from .state_dict_loader import load, load_state_dict
 from .state_dict_saver import (
     AsyncCheckpointerType,
@@ -66,11 +71,14 @@ __all__ = [
     "DefaultSavePlanner",
     "FileSystemReader",
     "FileSystemWriter",
+    "HuggingFaceStorageReader",
+    "HuggingFaceStorageWriter",
     "LoadException",
     "LoadPlan",
     "LoadPlanner",
     "Metadata",
     "NativeError",
+    "QuantizedHuggingFaceStorageReader",
     "ReadItem",
     "SavePlan",
     "SavePlanner",
@@ -85,12 +93,15 @@ __all__ = [
     "config",
     "configure",
     "find_latest",
+    "install",
     "last_report",
     "load",
+    "load_sharded_optimizer_state_dict",
     "load_state_dict",
     "save",
     "save_state_dict",
     "trim",
+    "uninstall",
     "verify",
     "warm_up",
 ]
@@ -99,3 +110,8 @@ __all__ = [
 def trim() -> None:
     """Give the memory that is kept between saves (staging, write buffers) back to the system."""
     _native.trim()
+
+
+__getattr__, __dir__ = rest_of_torchs(__name__)
+
+install_if_asked()

@@ -10,12 +10,13 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import _checkpointer as _torch
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from . import state_dict_loader, state_dict_saver
+from ._mirror import rest_of_torchs
+from ._stock import _checkpointer as _torch
 
 __all__: list[str] = []
 
@@ -95,5 +96,4 @@ class _Checkpointer(_torch._Checkpointer):
         return self.no_dist or not (dist.is_available() and dist.is_initialized())
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(_torch, name)
+__getattr__, __dir__ = rest_of_torchs(__name__)

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import _state_dict_stager as _torch_stager
-from torch.distributed.checkpoint import staging as _torch_staging
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
@@ -24,6 +22,8 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from . import _state_dict_stager, filesystem, staging
 from ._config import config
+from ._stock import _state_dict_stager as _torch_stager
+from ._stock import staging as _torch_staging
 
 _SAVE_PLANNER_HOOKS = (
     "set_up_planner",

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 import torch.cuda._pin_memory_utils as pin_memory_utils
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.checkpoint import _state_dict_stager as _torch
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.storage import UntypedStorage
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _native
+from ._mirror import rest_of_torchs
 from ._staging_memory import allocate_shared, take
+from ._stock import _state_dict_stager as _torch
 
 __all__ = ["StateDictStager"]
 
@@ -252,5 +253,4 @@ def _copy_pending(memo: dict[Any, Any]) -> None:
         _native.copy_storages(pending)
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(_torch, name)
+__getattr__, __dir__ = rest_of_torchs(__name__)

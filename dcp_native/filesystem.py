@@ -9,7 +9,6 @@ import os
 import pickle
 from typing import Any
 
-from torch.distributed.checkpoint import filesystem as _torch
 from torch.distributed.checkpoint.filesystem import (
     DEFAULT_SUFFIX,
     FileSystem,
@@ -25,6 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from . import _native
 from ._config import config
 from ._lazy_metadata import lazy_read_metadata
+from ._mirror import rest_of_torchs, stands_for
+from ._stock import filesystem as _torch
 
 __all__ = [
     "DEFAULT_SUFFIX",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 
+@stands_for(_torch.FileSystemReader)
 class FileSystemReader(_torch.FileSystemReader):
     """Torch's reader; ``read_metadata`` gives a Metadata that is unpickled at the first touch.
 
@@ -74,5 +76,4 @@ class FileSystemReader(_torch.FileSystemReader):
         return lazy
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(_torch, name)
+__getattr__, __dir__ = rest_of_torchs(__name__)

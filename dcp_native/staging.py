@@ -15,18 +15,20 @@ from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import staging as _torch
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 from torch.distributed.checkpoint.staging import AsyncStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.storage import UntypedStorage
 
+from ._mirror import rest_of_torchs, stands_for
 from ._staging_memory import take
 from ._state_dict_stager import StateDictStager
+from ._stock import staging as _torch
 
 __all__ = ["AsyncStager", "BlockingAsyncStager", "DefaultStager", "StagingOptions"]
 
 
+@stands_for(_torch.DefaultStager)
 class DefaultStager(_torch.DefaultStager):
     """Stages on the calling thread or in one of its own; torch's options, on any host.
 
@@ -99,6 +101,7 @@ class DefaultStager(_torch.DefaultStager):
         self._state_dict_stager.close()
 
 
+@stands_for(_torch.BlockingAsyncStager)
 class BlockingAsyncStager(_torch.BlockingAsyncStager):
     """Stages on the calling thread; every tensor gets memory of its own, aliases or not.
 
@@ -110,7 +113,8 @@ class BlockingAsyncStager(_torch.BlockingAsyncStager):
     """
 
     def __init__(self, cache_staged_state_dict: bool = False, type_check: bool = False) -> None:
-        super().__init__(cache_staged_state_dict, type_check)
+        # By name: classes call this as BlockingAsyncStager.__init__ that derive from torch's.
+        _torch.BlockingAsyncStager.__init__(self, cache_staged_state_dict, type_check)
         self.state_dict_cache: dict[tuple[Any, ...], list[UntypedStorage]] | None = None
 
     @torch.no_grad()
@@ -178,5 +182,4 @@ def _allocate_pinned(bytes_count: int) -> UntypedStorage:
     return memory.untyped_storage()
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(_torch, name)
+__getattr__, __dir__ = rest_of_torchs(__name__)

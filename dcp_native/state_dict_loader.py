@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -31,7 +30,9 @@ from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
 from ._load import NativeLoad, UnsupportedCheckpoint
+from ._mirror import rest_of_torchs
 from ._report import LISTED_NAMES, note_path, set_report
+from ._stock import state_dict_loader as _torch
 from ._uploads import wait_for_uploads
 
 __all__ = ["_load_state_dict_from_keys", "load", "load_state_dict"]
@@ -279,3 +280,6 @@ def _load_through_torch(
     )  # fmt: skip
     if pruned is not None:
         pruned.put_back()
+
+
+__getattr__, __dir__ = rest_of_torchs(__name__)

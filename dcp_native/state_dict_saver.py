@@ -12,7 +12,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_saver as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.logger import _dcp_method_logger
@@ -30,8 +29,10 @@ from typing_extensions import deprecated
 
 from . import _async, _roles
 from ._groups import group_for
+from ._mirror import rest_of_torchs
 from ._report import logger, note_path
 from ._save import NativeSave
+from ._stock import state_dict_saver as _torch
 from ._uploads import wait_for_uploads
 
 __all__ = [
@@ -329,3 +330,6 @@ def _save(
     except BaseException as error:  # of state_dict(), or an interrupt between the steps
         save_.leave(error)
         raise
+
+
+__getattr__, __dir__ = rest_of_torchs(__name__)

@@ -25,7 +25,7 @@ C_WARN  := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla
 C_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -DDCP_DEBUG -Icsrc/include -Icsrc/core -Itests/c $(C_WARN)
 SANITIZE ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench lint ctest ctest-build clean set-up build compile_commands FORCE
+.PHONY: demo test test-clients bench lint ctest ctest-build clean set-up build compile_commands FORCE
 
 # T=name runs one.
 CTEST_WANTED := $(if $(filter *,$(T)),$(CTESTS),$(addprefix build/ctest/test_,$(T)))
@@ -133,6 +133,19 @@ test: build
 	$(MAKE) --no-print-directory ctest
 	$(MAKE) --no-print-directory lint
 	$(RUN_PY) -m pytest -q
+
+# Real clients from the registry over the package as a user installs it; not part of `make test`.
+CLIENTS := build/clients
+
+$(CLIENTS)/.set-up: tests/clients/requirements.txt
+	@test -x $(CLIENTS)/bin/python || $(BASE) -m venv $(CLIENTS)
+	@echo "== installing $(TORCH) and the clients into $(CLIENTS) (a few minutes the first time)"
+	$(CLIENTS)/bin/python -m pip install --quiet $(TORCH) 'setuptools>=77' wheel -r $<
+	@touch $@
+
+test-clients: $(CLIENTS)/.set-up
+	$(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	$(CLIENTS)/bin/python -m pytest -q tests/clients $(if $(filter *,$(T)),,-k '$(T)')
 
 bench: build
 	$(RUN_PY) benchmarks/bench.py $(BENCH)

@@ -53,13 +53,13 @@ _TRAVERSAL = {
 }
 _SAVING = {name: vars(Module)[name] for name in ("state_dict", "_save_to_state_dict")}
 _LOADING = {name: vars(Module)[name] for name in ("_load_from_state_dict",)}
-_PATCHABLE = frozenset(_TRAVERSAL | _SAVING)
 _GET_EXTRA, _SET_EXTRA = Module.get_extra_state, Module.set_extra_state
 
 
 class ClassFacts(NamedTuple):
     """What a module's class says about all of its instances."""
 
+    special: bool  # a walk has to look at the instance
     elided: str | None  # the one child whose name is no part of an FQN
     irregular: bool
     fsdp: bool
@@ -88,13 +88,17 @@ def facts_of(cls: type, modifiers: str = MODIFIERS) -> ClassFacts:
         elided = "_orig_mod"
     elif wraps and cls.named_parameters is ActivationWrapper.named_parameters:
         own += ("named_parameters",)  # takes its prefix out of names, as FQNs do
+    irregular = fsdp or hasattr(cls, modifiers) or not _is_stock(cls, _TRAVERSAL, own)
+    own_getattr = cls.__getattr__ is not _TRAVERSAL["__getattr__"]
+    saves_as_module = _is_stock(cls, _SAVING)
     return ClassFacts(
+        special=irregular or own_getattr or wraps or elided is not None or not saves_as_module,
         elided=elided,
-        irregular=fsdp or hasattr(cls, modifiers) or not _is_stock(cls, _TRAVERSAL, own),
+        irregular=irregular,
         fsdp=fsdp,
-        own_getattr=cls.__getattr__ is not _TRAVERSAL["__getattr__"],
+        own_getattr=own_getattr,
         wraps_activations=wraps,
-        saves_as_module=_is_stock(cls, _SAVING),
+        saves_as_module=saves_as_module,
         loads_as_module=_is_stock(cls, _LOADING),
         has_extra_state=getattr(cls, "get_extra_state", _GET_EXTRA) is not _GET_EXTRA,
         takes_extra_state=getattr(cls, "set_extra_state", _SET_EXTRA) is not _SET_EXTRA,
@@ -112,12 +116,10 @@ class Facts(dict[type, ClassFacts]):
         return found
 
 
-class Node(NamedTuple):
-    """A module at its first path; the prefixes are empty or end in a dot."""
-
-    module: Module
-    fqn: str
-    full: str  # with the wrappers' names, as the keys of load_state_dict
+Node = tuple[Module, str, str, int]
+"""A module at its first path, the prefix of its FQNs, the prefix of its keys of load_state_dict
+(with the names of wrappers) and its depth. Prefixes are empty or end in a dot.
+"""
 
 
 class Tree:
@@ -131,54 +133,76 @@ class Tree:
         self.fsdp = False
         self.wrapped = False  # some path differs from its FQN
         self.hooked = False  # state_dict() may give other keys than the tree has
+        self.plain = True  # state_dict() gives the tensors of the nodes in order, and calls nobody
         self.nodes: list[Node] = []
-        self._children_first: list[Node] = []
         self._walk()
 
     def _walk(self) -> None:
-        facts, modifiers, nodes, done = self.facts, self.modifiers, self.nodes, self._children_first
-        patchable = _PATCHABLE | {modifiers}
+        facts, modifiers, append = self.facts, self.modifiers, self.nodes.append
         seen: set[int] = set()
 
-        def visit(module: Module, fqn: str, full: str, in_wrapper: bool) -> None:
+        def visit(module: Module, fqn: str, full: str, in_wrapper: bool, depth: int) -> None:
             seen.add(id(module))
-            node = Node(module, fqn, full)
-            nodes.append(node)
+            append((module, fqn, full, depth))
             of = facts[type(module)]
             own = module.__dict__
-            if not own.keys().isdisjoint(patchable):  # methods of this instance alone
-                self.hooked |= not own.keys().isdisjoint(_SAVING)
-                self.regular &= own.keys().isdisjoint(patchable - _SAVING.keys())
-            if of.irregular:
-                self.regular = False
-                self.fsdp |= of.fsdp
-            if module._state_dict_hooks or not of.saves_as_module:
-                self.hooked = True
-            # torch looks through an activation wrapper without seeing what it wraps.
-            elided = None if in_wrapper else of.elided
-            if elided is not None or of.wraps_activations:
-                self.wrapped = True
-                if any(True for _ in own_tensors(module)):
-                    self.regular = False
-            elif of.own_getattr and hasattr(module, modifiers):
-                self.regular = False
+            elided = None
+            if (
+                of.special
+                or in_wrapper
+                or module._state_dict_hooks
+                or "state_dict" in own  # written out: a third of isdisjoint's time
+                or "_save_to_state_dict" in own
+                or "named_parameters" in own
+                or "named_buffers" in own
+                or "named_children" in own
+                or "named_modules" in own
+                or modifiers in own
+            ):
+                # torch looks through an activation wrapper without seeing what it wraps.
+                elided = None if in_wrapper else of.elided
+                self._note(module, of, elided)
+            if module._state_dict_pre_hooks:
+                self.plain = False
             for name, child in module._modules.items():
-                if child is None or id(child) in seen:
+                if child is None:
                     continue
-                if name == _CHECKPOINT_WRAPPED_MODULE:
-                    self.wrapped = True
-                    visit(child, fqn, full, True)
-                elif elided is None:
+                if id(child) in seen:
+                    self.plain = False
+                    continue
+                if elided is None and name != _CHECKPOINT_WRAPPED_MODULE:
                     path = f"{fqn}{name}."
-                    visit(child, path, path if fqn is full else f"{full}{name}.", False)
+                    visit(child, path, path if fqn is full else f"{full}{name}.", False, depth + 1)
+                elif elided is None:
+                    self.wrapped, self.plain = True, False
+                    visit(child, fqn, full, True, depth + 1)
                 else:
                     self.regular &= name == elided
-                    visit(child, fqn, f"{full}{name}.", False)
-                if "." in name:
-                    self.regular = False
-            done.append(node)
+                    visit(child, fqn, f"{full}{name}.", False, depth + 1)
 
-        visit(self.model, "", "", False)
+        visit(self.model, "", "", False, 0)
+
+    def _note(self, module: Module, of: ClassFacts, elided: str | None) -> None:
+        """What is special about a module."""
+        own = module.__dict__.keys()
+        if of.irregular or not own.isdisjoint({*_TRAVERSAL, self.modifiers}):
+            self.regular = False
+        self.fsdp |= of.fsdp
+        if module._state_dict_hooks or not (of.saves_as_module and own.isdisjoint(_SAVING)):
+            self.hooked, self.plain = True, False
+        if elided is not None or of.wraps_activations:
+            self.wrapped = True
+            self.regular &= not any(True for _ in own_tensors(module))
+        elif of.own_getattr and hasattr(module, self.modifiers):
+            self.regular = False
+
+    def _children_first(self) -> Iterator[Node]:
+        parents: list[Node] = []
+        for node in self.nodes:
+            while len(parents) > node[3]:
+                yield parents.pop()
+            parents.append(node)
+        yield from reversed(parents)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(FQN, parameter), each parameter once, in the order of model.named_parameters().
@@ -191,7 +215,7 @@ class Tree:
                 yield only(_get_fqns(self.model, name), name), param
             return
         seen: set[int] = set()
-        for module, prefix, _ in self.nodes:
+        for module, prefix, _, _ in self.nodes:
             for name, param in module._parameters.items():
                 if param is not None and id(param) not in seen:
                     seen.add(id(param))
@@ -204,7 +228,7 @@ class Tree:
         if not self.regular:
             yield from self._valid_state_by_name()
             return
-        for module, prefix, full in self._children_first:
+        for module, prefix, full, _ in self._children_first():
             transient = module._non_persistent_buffers_set
             for name, value in own_tensors(module):
                 if name not in transient:

@@ -1,14 +1,14 @@
 """_module_state.py: Module.state_dict and Module.load_state_dict of a whole tree at a lower price.
 
-Both recursions do what torch.nn.Module's do, in its order: every hook, every overridden method and
-every extra state is called where torch calls it, with what torch passes. What a module leaves at
-its default is done here instead of in calls of calls:
+Saving detaches parameters and buffers straight into the state dict, for a tree in which nobody has
+a say in it (`Tree.plain`); where there are hooks or overridden methods, torch's own runs.
 
-- saving detaches parameters and buffers straight into the state dict;
-- loading hands to each child the keys below it, in one pass over the keys of its parent, where
-  torch filters all of the parent's keys once for every child; a module whose keys, shapes and types
-  are as expected gets its values copied. In any other case, and if a copy fails, the module's own
-  _load_from_state_dict runs: missing and unexpected keys and the texts of errors are torch's.
+Loading does what torch's recursion does, in its order: every hook, every overridden method and
+every extra state is called where torch calls it, with what torch passes. It hands to each child the
+keys below it, in one pass over the keys of its parent, where torch filters all keys of the parent
+once for every child. A module whose keys, shapes and types are as expected gets its values copied;
+in any other case, and if a copy fails, the module's own _load_from_state_dict runs: missing and
+unexpected keys and the texts of errors are torch's.
 
 Runs on the calling thread, under its no_grad.
 """
@@ -25,63 +25,34 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ._fqns import _SAVING, EXTRA_STATE_KEY, Facts
+from ._fqns import EXTRA_STATE_KEY, Facts, Tree
 
 _TENSORS = (Parameter, Tensor)
 _LOAD_STATE_DICT = Module.load_state_dict
-_PATCHES = frozenset(_SAVING)
-
-
-def saves_as_module(module: Module, facts: Facts) -> bool:
-    return facts[type(module)].saves_as_module and module.__dict__.keys().isdisjoint(_PATCHES)
 
 
 def loads_as_module(cls: type) -> bool:
     return cls.load_state_dict is _LOAD_STATE_DICT
 
 
-def save_tree(model: Module, facts: Facts) -> dict[str, Any]:
-    """model.state_dict() of a model whose class has torch's."""
-
-    def save(module: Module, destination: Any, prefix: str) -> Any:
-        of = facts[type(module)]
-        local_metadata = {"version": module._version}
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]] = local_metadata
-        if module._state_dict_pre_hooks:
-            for hook in module._state_dict_pre_hooks.values():
-                hook(module, prefix, False)
+def save_tree(tree: Tree) -> dict[str, Any]:
+    """tree.model.state_dict() of a tree that is `plain`."""
+    facts = tree.facts
+    state_dict: OrderedDict[str, Any] = OrderedDict()
+    metadata = state_dict._metadata = OrderedDict()  # type: ignore[attr-defined]
+    for module, _, prefix, _ in tree.nodes:
+        metadata[prefix[:-1]] = {"version": module._version}
         for name, param in module._parameters.items():
             if param is not None:
-                destination[prefix + name] = param.detach()
+                state_dict[prefix + name] = param.detach()
         if module._buffers:
             transient = module._non_persistent_buffers_set
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in transient:
-                    destination[prefix + name] = buffer.detach()
-        if of.has_extra_state:
-            destination[prefix + EXTRA_STATE_KEY] = module.get_extra_state()
-        for name, child in module._modules.items():
-            if child is None:
-                continue
-            if saves_as_module(child, facts):
-                save(child, destination, f"{prefix}{name}.")
-            else:
-                child.state_dict(
-                    destination=destination, prefix=f"{prefix}{name}.", keep_vars=False
-                )
-        if module._state_dict_hooks:
-            for hook in module._state_dict_hooks.values():
-                result = hook(module, destination, prefix, local_metadata)
-                if result is not None:
-                    if getattr(hook, "_from_public_api", False):
-                        raise RuntimeError("state_dict post-hook must return None")
-                    destination = result
-        return destination
-
-    top: OrderedDict[str, Any] = OrderedDict()
-    top._metadata = OrderedDict()  # type: ignore[attr-defined]
-    return save(model, top, "")
+                    state_dict[prefix + name] = buffer.detach()
+        if facts[type(module)].has_extra_state:
+            state_dict[prefix + EXTRA_STATE_KEY] = module.get_extra_state()
+    return state_dict
 
 
 def load_tree(

@@ -78,9 +78,9 @@ def name_state(osd: dict[str, Any], optim: Optimizer, fqn_of: Mapping[int, str])
         group[PARAMS] = [names[number] for number in group[PARAMS]]
 
 
-def flatten(osd: dict[str, Any]) -> dict[str, Any]:
+def flatten(state_dict: dict[str, Any]) -> dict[str, Any]:
     """{"state.FQN.NAME": value, ..., "param_groups.FQN.NAME": value, ...}; takes "params" out of
-    the groups of `osd`.
+    the groups of `state_dict`.
 
     Raises:
         NotImplementedError: state that is no tensor, number or dict of them.
@@ -100,9 +100,9 @@ def flatten(osd: dict[str, Any]) -> dict[str, Any]:
                     f"Type is {type(value)}."
                 )
 
-    for fqn, state in osd[STATE].items():
+    for fqn, state in state_dict[STATE].items():
         put(state, f"{STATE}.{fqn}.")
-    for group in osd[PARAM_GROUPS]:
+    for group in state_dict[PARAM_GROUPS]:
         fqns = group.pop(PARAMS)
         for fqn in fqns:
             prefix = f"{PARAM_GROUPS}.{fqn}."

@@ -81,8 +81,8 @@ def _get_model_state_dict(model: nn.Module, info: Info) -> dict[str, ValueType]:
         return {}
     tree = tree_of(model, info)
     with info.fsdp_context():
-        if _is_own(model, "state_dict") and tree.facts[type(model)].saves_as_module:
-            state_dict = _module_state.save_tree(model, tree.facts)
+        if tree.plain:
+            state_dict = _module_state.save_tree(tree)
         else:
             state_dict = _state_dict_fn(model, "state_dict")()
     if tree.wrapped or tree.hooked or not tree.regular:

@@ -221,6 +221,15 @@ class Tree:
                     seen.add(id(param))
                     yield prefix + name, param
 
+    def frozen(self) -> Iterator[str]:
+        """FQNs of parameters that are not trained; of a flat parameter all it consists of."""
+        if self.regular:
+            yield from (fqn for fqn, param in self.parameters() if not param.requires_grad)
+            return
+        for name, param in self.model.named_parameters():
+            if not param.requires_grad:
+                yield from _get_fqns(self.model, name)
+
     def valid_state(self) -> Iterator[tuple[set[str], set[str], Any]]:
         """(FQNs, keys of load_state_dict, value) in torch's order: children first, then buffers,
         parameters and the extra state, whose value is an _EXTRA_STATE.

@@ -99,9 +99,8 @@ def _get_model_state_dict(model: nn.Module, info: Info) -> dict[str, ValueType]:
                     chosen[fqn if info.keep_submodule_prefixes else fqn[len(prefix) :]] = value
         state_dict = chosen
     if info.ignore_frozen_params:
-        for fqn, param in tree.parameters():
-            if not param.requires_grad:
-                state_dict.pop(fqn)
+        for fqn in tree.frozen():
+            state_dict.pop(fqn)
     return _maybe_full_or_cpu_state_dict(state_dict, info)
 
 

@@ -240,7 +240,8 @@ def case_optimizers_in_backward_equal_torch(ctx):
 @sizes(2)
 def case_fsdp1_equals_torch(ctx):
     for make in FSDP1:
-        for options in OPTIONS[:4]:
+        # Whole tensors offloaded to the CPU: stock FSDP1 on a CPU reads freed memory there.
+        for options in (o for o in OPTIONS if not {"full_state_dict", "cpu_offload"} <= o.keys()):
             compare(ctx, make, m.adamw, options)
 
 
@@ -326,11 +327,11 @@ def case_hooks_that_exchange_parameters_run_first(ctx):
     results = []
     for implementation in (theirs, ours):
         model = fsdp2_with_hooks(ctx.size)
-        model.unshard()
+        model[1][0].unshard()
         assert not isinstance(model[1][0].scale, DTensor)
         state = implementation.get_model_state_dict(model)
         assert isinstance(state["1.0.scale"], DTensor)
-        model.unshard()
+        model[1][0].unshard()
         implementation.set_model_state_dict(model, {k: v * 2 for k, v in state.items()})
         results.append((settled(state), model.state_dict()))
     m.same(results[1], results[0])

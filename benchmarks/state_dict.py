@@ -1,4 +1,4 @@
-"""state_dict.py: what a trainer asks its model and optimizer for and gives back: ours beside torch's.
+"""state_dict.py: what a trainer asks its model and optimizer for and gives them: ours and torch's.
 
     python benchmarks/state_dict.py            # 4,400 parameters: half a minute
     python benchmarks/state_dict.py --quick    # seconds; the test suite runs this

@@ -4,7 +4,8 @@ All tensors that travel over the same process groups form one stream of bytes (_
 Over several mesh dimensions a bucket is gathered one dimension after the other, the last first,
 always in place: the buffer is [coordinates of the gathered dimensions..., bytes] and a rank packs
 into its own row.  From there every byte is copied once, to its place in the full tensor.  While a
-bucket travels the one before it is unpacked; these two are all the memory beside the results.
+bucket travels the one before it is unpacked; these two are all the memory beside the results.  On
+the CPU the pieces of large tensors that are cut by rows travel without buckets and copies.
 
 Before the first byte the ranks agree that nobody failed and that all mean the same tensors.  What
 only torch can gather (pending reductions, shards that are not boxes, tensor subclasses, gradients)
@@ -18,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,20 +50,21 @@ class Step:
     index: int
     wanted: frozenset[int]
 
-    def start(self, rows: torch.Tensor) -> list[dist.Work]:
-        """Fills the rows of all ranks, where wanted, from the one that each has of its own."""
-        mine, works = rows[self.index], []
-        if not self.wanted or self.count == 1:
+    def start(self, mine: torch.Tensor, rows: Sequence[torch.Tensor]) -> list[dist.Work]:
+        """Sends `mine` to where it is wanted; if that is here, fills the rows of all others."""
+        works: list[dist.Work] = []
+        if not self.wanted:
             return works
-        if rows.device.type == "cpu":  # gloo's own gathers allocate and copy as much once more
+        if mine.device.type == "cpu":  # gloo's own gathers allocate and copy as much once more
             ranks = dist.get_process_group_ranks(self.group)
             if len(self.wanted) > 1:
-                for row, rank in zip(rows, ranks, strict=True):
+                for at, rank in enumerate(ranks):
+                    row = mine if at == self.index else rows[at]
                     works.append(dist.broadcast(row, rank, self.group, async_op=True))
             elif self.index in self.wanted:
-                for row, rank in zip(rows, ranks, strict=True):
-                    if row.data_ptr() != mine.data_ptr():
-                        works.append(dist.irecv(row, rank, self.group))
+                for at, rank in enumerate(ranks):
+                    if at != self.index:
+                        works.append(dist.irecv(rows[at], rank, self.group))
             else:
                 works.append(dist.isend(mine, ranks[next(iter(self.wanted))], self.group))
         elif len(self.wanted) > 1:
@@ -120,16 +122,19 @@ class Stream:
     def gather(self) -> None:
         if not self._slots or not any(step.wanted for step in self._steps):
             return
-        counts = [step.count for step in self._steps]
-        rows = math.prod(counts)
+        rows = math.prod(step.count for step in self._steps)
         memory = [torch.empty(0, dtype=torch.uint8, device=self._device)] * 2
-        flying: tuple[list[dist.Work], Bucket, torch.Tensor] | None = None
+        flying: tuple[list[dist.Work], Bucket, torch.Tensor | None] | None = None
         for turn, bucket in enumerate(buckets.fill(self._slots, buckets.BUCKET_BYTES // rows)):
-            size = rows * bucket.length_bytes
-            if memory[turn % 2].numel() < size:
-                memory[turn % 2] = torch.empty(size, dtype=torch.uint8, device=self._device)
-            filled = memory[turn % 2][:size].view(*counts, bucket.length_bytes)
-            works = self._send(bucket, filled)
+            works = self._send_in_place(bucket)
+            filled = None
+            if works is None:
+                size = rows * bucket.length_bytes
+                if memory[turn % 2].numel() < size:
+                    memory[turn % 2] = torch.empty(size, dtype=torch.uint8, device=self._device)
+                filled = memory[turn % 2][:size]
+                filled = filled.view(*(step.count for step in self._steps), -1)
+                works = self._send(bucket, filled)
             if flying is not None:
                 self._receive(*flying)
             flying = works, bucket, filled
@@ -140,24 +145,54 @@ class Stream:
         nested = [filled]
         for step in self._steps:
             nested.append(nested[-1][step.index])
-        buckets.pack(bucket, lambda item: buckets.piece_of(item, item.slot.tag.shard), nested[-1])
+        buckets.pack(bucket, _shard_of, nested[-1])
         works: list[dist.Work] = []
         for step, rows in reversed(list(zip(self._steps, nested[:-1], strict=True))):
             for work in works:
                 work.wait()
-            works = step.start(rows)
+            works = step.start(rows[step.index], rows)
         return works
 
-    def _receive(self, works: list[dist.Work], bucket: Bucket, filled: torch.Tensor) -> None:
+    def _send_in_place(self, bucket: Bucket) -> list[dist.Work] | None:
+        """A bucket of one piece, between the shards and the result without a copy; None: not so.
+
+        Each rank decides for itself, for what is sent does not depend on it.
+        """
+        item, whole = bucket.items[0], bucket.items[0].slot.tag
+        if len(bucket.items) > 1 or len(self._steps) > 1 or self._device != "cpu":
+            return None
+        mine = _shard_of(item)
+        if mine.nbytes != bucket.length_bytes:
+            return None
+        (step,) = self._steps
+        if self._landing is None:
+            return step.start(mine.view(torch.uint8), ())
+        region, target = whole.regions()[0]
+        if self._landing.type != "cpu" or region.index != (slice(None),):
+            return None
+        none, sizes = (0,) * (target.ndim - len(item.sizes)), (step.count, *item.sizes)
+        pieces = narrowed(target, (*none, *item.starts), sizes)
+        if not pieces[0].is_contiguous():
+            return None
+        rows = [piece.view(-1).view(torch.uint8) for piece in pieces]
+        works = step.start(mine.view(torch.uint8), rows)
+        pieces[step.index].copy_(mine.view(item.sizes))
+        return works
+
+    def _receive(self, works: list[dist.Work], bucket: Bucket, filled: torch.Tensor | None) -> None:
         for work in works:
             work.wait()
-        if self._landing is None:
+        if self._landing is None or filled is None:
             return
         landed = filled if self._landing.type == filled.device.type else filled.to(self._landing)
         copies = buckets.Copies()
         for item, shards in buckets.unpack(bucket, landed, filled.shape[:-1]):
             _place(item, shards, copies)
         copies.make()
+
+
+def _shard_of(item: Item) -> torch.Tensor:
+    return buckets.piece_of(item, item.slot.tag.shard)
 
 
 def _place(item: Item, shards: torch.Tensor, copies: buckets.Copies) -> None:

@@ -36,7 +36,7 @@ DTYPES = (
     torch.complex128,
     torch.float8_e4m3fn,
 )
-BUCKETS_BYTES = (1, 100, 4096, 32 << 20)
+BUCKETS_BYTES = (64, 1000, 32 << 20)
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def full_values(seed: int, count: int) -> dict[str, torch.Tensor]:
     return {
         f"t{i}": value(
             f"t{seed}.{i}",
-            tuple(rng.choice((1, 2, 3, 4, 5, 8, 13, 16)) for _ in range(rng.randint(1, 3))),
+            tuple(rng.choice((1, 2, 3, 4, 5, 8, 13)) for _ in range(rng.randint(1, 3))),
             rng.choice(DTYPES),
         )
         for i in range(count)
@@ -161,7 +161,7 @@ def numbers(full: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def case_gather_equals_torch(ctx):
-    for seed in range(6):
+    for seed in range(4):
         state = sharded(ctx, seed, numbers(full_values(seed, 24)))
         want = stock._gather_state_dict(state)
         for size in BUCKETS_BYTES:
@@ -284,7 +284,7 @@ def case_gather_of_sharded_tensors(ctx):
         "flat": value("f", (2 * ctx.size + 1,), torch.int64),
     }
     state = {k: sharded_tensor(ctx, v) for k, v in full.items()}
-    for size in BUCKETS_BYTES[1:]:
+    for size in BUCKETS_BYTES:
         with buckets_of(size):
             same(ours._gather_state_dict(state), stock._gather_state_dict(state))
             same(ours._gather_state_dict(state), full)
@@ -433,19 +433,18 @@ def local_state(ctx, full: dict[str, Any], meta: bool) -> dict[str, Any]:
 def case_broadcast_equals_torch(ctx):
     full = numbers_of(full_state(ctx))
     given = full if ctx.rank == 0 else {}
-    for meta in (False, True):
-        for strict in (False, True):
-            want = local_state(ctx, full, meta)
-            stock._broadcast_state_dict(given, want, CPU, strict=strict)
-            for size in BUCKETS_BYTES:
-                got = local_state(ctx, full, meta)
-                before = dict(got)
-                with buckets_of(size):
-                    ours._broadcast_state_dict(given, got, CPU, strict=strict)
-                same(got, want, f"meta {meta}, strict {strict}, buckets of {size}")
-                for key, tensor in before.items():
-                    if isinstance(tensor, DTensor) and not tensor.is_meta:
-                        assert got[key] is tensor, key
+    for meta, strict, bucket_sizes in ((False, True, BUCKETS_BYTES), (True, False, (32 << 20,))):
+        want = local_state(ctx, full, meta)
+        stock._broadcast_state_dict(given, want, CPU, strict=strict)
+        for size in bucket_sizes:
+            got = local_state(ctx, full, meta)
+            before = dict(got)
+            with buckets_of(size):
+                ours._broadcast_state_dict(given, got, CPU, strict=strict)
+            same(got, want, f"meta {meta}, strict {strict}, buckets of {size}")
+            for key, tensor in before.items():
+                if isinstance(tensor, DTensor) and not tensor.is_meta:
+                    assert got[key] is tensor, key
 
 
 def numbers_of(full: dict[str, Any]) -> dict[str, Any]:

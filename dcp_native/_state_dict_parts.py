@@ -13,14 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._state_dict_utils import (
-    _broadcast_state_dict,
-    _distribute_state_dict,
-    _flatten_state_dict,
-    _gather_state_dict,
-    _offload_state_dict_to_cpu,
-    _unflatten_state_dict,
-)
+from torch.distributed._state_dict_utils import _flatten_state_dict, _unflatten_state_dict
 from torch.distributed.checkpoint.state_dict import (
     _PARAMS,
     _PG,
@@ -37,6 +30,12 @@ from torch.utils._pytree import tree_leaves
 
 from . import _module_state, _optimizer_state
 from ._fqns import Tree
+from ._full_state_dict import (
+    _broadcast_state_dict,
+    _distribute_state_dict,
+    _gather_state_dict,
+    _offload_state_dict_to_cpu,
+)
 from ._optimizer_state import flatten as _flatten_optim_state_dict
 from ._optimizer_state import init_optim_state as _init_optim_state
 from ._state_dict_info import fsdp_optim_state_dict, fsdp_optim_state_to_load, tree_of

@@ -85,6 +85,7 @@ def run_figures(program, tmp_path, *arguments, environment=None):
     [
         ("local_plan", ["200 DTensors", "200 HSDP DTensors", "200 plain tensors"]),
         ("coordinator", ["8 x 100, all steps", "16 x 64 simulated", "growth"]),
+        ("state_dict", ["get_model_state_dict, 176", "set_optimizer_state_dict, 176"]),
         ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "ready to plan, our"]),
         (
             "load_planning",
@@ -121,6 +122,22 @@ DefaultSavePlanner.create_local_plan = short
     )
     assert status == 1
     assert result["wrong"][0].endswith("200 items, torch has 199")
+
+
+def test_a_wrong_state_dict_is_reported_as_wrong(tmp_path):
+    sabotage = """
+from torch import nn
+stock = nn.Module.load_state_dict
+nn.Module.load_state_dict = lambda self, state_dict, **more: stock(
+    self, {name: value + 1 for name, value in state_dict.items()}, **more)
+import dcp_native._module_state
+dcp_native._module_state._LOAD_STATE_DICT = nn.Module.load_state_dict
+"""
+    (tmp_path / "sitecustomize.py").write_text(sabotage)
+    status, result = run_figures(
+        "state_dict", tmp_path, environment={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    )
+    assert (status, result["wrong"]) == (1, ["set_model_state_dict: not what torch gives"])
 
 
 def test_saving_has_a_row_for_every_target_and_leaves_nothing(tmp_path):

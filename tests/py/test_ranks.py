@@ -28,6 +28,8 @@ MODULES = {
     "cases_read_once": (2, 4),
     "cases_checkpointer": (2,),
     "cases_install": (2,),
+    "cases_state_dict": (2,),
+    "cases_full_state_dict": (2, 4),
 }
 
 

@@ -67,6 +67,10 @@ def last_report() -> dict[str, Any] | None:
         path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else.
         reason: why not native, or None.
 
+    Loads, roles (also of a load on torch's path):
+        reader, planner: where it ran: ``"native"``; or why in torch's own implementation, with
+            ``"torch: "`` before it, or in the program's hooks, with ``"python: "``.  Where only the
+            planner is not native the lists below are those of a failed load alone.
     Loads, what became of the names:
         failed: whether the load raised.  The lists are then what was known by that time.
         error: type and text of what it raised, else None.

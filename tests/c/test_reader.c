@@ -124,12 +124,11 @@ partial_reads_bring_in_little_more_than_is_wanted(void)
         uint64_t row, rows, column, columns, most_read;
         bool all_verified, none_verified;
     } cases[] = {
-        {100, 1, 0, 1000, 200000, false, true},        /* one row */
+        {100, 1, 0, 1000, 200000, false, true},         /* one row */
         {5000, 10000, 0, 1000, 43000000, false, false}, /* half of it, blocks at the rims aside */
         {0, 20000, 0, 500, 81000000, true, false},      /* column shards: gaps are read over, */
         {0, 20000, 3, 1, 81000000, true, false},        /* so all of it can be verified */
-        {19990, 10, 0, 1000, 200000, false, true},
-        {0, 20000, 0, 1000, 81000000, true, false},
+        {19990, 10, 0, 1000, 200000, false, true},      {0, 20000, 0, 1000, 81000000, true, false},
     };
     for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
         struct load load;
@@ -255,6 +254,49 @@ foreign_records_are_parsed_and_their_strides_honoured(void)
     }
 }
 
+static int
+count_record(void *ctx, const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+             const uint8_t *bytes, size_t len, struct dcp_error *err)
+{
+    uint64_t *count = ctx;
+    (void)err;
+    CHECK(bytes != NULL && len == plan->md->chunks[item->chunk].length_bytes);
+    ++*count;
+    return 0;
+}
+
+static void
+records_of_another_dtype_are_damage_or_handed_over_as_the_plan_says(void)
+{
+    static const uint64_t row_counts[] = {2, 3000}; /* read whole, and in windows first */
+    for (int c = 0; c < 4; c++) {
+        uint64_t rows = row_counts[c % 2], records = 0;
+        bool decide = c >= 2;
+        struct world world;
+        struct disk disk;
+        struct load load;
+        struct dcp_error err = {0};
+        struct dcp_engine_options engine = {.verify = true};
+        one_tensor(&world, rows, 1);
+        disk_make(&disk, &world, 512);
+        world.md.is_native = false;
+        world.md.entries[0].dtype = DCP_DTYPE_INT32; /* its record says float32 */
+        load_init(&load, &world);
+        uint64_t offsets[2] = {0, 0}, sizes[2] = {rows, 1000};
+        load_add(&load, &world.rng, 0, offsets, sizes, false, 0);
+        load.plan.records_decide = decide;
+        CHECK_OK(dcp_read_plan_build(&load.plan, true, NULL, &err), &err);
+        int rc = dcp_reader_run(disk.io, disk.dirfd, "/d", &load.plan, &engine, count_record,
+                                &records, NULL, &err);
+        CHECK_EQ(rc, decide ? 0 : DCP_E_CORRUPT);
+        CHECK_EQ(records, decide ? 1 : 0);
+        CHECK(decide || strstr(err.message, "another shape or dtype") != NULL);
+        load_clean_up(&load);
+        disk_clean_up(&disk);
+        world_clean_up(&world);
+    }
+}
+
 static void
 objects_larger_than_any_buffer_are_handed_over_whole(void)
 {
@@ -294,4 +336,5 @@ CTEST_MAIN(RUN(random_boxes_come_back_from_a_real_disk);
            RUN(whole_aligned_tensors_are_read_straight_into_place);
            RUN(partial_reads_bring_in_little_more_than_is_wanted);
            RUN(foreign_records_are_parsed_and_their_strides_honoured);
+           RUN(records_of_another_dtype_are_damage_or_handed_over_as_the_plan_says);
            RUN(objects_larger_than_any_buffer_are_handed_over_whole);)

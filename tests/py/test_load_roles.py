@@ -454,6 +454,7 @@ def test_hooks_run_in_the_callers_modes(ours):
 
 
 def test_a_planner_that_allocates_has_a_bounded_part_of_it_alive(tmp_path, monkeypatch):
+    """[load-window]"""
     state = {f"w{i:02}": value(f"w{i}", (1000,)) for i in range(40)}
     dcp.save(state, checkpoint_id=tmp_path)
     monkeypatch.setattr(_plan_reads, "WINDOW_BYTES", 10_000)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
@@ -108,9 +110,11 @@ class PythonPlanning:
 
         def resolve(item: WriteItem) -> Any:
             data = self._planner.resolve_data(item)
-            if isinstance(data, torch.Tensor):
-                return _private(data, own)
-            if hasattr(data, "getbuffer") and len(data.getbuffer()) == 0:
+            if item.type != WriteItemType.BYTE_IO:
+                return _private(_mistakable(data, item), own)
+            if not isinstance(data, io.BytesIO):
+                raise AssertionError("Data must be io.BytesIO for BYTE_IO write items")
+            if data.getbuffer().nbytes == 0:
                 empty.add(id(item))
             return data
 
@@ -227,9 +231,29 @@ def _storages(values: Any) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in _leaves(values) if _is_plain(t)}
 
 
-def _private(data: torch.Tensor, own: set[int]) -> torch.Tensor:
+def _mistakable(data: Any, item: WriteItem) -> Any:
+    """``data``, by torch.save where a native record of it could be taken for one of the tensor that
+    the item promises: readers know ours by its length."""
+    promised = item.tensor_data
+    if promised is None or not isinstance(data, torch.Tensor):
+        return data
+    sizes, dtype = promised.chunk.sizes, promised.properties.dtype
+    if (data.shape == sizes and data.dtype == dtype) or (
+        data.numel() * data.element_size() != math.prod(sizes) * dtype.itemsize
+    ):
+        return data
+    record = io.BytesIO()
+    torch.save(data.detach().cpu().clone(), record)
+    return record
+
+
+def _private(data: Any, own: set[int]) -> Any:
     """``data``, in memory that stays as it is until the next item was asked for and longer: that of
     the state dict, or a copy.  Planners may convert every tensor in one buffer."""
-    if not _is_plain(data) or data.untyped_storage().data_ptr() in own:
+    if (
+        not isinstance(data, torch.Tensor)
+        or not _is_plain(data)
+        or data.untyped_storage().data_ptr() in own
+    ):
         return data
     return data.detach().clone()

@@ -4,7 +4,7 @@
  * An item here describes the data that the planner gives for it, not what its WriteItem promises:
  * torch writes whatever `resolve_data` returns (a tensor cast to another dtype, say) and leaves the
  * description to the planner's Metadata, which our layout does not need.  So every plain tensor is
- * framed natively, and bytes are stored as they are.
+ * framed natively, and a BytesIO is stored as it is.
  *
  * One item after the other: a planner may use the same memory for the next one.  All functions need
  * the GIL; the planner's code runs in between.
@@ -58,15 +58,10 @@ take_name(struct save_builder *b, struct flatten_leaf *leaf, PyObject *known, Py
 static int
 add_bytes(struct save_builder *b, PyObject *data)
 {
-    int is = PyObject_IsInstance(data, b->state->bytes_io_type);
-    PyObject *buffer;
+    PyObject *buffer = native_call(data, b->state->name_getbuffer);
     Py_buffer view;
     int rc;
 
-    if (is == 0) {
-        PyErr_SetString(PyExc_AssertionError, "Data must be io.BytesIO for BYTE_IO write items");
-    }
-    buffer = is > 0 ? native_call(data, b->state->name_getbuffer) : NULL;
     if (buffer == NULL || PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE) != 0) {
         Py_XDECREF(buffer);
         return -1;
@@ -109,19 +104,16 @@ static int
 add_given(struct save_builder *b, PyObject *known, PyObject *write_item, PyObject *resolve)
 {
     struct flatten_leaf leaf = {0};
-    PyObject *fqn = NULL, *type = NULL, *data = NULL;
+    PyObject *fqn = NULL, *data = NULL;
     int rc = take_name(b, &leaf, known, write_item, &fqn);
 
     b->leaf = &leaf;
     if (rc == 0) {
-        type = PyObject_GetAttr(write_item, b->state->name_type);
-        data = type != NULL ? PyObject_CallOneArg(resolve, write_item) : NULL;
-        rc = data == NULL                         ? -1
-             : type == b->state->write_item_bytes ? add_bytes(b, data)
-                                                  : add_tensor(b, data);
+        data = PyObject_CallOneArg(resolve, write_item);
+        rc = data == NULL ? -1 : PyObject_IsInstance(data, b->state->bytes_io_type);
+        rc = rc < 0 ? -1 : rc > 0 ? add_bytes(b, data) : add_tensor(b, data);
     }
     Py_XDECREF(data);
-    Py_XDECREF(type);
     Py_XDECREF(fqn);
     b->leaf = NULL;
     return rc;

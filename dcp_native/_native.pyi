@@ -1,7 +1,7 @@
 """Types of the C extension (csrc/py)."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class Save:
         plan_salt: int = 0,
         use_collectives: bool = True,
         dedup_save_to_lowest_rank: bool = False,
+        planned_outside: bool = False,
         split_bytes: int = 0,
         sync_files: bool = True,
         broadcast_metadata: bool = False,
@@ -117,6 +118,20 @@ class Save:
         flatten_sharded_tensors: bool = True,
     ) -> None: ...
     def agree(self, failure: bytes | None, /) -> _Failures: ...
+    def gather(self, message: bytes, /) -> list[bytes] | None: ...
+    def scatter(self, parts: tuple[bytes, ...] | None, /) -> bytes: ...
+    def add_items(
+        self,
+        write_items: Sequence[Any],
+        resolve: Callable[[Any], Any],
+        *,
+        rank: int = 0,
+        thread_count: int = 1,
+        single_file_per_rank: bool = True,
+    ) -> None: ...
+    def places(self) -> list[tuple[int, str, int, int]]: ...
+    def set_metadata(self, pickle: bytes, /) -> None: ...
+    def settle(self, failure: bytes | None, /) -> _Failures: ...
     def compare(self, failure: bytes | None, /) -> _Failures: ...
     def write(self) -> None: ...
     def finish(self, failure: bytes | None, /) -> _Failures: ...

@@ -106,8 +106,8 @@ def last_report() -> dict[str, Any] | None:
         foreign: what of the metadata only Python could rebuild, and nobody needed; else None.
 
     Saves, roles (also of a save on torch's path):
-        writer, planner: where it ran: ``"native"``, or ``"torch: ..."`` or ``"python: ..."`` and
-            why: torch's own implementation of the role, or the program's.
+        writer, planner: where it ran: ``"native"``; or why in torch's own implementation, with
+            ``"torch: "`` before it, or in the program's hooks, with ``"python: "``.
         planned_outside: planner hooks in Python planned on all ranks, the core wrote.
     Saves, outcome:
         save_id: 32 hex digits that name the save, also in its files.

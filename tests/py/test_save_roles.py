@@ -187,6 +187,16 @@ def test_a_pair_of_roles_saves_what_torch_saves(tmp_path, planner, writer, how, 
             assert mine.threads == {threading.get_ident()}
 
 
+def test_hooks_are_through_when_the_call_returns(tmp_path):
+    """[planner-hooks]"""
+    planner = with_calls(Recording())
+    future = dcp.async_save(state(), checkpoint_id=tmp_path, planner=planner)
+    called = len(planner.calls.made)
+    future.result(60)
+    assert called == len(planner.calls.made) > 0
+    assert planner.calls.threads == {threading.get_ident()}
+
+
 def test_every_pair_of_roles_is_tried():
     assert {(p, w) for p, w, *_ in ROWS} == {(p, w) for p in PLANNERS for w in WRITERS}
 
@@ -537,11 +547,24 @@ def test_a_tensor_that_is_no_plain_memory_is_saved_by_torch_or_refused(tmp_path,
         assert ours == theirs or isinstance(theirs, type)
 
 
-def test_a_checkpointable_tensor_makes_one_item_per_entry(tmp_path):
-    """[torch 2.14]"""
-    if not hasattr(torch_dcp, "CheckpointableTensor"):
-        pytest.skip("this torch has no CheckpointableTensor")
-    raise AssertionError("write this test for torch 2.14")
+@pytest.mark.parametrize("planner", [None, Recording], ids=["native", "python"])
+def test_a_checkpointable_tensor_makes_one_item_per_entry(tmp_path, planner):
+    """Of torch 2.14."""
+    pytest.importorskip("torch.distributed.checkpoint.protocol")
+    tensor = value("t", (8, 4))
+    tensor.global_shape = (8, 4)
+    tensor.global_offsets = ((4, 0), (0, 0))
+    tensor.local_offsets = ((0, 0), (4, 0))
+    tensor.local_sizes = ((4, 4), (4, 4))
+    seen = []
+    for module, place in ((torch_dcp, "t"), (dcp, "o")):
+        role = None if planner is None else with_calls(planner())
+        metadata = module.save({"t": tensor}, checkpoint_id=tmp_path / place, planner=role)
+        target = {"t": torch.zeros(8, 4)}
+        torch_dcp.load(target, checkpoint_id=tmp_path / place)
+        assert torch.equal(target["t"], tensor.roll(4, 0))
+        seen.append(metadata.state_dict_metadata)
+    assert seen[0] == seen[1] and len(seen[0]["t"].chunks) == 2
 
 
 def test_a_bare_planner_gets_its_bytes_back(tmp_path):

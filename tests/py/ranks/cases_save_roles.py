@@ -135,7 +135,9 @@ def case_a_hook_that_fails_on_one_rank_fails_the_save_on_all(ctx):
     path = ctx.dir / "c"
     sd = state(ctx.rank)
     dcp.save(sd, checkpoint_id=path)
+    ctx.barrier()
     before = sorted(p.name for p in path.iterdir())
+    ctx.barrier()
     for how in ("sync", "thread", "process"):
         for hook in DEFAULT_HOOKS:
             rank = 0 if hook in RANK_0_ONLY else ctx.size - 1

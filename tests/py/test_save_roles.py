@@ -164,7 +164,7 @@ def test_a_pair_of_roles_saves_what_torch_saves(tmp_path, planner, writer, how, 
     want = loaded(torch_dcp, planner, tmp_path / "t", kept)
     for module in (torch_dcp, dcp):
         assert_equal(loaded(module, planner, tmp_path / "o", kept), want)
-    if writer in NATIVE_WRITERS:
+    if writer in NATIVE_WRITERS and planner != "bare":  # whose bytes only itself can check
         assert dcp.verify(tmp_path / "o", level="structure")
 
     mine, torchs = calls_of(ours_planner), calls_of(theirs_planner)

@@ -13,12 +13,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader as _TorchReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _torch_load
 from torch.futures import Future
 
 from ._failures import LoadException
 from ._plan_reads import PlanReads
 from ._report import LISTED_NAMES
+from ._stock import state_dict_loader as _torch
 from .filesystem import FileSystemReader
 
 
@@ -85,7 +85,7 @@ class MixedLoad:
     def run(self, state_dict: dict[str, Any]) -> None:
         """Collective; torch's exceptions, as LoadException once memory was written to."""
         try:
-            _torch_load(state_dict, self.reader, *self.group, self.planner)
+            _torch._load_state_dict(state_dict, self.reader, *self.group, self.planner)
         except CheckpointException as error:
             group, _, no_dist = self.group
             rank = 0 if no_dist else dist.get_rank(group)

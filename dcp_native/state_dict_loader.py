@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _torch_load
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
@@ -37,6 +36,7 @@ from ._load import NativeLoad, UnsupportedCheckpoint
 from ._mirror import rest_of_torchs
 from ._mixed_load import MixedLoad
 from ._report import LISTED_NAMES, logger, note_path, set_report
+from ._stock import state_dict_loader as _torch
 from ._uploads import wait_for_uploads
 
 __all__ = ["_load_state_dict_from_keys", "load", "load_state_dict"]
@@ -301,7 +301,7 @@ def _refuse(
 ) -> None:
     """Take part in torch's load with nothing but ``error``, which every rank then raises."""
     role = cast(Any, _Refuses(error))
-    _torch_load({}, role, process_group, coordinator_rank, no_dist, role)
+    _torch._load_state_dict({}, role, process_group, coordinator_rank, no_dist, role)
 
 
 def _load_by_steps(
@@ -335,7 +335,9 @@ def _load_by_steps(
     if load is not None:
         load.run(target)
     else:
-        _torch_load(target, storage_reader, process_group, coordinator_rank, no_dist, planner)
+        _torch._load_state_dict(
+            target, storage_reader, process_group, coordinator_rank, no_dist, planner
+        )
     if pruned is not None:
         pruned.put_back()
 

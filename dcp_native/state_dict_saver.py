@@ -23,8 +23,6 @@ from torch.distributed.checkpoint.state_dict_saver import (
     AsyncSaveResponse,
     _stateful_to_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_saver import _save_state_dict as _torch_save_state_dict
-from torch.distributed.checkpoint.state_dict_saver import async_save as _torch_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
@@ -34,6 +32,7 @@ from ._groups import group_for
 from ._mirror import rest_of_torchs
 from ._report import logger, note_path, role_report
 from ._save import NativeSave
+from ._stock import state_dict_saver as _torch
 from ._uploads import wait_for_uploads
 
 __all__ = [
@@ -188,7 +187,7 @@ def _async_save(
     reason = _roles.writer_reason(writer)
     base = _tell_roles("async_save", reason, reason, planner, base)
     if reason is not None:
-        return _torch_async_save(
+        return _torch.async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
             storage_writer=storage_writer,
@@ -311,7 +310,7 @@ def _save(
     reason = writer_reason or _roles.group_reason(process_group, no_dist)
     base = _tell_roles("save", reason, writer_reason, planner, base)
     if reason is not None:
-        return _torch_save_state_dict(
+        return _torch._save_state_dict(
             _stateful_to_state_dict(state_dict) if call_stateful else state_dict,
             writer,
             process_group,

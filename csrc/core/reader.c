@@ -319,6 +319,13 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
     /* Quantised tensors have an element size but no record that we could know. */
     bool opaque = entry->kind == DCP_ITEM_BYTES || chunk->transforms != 0 ||
                   dcp_dtype_bytes(entry->dtype) == 0 || entry->dtype >= DCP_DTYPE_QINT8;
+    if (entry->kind == DCP_ITEM_BYTES && chunk->length_bytes == 0 && reader->plan->records_decide &&
+        reader->on_record != NULL) {
+        /* Bytes of a planner's own, of which there may be none: nothing to read. */
+        dcp_target_touch(reader->plan, item->target);
+        return reader->on_record(reader->on_record_ctx, reader->plan, item, (const uint8_t *)"", 0,
+                                 err);
+    }
     if (opaque && chunk->length_bytes == 0) {
         return dcp_read_fail(reader, reader->file, item, DCP_E_CORRUPT, chunk->offset_bytes,
                              "by the metadata its record is empty", err);

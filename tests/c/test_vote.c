@@ -24,6 +24,9 @@ enum deviation {
     CALL,
     CALL_HIGH_BIT,
     NOT_OK_AND_CALL,
+    PLANNED_OUTSIDE,
+    PLANNED_OUTSIDE_AND_NO_REUSE,
+    PLANNED_OUTSIDE_AND_NOT_OK,
     VERSION,
     KILLED,
     DEVIATIONS,
@@ -90,6 +93,17 @@ deviate(enum deviation deviation, struct dcp_vote *vote)
     case NOT_OK_AND_CALL:
         vote->ok = false;
         vote->call++;
+        break;
+    case PLANNED_OUTSIDE:
+        vote->outside = true;
+        break;
+    case PLANNED_OUTSIDE_AND_NO_REUSE:
+        vote->outside = true;
+        vote->reuse = false;
+        break;
+    case PLANNED_OUTSIDE_AND_NOT_OK:
+        vote->outside = true;
+        vote->ok = false;
         break;
     default:
         break;
@@ -175,7 +189,12 @@ check_case(const struct vote_case *c)
     case NO_REUSE:
         check_verdict(c, 0, DCP_VERDICT_SLOW, true);
         break;
+    case PLANNED_OUTSIDE:
+    case PLANNED_OUTSIDE_AND_NO_REUSE:
+        check_verdict(c, 0, DCP_VERDICT_OUTSIDE, true);
+        break;
     case NOT_OK:
+    case PLANNED_OUTSIDE_AND_NOT_OK:
         check_verdict(c, 0, DCP_VERDICT_FAILED, true);
         break;
     case CALL:

@@ -31,6 +31,7 @@ MODULES = {
     "cases_install": (2,),
     "cases_state_dict": (2,),
     "cases_full_state_dict": (2, 4),
+    "cases_save_roles": (2, 3),
 }
 
 

@@ -239,7 +239,7 @@ want_parsed(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
     struct dcp_error why;
     dcp_error_clear(&why);
     int rc = dcp_read_file_parse(reader, reader->file, chunk, &view, &why);
-    if (rc == DCP_E_UNSUPPORTED) {
+    if (rc == DCP_E_UNSUPPORTED || (rc == 0 && dcp_read_view_differs(reader->plan, item, &view))) {
         return want_record(reader, item, err);
     }
     if (rc != 0) {

@@ -208,10 +208,12 @@ def main() -> int:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--mib", type=int, default=2048, help="size of the checkpoint")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", default=None, help="where the checkpoints are written")
     options = parser.parse_args()
-    size = 32 << 20 if options.quick else 2 << 30
-    rounds = 1 if options.quick else 3
+    size = (32 if options.quick else options.mib) << 20
+    rounds = 1 if options.quick else options.rounds
     rows, right = [], True
     for measure in (
         lambda where: sharded(where, 2, size, rounds),

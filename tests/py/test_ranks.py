@@ -22,6 +22,7 @@ MODULES = {
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
     "cases_load_report": (2,),
+    "cases_load_roles": (2, 3),
     "cases_find_latest": (2,),
     "cases_foreign": (2,),
     "cases_reshard": (4,),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -30,6 +31,12 @@ WINDOW_BYTES = 256 << 20
 """Most bytes of items that are resolved and not yet committed, but for one item that is larger: a
 planner may allocate when it resolves, and free when it commits."""
 WINDOW_ITEMS = 1 << 14
+
+_STOCK_RESOLVES = (
+    DefaultLoadPlanner.resolve_tensor,
+    DefaultLoadPlanner.lookup_tensor,
+    DefaultLoadPlanner.transform_tensor,
+)
 
 _Numbers = tuple[int, ...]
 
@@ -47,6 +54,7 @@ class _Item:
     offsets: _Numbers = ()
     lengths: _Numbers = ()
     record: bytes | None = None
+    more: tuple[Any, ...] = ()  # fields for read_records behind those above
 
 
 class PlanReads:
@@ -58,6 +66,7 @@ class PlanReads:
             is wrong, the record is read whole and counts.
         saves: save_ids of the checkpoint, where it is known to be of dcp_native.
         verify: as ``load`` takes it; None: as configured.
+        raw: files hold row major elements and nothing around them.
     """
 
     def __init__(
@@ -66,8 +75,10 @@ class PlanReads:
         metadata: Metadata | None,
         saves: bytes = b"",
         verify: bool | Literal["strict"] | None = None,
+        raw: bool = False,
     ) -> None:
         self.verify = config().verify if verify is None else verify
+        self._raw = raw
         self.stats: Counter[str] = Counter()
         self.objects: set[str] = set()  # names that load_bytes got
         self._reader = reader
@@ -76,12 +87,14 @@ class PlanReads:
         self._saves = saves
         self._window: list[_Item] = []
         self._window_bytes = 0
+        self._may_allocate = True  # the planner, when it resolves
         self._memory = _Memory()
         self._left: Counter[str] = Counter()  # by name, items that are not done
         self._touched: set[str] = set()
 
     def run(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Read ``plan``, file by file in the order in which it names them, as torch does."""
+        self._may_allocate = _resolves_itself(planner)
         files: dict[str, list[_Item]] = {}
         for item in plan.items:
             info = self._info(item.storage_index)
@@ -107,6 +120,9 @@ class PlanReads:
                 f"{index.fqn}: the plan wants {index}, which is not in the checkpoint"
             ) from None
 
+    def _box(self, item: _Item) -> tuple[_Numbers, _Numbers]:
+        return _box(item)
+
     def _take(self, item: _Item, planner: LoadPlanner) -> None:
         """Put an item into the window; what it would overfill, or spoil, is finished before."""
         saved = None
@@ -115,14 +131,15 @@ class PlanReads:
         bytes_count = max(item.info.length, 0)
         if saved is not None:
             item.dtype, item.sizes = saved
-            item.offsets, item.lengths = _box(item)
+            item.offsets, item.lengths = self._box(item)
             bytes_count = math.prod(item.lengths) * item.dtype.itemsize
-        if self._window_bytes + bytes_count > WINDOW_BYTES or len(self._window) == WINDOW_ITEMS:
+        held = bytes_count if self._may_allocate or item.dtype is None else 0
+        if self._window_bytes + held > WINDOW_BYTES or len(self._window) == WINDOW_ITEMS:
             self._flush(planner)
         if item.dtype is not None:
             self._resolve(item, planner)
         self._window.append(item)
-        self._window_bytes += bytes_count
+        self._window_bytes += held if item.source is None else bytes_count
 
     def _resolve(self, item: _Item, planner: LoadPlanner) -> None:
         """Ask for the target; choose what the reader fills: it, or a tensor to be copied to it."""
@@ -159,13 +176,11 @@ class PlanReads:
         for item in window:
             if item.dtype is not None and math.prod(item.lengths) == 0:
                 continue
-            into = None if item.dtype is None else item.target
-            if item.source is not None:
-                into = item.source
-            elif into is not None:
+            into = self._into(item)
+            if into is not None and item.source is None:
                 self._touched.add(item.item.dest_index.fqn)
             wanted.append(item)
-            reads.append(_read_of(item, files, into))
+            reads.append((*_read_of(item, files, into), *item.more))
         if not wanted:
             return
 
@@ -175,8 +190,15 @@ class PlanReads:
         stats = _native.read_records(
             os.fspath(self._reader.path), tuple(files), tuple(reads), take,
             saves=self._saves, verify=VERIFY[self.verify], direct=DIRECT_IO[config().direct_io],
+            raw=self._raw,
         )  # fmt: skip
         self.stats.update(stats)
+
+    def _into(self, item: _Item) -> torch.Tensor | None:
+        """The tensor that is filled; None: the record is wanted."""
+        if item.dtype is None:
+            return None
+        return item.target if item.source is None else item.source
 
     def _finish(self, item: _Item, planner: LoadPlanner) -> None:
         if item.item.type is LoadItemType.BYTE_IO:
@@ -235,6 +257,15 @@ def _read_of(item: _Item, files: dict[str, int], into: torch.Tensor | None) -> t
         index.fqn, files.setdefault(info.relative_path, len(files)), info.offset, info.length,
         bool(info.transform_descriptors), item.dtype, item.sizes, item.offsets, item.lengths, into,
     )  # fmt: skip
+
+
+def _resolves_itself(planner: LoadPlanner) -> bool:
+    """Whether tensors may be others than those of the state dict that is loaded."""
+    hooks = ("resolve_tensor", "lookup_tensor", "transform_tensor")
+    return any(
+        getattr(getattr(planner, hook, None), "__func__", None) is not function
+        for hook, function in zip(hooks, _STOCK_RESOLVES, strict=True)
+    )
 
 
 def _check_size(item: ReadItem, target: torch.Tensor, size: torch.Size) -> None:

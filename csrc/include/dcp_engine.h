@@ -244,6 +244,12 @@ int dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                    dcp_record_fn on_record, void *on_record_ctx, struct dcp_read_stats *ret_stats,
                    struct dcp_error *err) DCP_MUST_CHECK;
 
+/* The same, in a directory that is opened for it. */
+int dcp_reader_run_path(const struct dcp_io *io, const char *dir_path,
+                        const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
+                        dcp_record_fn on_record, void *on_record_ctx,
+                        struct dcp_read_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;
+
 /* ---- strided boxes (shared by writer and reader) ---- */
 
 /* Row-major box `sizes` of elements of `item_bytes`: copies bytes [from, from + len) of its

@@ -13,13 +13,11 @@
  */
 #include "read_records.h"
 
-#include <errno.h>
-#include <stdlib.h>
-
 #include "errors.h"
 #include "load_targets.h"
 #include "module.h"
 #include "native_run.h"
+#include "read_quant.h"
 
 enum {
     FIELD_FQN,
@@ -32,12 +30,14 @@ enum {
     FIELD_BOX_OFFSETS,
     FIELD_BOX_LENGTHS,
     FIELD_TENSOR,
-    FIELDS_COUNT
+    FIELDS_COUNT,
+    FIELD_QUANT = FIELDS_COUNT /* of items that have one more */
 };
 
 struct records_job {
     struct dcp_metadata md; /* of nothing but the items */
     struct dcp_read_plan plan;
+    struct dcp_quant *quants; /* owned, by target; NULL: there are none.  Kind 0: not quantised */
     struct dcp_bump strides;
     struct dcp_engine_options options;
     struct dcp_read_stats stats;
@@ -56,6 +56,7 @@ job_free(PyObject *capsule)
     dcp_read_plan_clean_up(&job->plan);
     dcp_metadata_clean_up(&job->md);
     dcp_bump_clean_up(&job->strides);
+    dcp_free(job->quants);
     Py_XDECREF(job->path);
     Py_XDECREF(job->items);
     Py_XDECREF(job->take);
@@ -140,8 +141,10 @@ put_item(struct md_builder *b, const struct native_state *state, PyObject *item)
     struct dcp_md_chunk *chunk = &md->chunks[md->chunks_count];
     uint64_t file;
 
-    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != FIELDS_COUNT) {
-        PyErr_Format(PyExc_TypeError, "an item to read is a tuple of %d", (int)FIELDS_COUNT);
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) < FIELDS_COUNT ||
+        PyTuple_GET_SIZE(item) > FIELD_QUANT + 1) {
+        PyErr_Format(PyExc_TypeError, "an item to read is a tuple of %d, or of one more",
+                     (int)FIELDS_COUNT);
         return -1;
     }
     *entry = (struct dcp_md_entry){
@@ -261,6 +264,40 @@ has_sizes(const struct dcp_tensor_view *view, const uint64_t *sizes, uint32_t nd
     return equal;
 }
 
+/* A target whose values are made of quantised elements; its box was added with no memory. */
+static int
+add_quant(struct records_job *job, const struct module_state *state, PyObject *item,
+          uint64_t target)
+{
+    struct dcp_target *added = &job->plan.targets[target];
+    const struct dcp_md_entry *entry = &job->md.entries[added->entry];
+    const uint64_t *lengths = job->plan.dims + added->dims + entry->ndim;
+
+    if (job->quants == NULL) {
+        job->quants = dcp_calloc((size_t)job->md.entries_count, sizeof *job->quants);
+    }
+    if (job->quants == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (!job->md.is_raw || dcp_dtype_bytes(entry->dtype) != 1) {
+        PyErr_SetString(PyExc_ValueError, "quantised elements are raw bytes");
+        return -1;
+    }
+    added->kind = DCP_TARGET_OVERLAPS;
+    return read_quant_from(&state->native, PyTuple_GET_ITEM(item, FIELD_QUANT),
+                           PyTuple_GET_ITEM(item, FIELD_TENSOR), entry->ndim, lengths,
+                           &job->quants[target]);
+}
+
+static void
+take_piece(void *ctx, const struct dcp_piece *piece)
+{
+    const struct records_job *job = ctx;
+
+    dcp_dequantise_piece(&job->quants[piece->item->target], piece);
+}
+
 static int
 add_target(struct records_job *job, const struct module_state *state, uint64_t i)
 {
@@ -272,6 +309,7 @@ add_target(struct records_job *job, const struct module_state *state, uint64_t i
     const int64_t *strides = NULL;
     struct dcp_tensor_view view = {0};
     uint8_t *data = NULL;
+    bool quantised = PyTuple_GET_SIZE(item) > FIELD_QUANT;
     struct dcp_error err;
 
     dcp_error_clear(&err);
@@ -285,20 +323,24 @@ add_target(struct records_job *job, const struct module_state *state, uint64_t i
                                 &lengths_count) != 0) {
             return -1;
         }
-        if (!load_is_memory(tensor_class, &view, entry->dtype) || offsets_count != entry->ndim ||
-            lengths_count != entry->ndim || !has_sizes(&view, lengths, entry->ndim) ||
-            (data = state->native.bridge->tensor_mutable_data(tensor)) == NULL) {
+        if (offsets_count != entry->ndim || lengths_count != entry->ndim ||
+            (!quantised && (!load_is_memory(tensor_class, &view, entry->dtype) ||
+                            !has_sizes(&view, lengths, entry->ndim) ||
+                            (data = state->native.bridge->tensor_mutable_data(tensor)) == NULL))) {
             PyErr_Format(PyExc_ValueError, "%R is no memory for the item to read",
                          PyTuple_GET_ITEM(item, FIELD_FQN));
             return -1;
         }
-        if (strides_of(job, &view, &strides) != 0) {
+        if (!quantised && strides_of(job, &view, &strides) != 0) {
             return -1;
         }
     }
     if (dcp_read_plan_add(&job->plan, i, data, strides, offsets, lengths, &target, &err) != 0) {
         native_set_error(state->error_class, &err);
         return -1;
+    }
+    if (quantised) {
+        return add_quant(job, state, item, target);
     }
     if (tensor != Py_None && view.dtype != entry->dtype) {
         job->plan.targets[target].dtype = (uint8_t)view.dtype;
@@ -314,6 +356,8 @@ plan_reads(struct records_job *job, const struct module_state *state)
 
     job->plan.md = &job->md;
     job->plan.records_decide = true;
+    job->plan.on_piece = take_piece;
+    job->plan.on_piece_ctx = job;
     for (uint64_t i = 0; rc == 0 && i < job->md.entries_count; i++) {
         rc = add_target(job, state, i);
     }
@@ -370,20 +414,9 @@ static int
 job_run(void *self, struct dcp_error *err)
 {
     struct records_job *job = self;
-    const struct dcp_io *io = dcp_io_posix();
-    const char *path = PyBytes_AS_STRING(job->path);
-    int dirfd = io->open_dir(io->ctx, path);
-    int rc;
 
-    if (dirfd < 0) {
-        return dcp_error_set(err, DCP_E_IO, -dirfd, path,
-                             "could not open the checkpoint's directory %s: %s", path,
-                             strerror(-dirfd));
-    }
-    rc = dcp_reader_run(io, dirfd, path, &job->plan, &job->options, take_record, job, &job->stats,
-                        err);
-    io->close(io->ctx, dirfd);
-    return rc;
+    return dcp_reader_run_path(dcp_io_posix(), PyBytes_AS_STRING(job->path), &job->plan,
+                               &job->options, take_record, job, &job->stats, err);
 }
 
 static PyObject *
@@ -398,26 +431,28 @@ stats_of(const struct dcp_read_stats *stats)
 }
 
 PyDoc_STRVAR(read_records_doc,
-             "read_records(path, files, items, take, /, *, saves=b'', verify=1, direct=0)\n--\n\n"
+             "read_records(path, files, items, take, /, *, saves=b'', verify=1, direct=0, "
+             "raw=False)\n--\n\n"
              "Read records of data files below `path`; the counts of the reader.\n\n"
              "An item is (name, index in files, offset, length, transformed, dtype, sizes, box "
              "offsets, box lengths, tensor): the box of the saved tensor goes into the tensor's "
              "memory, which tensor_memory knows.  With None for the tensor, and where the record "
              "holds another one than the item says or one that only torch can read, "
              "take(index, bytes) gets the record, on the reading thread.  `saves`: save_ids of "
-             "the checkpoint's metadata.");
+             "the checkpoint's metadata.  `raw`: payloads alone lie in the files, and an item may "
+             "have one field more, by which its values are made (read_quant.c).");
 
 static PyObject *
 module_read_records(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"", "", "", "", "saves", "verify", "direct", NULL};
+    static char *names[] = {"", "", "", "", "saves", "verify", "direct", "raw", NULL};
     struct module_state *state = PyModule_GetState(module);
     struct records_job *job = PyMem_Calloc(1, sizeof *job);
     PyObject *capsule = job == NULL ? NULL : PyCapsule_New(job, NULL, job_free);
     PyObject *files, *items, *take, *pending = NULL, *result = NULL;
     const char *saves = "";
     Py_ssize_t saves_len = 0;
-    int verify = 1, direct = DCP_DIRECT_AUTO, rc = 0;
+    int verify = 1, direct = DCP_DIRECT_AUTO, raw = 0, rc = 0;
     struct dcp_error err;
 
     if (capsule == NULL) {
@@ -425,13 +460,14 @@ module_read_records(PyObject *module, PyObject *args, PyObject *kwargs)
         return job == NULL ? PyErr_NoMemory() : NULL;
     }
     if (native_state_load(module) != 0 ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O!O!O|$y#ii:read_records", names,
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O!O!O|$y#iip:read_records", names,
                                      PyUnicode_FSConverter, &job->path, &PyTuple_Type, &files,
                                      &PyTuple_Type, &items, &take, &saves, &saves_len, &verify,
-                                     &direct)) {
+                                     &direct, &raw)) {
         goto done;
     }
     job->items = Py_NewRef(items);
+    job->md.is_raw = raw != 0;
     job->take = Py_NewRef(take);
     job->options = (struct dcp_engine_options){.direct = (enum dcp_direct)direct,
                                                .verify = verify != 0,

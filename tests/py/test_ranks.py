@@ -32,6 +32,7 @@ MODULES = {
     "cases_state_dict": (2,),
     "cases_full_state_dict": (2, 4),
     "cases_save_roles": (2, 3),
+    "cases_hf_reader": (2, 3),
 }
 
 

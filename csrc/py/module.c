@@ -8,6 +8,7 @@
 
 #include <unistd.h>
 
+#include "archive_object.h"
 #include "dcp_crc32.h"
 #include "debug_plan.h"
 #include "errors.h"
@@ -194,7 +195,8 @@ module_exec(PyObject *module)
         PyModule_AddStringConstant(module, "built_for_torch", DCP_BUILT_FOR_TORCH) != 0 ||
         PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
-        PyModule_AddFunctions(module, verify_methods) != 0) {
+        PyModule_AddFunctions(module, verify_methods) != 0 ||
+        PyModule_AddFunctions(module, archive_methods) != 0) {
         return -1;
     }
     state->group_type = add_type(module, &group_type_spec);

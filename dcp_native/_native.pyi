@@ -29,6 +29,20 @@ def verify_checkpoint(
     parts: int = 0,
     translations: tuple[tuple[bytes, bytes], ...] = (),
 ) -> dict[str, Any]: ...
+def write_archive(
+    source: str | os.PathLike,
+    image: bytes,
+    target: str | os.PathLike,
+    name: bytes,
+    folder: bytes,
+    entries: tuple[tuple[bytes, int, Any, str | None], ...],
+    fetch: Callable[[int], Any],
+    *,
+    align: int = 64,
+    verify: bool = True,
+    direct: int = 0,
+    io_uring: int = 0,
+) -> dict[str, Any]: ...
 def check_metadata(image: bytes, /, *, pickle: bool = False) -> str | None: ...
 def _debug_plan(state_dict: Any, *args: Any, **kwargs: Any) -> dict[str, Any]: ...
 def _debug_peak_bytes() -> int: ...
@@ -90,6 +104,8 @@ class Save:
         writer_nice: int = 0,
         writer_io_priority: int = 0,
         write_limit_bytes_s: int = 0,
+        mapped_from: int = 0,
+        mapped_to: int = 0,
     ) -> Save: ...
     def open(self) -> bool: ...
     def claim(self) -> None: ...

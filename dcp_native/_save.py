@@ -60,6 +60,7 @@ class NativeSave:
         use_collectives: bool,
         kind: str,
         base: str | os.PathLike | None = None,
+        mapped: tuple[int, int] = (0, 0),
     ) -> None:
         self.writer = writer
         self.planner = planner
@@ -101,6 +102,8 @@ class NativeSave:
             writer_nice=config().writer_nice,
             writer_io_priority=io_priority(config().writer_io_class),
             write_limit_bytes_s=config().write_limit_bytes_s,
+            mapped_from=mapped[0],
+            mapped_to=mapped[1],
         )
 
     # ---- local steps: errors wait for the next agreement ----

@@ -298,7 +298,9 @@ def _save(
     use_collectives: bool,
     call_stateful: bool,
     base: str | os.PathLike | None = None,
+    mapped: tuple[int, int] = (0, 0),
 ) -> Metadata:
+    """``mapped``: addresses of memory that is a file's, mapped, and that nobody has written to."""
     reason = _roles.save_reason(writer, planner) or _roles.group_reason(process_group, no_dist)
     note_path("save", reason)
     if reason is not None:
@@ -315,8 +317,9 @@ def _save(
     alone = no_dist or not (dist.is_available() and dist.is_initialized())
     group = group_for(process_group, alone, 0 if alone else coordinator_rank)
     save_ = NativeSave(
-        writer, planner, group, use_collectives=use_collectives, kind="save", base=base
-    )
+        writer, planner, group, use_collectives=use_collectives, kind="save", base=base,
+        mapped=mapped,
+    )  # fmt: skip
     try:
         wait_for_uploads()
         if call_stateful:

@@ -17,7 +17,6 @@
 enum {
     PAD_ID = 0x4246, /* "FB" */
     PAD_BYTE = 'Z',
-    FLAGS = ZIP_FLAG_DESCRIPTOR | ZIP_FLAG_UTF8,
     NAME_MOST_BYTES = 4096, /* far below the 16 bits that the format has for it */
 };
 
@@ -139,9 +138,9 @@ field_32(uint64_t value)
 
 /* Flags, method, time, date. */
 static void
-put_flags(struct dcp_buf *buf)
+put_flags(struct dcp_buf *buf, const struct dcp_archive_entry *entry)
 {
-    dcp_buf_put_u16(buf, FLAGS);
+    dcp_buf_put_u16(buf, ZIP_FLAG_UTF8 | (entry->bytes > 0 ? ZIP_FLAG_DESCRIPTOR : 0));
     dcp_buf_put_u16(buf, 0);
     dcp_buf_put_u32(buf, 0);
 }
@@ -155,7 +154,7 @@ archive_zip_put_local(struct dcp_buf *buf, const struct dcp_archive_params *para
         place->data_offset - place->header_offset - unpadded_bytes(params, entry, place);
     dcp_buf_put_u32(buf, ZIP_LOCAL_SIGNATURE);
     dcp_buf_put_u16(buf, 0);
-    put_flags(buf);
+    put_flags(buf, entry);
     dcp_buf_put_u32(buf, 0); /* CRC and sizes: in the descriptor */
     dcp_buf_put_u64(buf, 0);
     dcp_buf_put_u16(buf, (uint16_t)name_bytes(params, entry));
@@ -195,7 +194,7 @@ archive_zip_put_central(struct dcp_buf *buf, const struct dcp_archive_params *pa
 {
     dcp_buf_put_u32(buf, ZIP_CENTRAL_SIGNATURE);
     dcp_buf_put_u32(buf, 0); /* versions */
-    put_flags(buf);
+    put_flags(buf, entry);
     dcp_buf_put_u32(buf, place->crc);
     dcp_buf_put_u32(buf, field_32(entry->bytes));
     dcp_buf_put_u32(buf, field_32(entry->bytes));

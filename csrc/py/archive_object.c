@@ -237,11 +237,11 @@ module_write_archive(PyObject *module, PyObject *args, PyObject *kwargs)
     job->options.verify = verify != 0;
     job->options.direct = (enum dcp_direct)direct;
     job->options.tuning.queue = (enum dcp_queue_use)queue;
-    fill_params(job);
     if (take_entries(job) != 0) {
         Py_DECREF(capsule);
         return NULL;
     }
+    fill_params(job);
     if (native_run(capsule, job_run, job, &job->cancel, &pending, &rc, &err) != 0 ||
         pending != NULL) {
         (void)native_raise_pending(&pending);

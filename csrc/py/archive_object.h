@@ -4,6 +4,7 @@
 #ifndef DCP_PY_ARCHIVE_OBJECT_H
 #define DCP_PY_ARCHIVE_OBJECT_H
 
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 extern PyMethodDef archive_methods[];

@@ -6,6 +6,7 @@ Mirrors the reader of torch/distributed/checkpoint/format_utils.py.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -45,12 +46,10 @@ class BroadcastingTorchSaveReader(_torch.BroadcastingTorchSaveReader):
         coordinator_rank: global rank that reads; ``load`` has it be 0.
     """
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """As torch's; a process without a group is its own coordinator."""
         if dist.is_available() and dist.is_initialized():
-            super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+            super().set_up_storage_reader(metadata, is_coordinator)
             return
         if self.checkpoint_id is None:
             raise AssertionError("the reader has no file: give it a checkpoint_id")
@@ -122,6 +121,16 @@ class BroadcastingTorchSaveReader(_torch.BroadcastingTorchSaveReader):
         return piece
 
 
+def _offsets(item: ReadItem) -> tuple[int, ...]:
+    """Where in the whole tensor ``item`` begins.
+
+    DynamicMetaLoadPlanner describes the tensors as if each rank's shard had been saved as a chunk,
+    and items count from the chunk's own beginning.
+    """
+    chunk = item.storage_index.offset or (0,) * len(item.storage_offsets)
+    return tuple(map(operator.add, chunk, item.storage_offsets))
+
+
 class _Parts:
     """What this rank wants of one tensor, filled row by row."""
 
@@ -145,13 +154,13 @@ class _Parts:
             inside = len(item.lengths) == len(self.size) and all(
                 offset + length <= most
                 for offset, length, most in zip(
-                    item.storage_offsets, item.lengths, self.size, strict=True
+                    _offsets(item), item.lengths, self.size, strict=True
                 )
             )
             if not inside or target.size() != item.lengths:
                 raise AssertionError(
                     f"{self.fqn}: the file has {tuple(self.size)}, wanted of it are "
-                    f"{tuple(item.lengths)} at {tuple(item.storage_offsets)} for memory of "
+                    f"{tuple(item.lengths)} at {_offsets(item)} for memory of "
                     f"{tuple(target.size())}"
                 )
         except Exception as error:
@@ -183,14 +192,14 @@ class _Parts:
 
 
 def _copy_rows(item: ReadItem, target: torch.Tensor, piece: torch.Tensor, rows: slice) -> None:
-    first, count = item.storage_offsets[0], item.lengths[0]
+    (first, *others), (count, *lengths) = _offsets(item), item.lengths
     start, stop = max(first, rows.start), min(first + count, rows.stop)
     if start >= stop:
         return
     source = narrow_tensor_by_index(
         piece,
-        (start - rows.start, *item.storage_offsets[1:]),
-        (stop - start, *item.lengths[1:]),
+        (start - rows.start, *others),
+        (stop - start, *lengths),
     )
     target.narrow(0, start - first, stop - start).copy_(source)
 

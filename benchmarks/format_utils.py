@@ -43,6 +43,9 @@ sys.path.insert(0, "benchmarks")
 from limits import restart_peak, status_bytes
 convert = getattr(format_utils, part)
 convert(warm, target + "-warm")
+if who == "dcp_native":
+    from dcp_native import _native
+    _native.trim()  # or the buffers of the warm-up would not count
 restart_peak()
 before = status_bytes("VmRSS")
 start = time.monotonic()

@@ -32,6 +32,20 @@ def verify_checkpoint(
 def read_safetensors_header(
     source: str | os.PathLike | bytes | bytearray | memoryview, file_bytes: int = 0, /
 ) -> tuple[list[tuple[str, str, tuple[int, ...], int, int]], dict[str, str] | None, int, int]: ...
+def write_archive(
+    source: str | os.PathLike,
+    image: bytes,
+    target: str | os.PathLike,
+    name: bytes,
+    folder: bytes,
+    entries: tuple[tuple[bytes, int, Any, str | None], ...],
+    fetch: Callable[[int], Any],
+    *,
+    align: int = 64,
+    verify: bool = True,
+    direct: int = 0,
+    io_uring: int = 0,
+) -> dict[str, Any]: ...
 def check_metadata(image: bytes, /, *, pickle: bool = False) -> str | None: ...
 def save_ids(image: bytes, /) -> bytes: ...
 def tensor_memory(tensor: torch.Tensor, dtype: torch.dtype, /) -> tuple[int, int, bool] | None: ...
@@ -107,6 +121,8 @@ class Save:
         writer_nice: int = 0,
         writer_io_priority: int = 0,
         write_limit_bytes_s: int = 0,
+        mapped_from: int = 0,
+        mapped_to: int = 0,
     ) -> Save: ...
     def open(self) -> bool: ...
     def claim(self) -> None: ...

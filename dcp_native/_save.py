@@ -62,6 +62,7 @@ class NativeSave:
         use_collectives: bool,
         kind: str,
         base: str | os.PathLike | None = None,
+        mapped: tuple[int, int] = (0, 0),
     ) -> None:
         self.writer = writer
         self.planner = planner
@@ -106,6 +107,8 @@ class NativeSave:
             writer_nice=config().writer_nice,
             writer_io_priority=io_priority(config().writer_io_class),
             write_limit_bytes_s=config().write_limit_bytes_s,
+            mapped_from=mapped[0],
+            mapped_to=mapped[1],
         )
         self._planning = self._python_planning() if in_python else None
         self._state_dict: STATE_DICT_TYPE = {}  # until it is agreed who plans

@@ -305,7 +305,9 @@ def _save(
     use_collectives: bool,
     call_stateful: bool,
     base: str | os.PathLike | None = None,
+    mapped: tuple[int, int] = (0, 0),
 ) -> Metadata:
+    """``mapped``: addresses of memory that is a file's, mapped, and that nobody has written to."""
     writer_reason = _roles.writer_reason(writer)
     reason = writer_reason or _roles.group_reason(process_group, no_dist)
     base = _tell_roles("save", reason, writer_reason, planner, base)
@@ -322,8 +324,9 @@ def _save(
     alone = no_dist or not (dist.is_available() and dist.is_initialized())
     group = group_for(process_group, alone, 0 if alone else coordinator_rank)
     save_ = NativeSave(
-        writer, planner, group, use_collectives=use_collectives, kind="save", base=base
-    )
+        writer, planner, group, use_collectives=use_collectives, kind="save", base=base,
+        mapped=mapped,
+    )  # fmt: skip
     try:
         wait_for_uploads()
         if call_stateful:

@@ -58,6 +58,8 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     /* A hash speaks for bytes that are on the device; without syncs nobody knows that they are. */
     save->content_hash = params->sync && (params->content_hash || params->base_path != NULL);
     save->tuning = params->tuning;
+    save->mapped_from = params->mapped_from;
+    save->mapped_to = params->mapped_to;
     return save->dir_path != NULL && (params->base_path == NULL || save->base_path != NULL) &&
            (params->meta.checkpoint_id == NULL || save->checkpoint_id != NULL) &&
            (params->meta.storage_save_id == NULL || save->storage_save_id != NULL) &&

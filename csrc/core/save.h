@@ -27,6 +27,7 @@ struct dcp_save {
     enum dcp_link_mode link_mode;
     bool content_hash;
     struct dcp_write_tuning tuning;
+    const uint8_t *mapped_from, *mapped_to;
     bool own_thread; /* dcp_save_lend_thread */
 
     pid_t pid;   /* a forked child holds a copy of a save that is its parent's to end */

@@ -173,6 +173,8 @@ write_all(struct dcp_save *save, const struct writing *how, struct dcp_error *er
     struct dcp_engine_options options = {
         .direct = save->direct,
         .tuning = save->tuning,
+        .mapped_from = save->mapped_from,
+        .mapped_to = save->mapped_to,
         .own_thread = save->own_thread,
         .sync = save->sync,
         .cancel = how->cancel,

@@ -82,7 +82,8 @@ struct dcp_writer {
     const char *dir_path;
     const struct dcp_engine_options *options;
     struct dcp_write_content content;
-    uint32_t rank; /* of the names */
+    uint32_t rank;         /* of the names */
+    const char *file_name; /* of the only file, where it is no data file; else NULL */
     uint32_t files_count;
     uint64_t total_bytes;   /* of all files */
     uint64_t request_bytes; /* the longest */

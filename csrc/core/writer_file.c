@@ -193,7 +193,12 @@ dcp_write_file_open(struct dcp_writer *writer, uint64_t n, uint64_t length_bytes
     if (file == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "out of memory for a file to write");
     }
-    snprintf(file->name, sizeof file->name, "__%" PRIu32 "_%" PRIu64 ".distcp", writer->rank, n);
+    if (writer->file_name != NULL) {
+        snprintf(file->name, sizeof file->name, "%s", writer->file_name);
+    } else {
+        snprintf(file->name, sizeof file->name, "__%" PRIu32 "_%" PRIu64 ".distcp", writer->rank,
+                 n);
+    }
     file->length_bytes = length_bytes;
     file->align_bytes = 1;
     int rc = open_new(writer, file->name, &file->fd, err);

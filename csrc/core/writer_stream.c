@@ -18,6 +18,7 @@
 
 #include "box.h"
 #include "dcp_crc32.h"
+#include "source_pages.h"
 
 /* Strided sources whose dense runs are at least this long are gathered in pieces that stay in the
  * cache for the CRC; shorter runs (transposes) waste less of each line when many rows are gathered
@@ -152,6 +153,26 @@ count_progress(const struct dcp_writer *writer, uint64_t n)
     }
 }
 
+/* How many of `left` bytes at `from` are taken in one step of at most `room`.  A mapped source is
+ * in memory after that. */
+static int
+source_step(const struct dcp_writer *writer, const struct block_crc *crc, const uint8_t *from,
+            uint64_t room, uint64_t left, uint64_t *ret, struct dcp_error *err)
+{
+    *ret = block_room(crc, dcp_min_u64(room, left));
+    return source_is_mapped(writer->options, from, *ret)
+               ? source_pages_need(writer->options, from, *ret, err)
+               : 0;
+}
+
+static void
+source_done(const struct dcp_writer *writer, const uint8_t *from, uint64_t n)
+{
+    if (source_is_mapped(writer->options, from, n)) {
+        source_pages_done(from, n);
+    }
+}
+
 /* Dense source into the ring or the image, one fused pass. */
 static int
 payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
@@ -165,11 +186,15 @@ payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
         if (rc != 0) {
             return rc;
         }
-        uint64_t left = payload->len_bytes - crc->done_bytes;
-        uint64_t n = block_room(crc, dcp_min_u64(room, left));
+        uint64_t left = payload->len_bytes - crc->done_bytes, n;
         const uint8_t *from = payload->source->data + crc->done_bytes;
+        rc = source_step(writer, crc, from, room, left, &n, err);
+        if (rc != 0) {
+            return rc;
+        }
         crc->block = dcp_crc32_copy(crc->block, at, from, n, streaming);
         block_add(crc, from, n, n == left);
+        source_done(writer, from, n);
         stream_took(writer, n);
         count_progress(writer, n);
     }
@@ -184,12 +209,15 @@ payload_in_place(struct dcp_writer *writer, const struct dcp_write_payload *payl
     int rc = writer->filled_bytes > 0 ? push_buffer(writer, writer->filled_bytes, err) : 0;
     while (rc == 0 && crc->done_bytes < payload->len_bytes) {
         const uint8_t *at = payload->source->data + crc->done_bytes;
-        uint64_t left = payload->len_bytes - crc->done_bytes;
-        uint64_t n = block_room(crc, dcp_min_u64(left, DCP_WRITE_PIECE_BYTES));
+        uint64_t left = payload->len_bytes - crc->done_bytes, n, number;
+        rc = source_step(writer, crc, at, DCP_WRITE_PIECE_BYTES, left, &n, err);
+        if (rc != 0) {
+            return rc;
+        }
         crc->block = dcp_crc32(crc->block, at, n);
         block_add(crc, at, n, n == left);
-        uint64_t number;
         rc = dcp_write_push(writer, at, writer->position_bytes, n, 0, &number, err);
+        source_done(writer, at, n);
         writer->position_bytes += n;
         count_progress(writer, n);
     }

@@ -63,6 +63,9 @@ struct dcp_engine_options {
     /* Writing: counts files that were created, the first ones of the layout; also filled when the
      * writer fails.  May be NULL. */
     _Atomic uint32_t *created_files;
+    /* Writing: sources in this memory are pages of a mapped file that nobody has written to.  They
+     * are brought in ahead and given back once they were copied.  NULL: there are none. */
+    const uint8_t *mapped_from, *mapped_to;
     /* Writing: set when requests were given up that the kernel may still run: it goes on reading
      * the memory that they write from.  May be NULL. */
     bool *memory_lost;

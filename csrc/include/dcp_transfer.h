@@ -78,6 +78,7 @@ struct dcp_save_params {
     enum dcp_link_mode link_mode;
     bool content_hash; /* store hashes, so that a later save can name this one as its base */
     struct dcp_write_tuning tuning;
+    const uint8_t *mapped_from, *mapped_to; /* as in dcp_engine_options */
 };
 
 int dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,

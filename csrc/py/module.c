@@ -8,6 +8,7 @@
 
 #include <unistd.h>
 
+#include "archive_object.h"
 #include "dcp_crc32.h"
 #include "debug_plan.h"
 #include "errors.h"
@@ -198,7 +199,8 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
         PyModule_AddFunctions(module, read_records_methods) != 0 ||
         PyModule_AddFunctions(module, safetensors_methods) != 0 ||
-        PyModule_AddFunctions(module, verify_methods) != 0) {
+        PyModule_AddFunctions(module, verify_methods) != 0 ||
+        PyModule_AddFunctions(module, archive_methods) != 0) {
         return -1;
     }
     state->group_type = add_type(module, &group_type_spec);

@@ -33,6 +33,7 @@ MODULES = {
     "cases_full_state_dict": (2, 4),
     "cases_save_roles": (2, 3),
     "cases_hf_reader": (2, 3),
+    "cases_format_utils": (2,),
 }
 
 

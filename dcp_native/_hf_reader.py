@@ -9,7 +9,6 @@ import json
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import hf_storage as _torch
 from torch.distributed.checkpoint._hf_utils import (
     CUSTOM_METADATA_KEY,
     SAVED_OFFSETS_KEY,
@@ -30,7 +29,9 @@ from torch.futures import Future
 
 from ._config import config
 from ._hf_reads import Header, HFReads, read_headers
+from ._mirror import stands_for
 from ._report import logger
+from ._stock import hf_storage as _torch
 
 __all__ = ["HuggingFaceStorageReader"]
 
@@ -57,6 +58,7 @@ def not_native_reason(reader: Any, stock_hooks: dict[str, Any]) -> str | None:
     return None
 
 
+@stands_for(_torch.HuggingFaceStorageReader)
 class HuggingFaceStorageReader(_torch.HuggingFaceStorageReader):
     """Torch's reader of safetensors files, read natively.
 

@@ -15,7 +15,6 @@ import os
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import format_utils as _torch
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -31,7 +30,9 @@ from ._config import DIRECT_IO, IO_URING, config
 from ._failures import raise_alone
 from ._groups import group_for
 from ._lazy_metadata import unpickle
+from ._mirror import rest_of_torchs
 from ._report import logger
+from ._stock import format_utils as _torch
 from .state_dict_loader import _load_state_dict
 from .state_dict_saver import _save
 
@@ -273,8 +274,7 @@ def _main(argv: list[str] | None = None) -> None:
         dcp_to_torch_save(args.src, args.dst)
 
 
-def __getattr__(name: str) -> Any:
-    return getattr(_torch, name)
+__getattr__, __dir__ = rest_of_torchs(__name__)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import quantized_hf_storage as _torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from ._hf_quant import QuantReads, Scales, why_not
 from ._hf_reader import HuggingFaceStorageReader, done, hooks_of, not_native_reason
+from ._mirror import rest_of_torchs
 from ._report import logger
+from ._stock import quantized_hf_storage as _torch
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]
 
@@ -85,3 +86,6 @@ class QuantizedHuggingFaceStorageReader(
         if file != self._weight_map.get(fqn):
             path = str(Path(self.path) / file)
         return Scales(path, name)
+
+
+__getattr__, __dir__ = rest_of_torchs(__name__)

@@ -360,3 +360,12 @@ def test_split_benchmark_halves_what_one_rank_writes(tmp_path):
     assert lines["auto"][1:4] == ["32.0", "MiB", "32.0"]
     assert "0 values differ" in done.stdout
     assert os.listdir(tmp_path) == [], "the benchmark left files behind"
+
+
+def test_conversions_have_a_row_for_every_target_and_leave_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    status, result = run_figures("format_utils", tmp_path, "--dir", disk)
+    assert status == 0
+    assert result["wrong"] == []
+    assert [row["target"][:2] for row in result["rows"]] == [">=", "<="] * 2
+    assert not any(disk.iterdir())

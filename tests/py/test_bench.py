@@ -343,3 +343,12 @@ def test_split_benchmark_halves_what_one_rank_writes(tmp_path):
     assert lines["auto"][1:4] == ["32.0", "MiB", "32.0"]
     assert "0 values differ" in done.stdout
     assert os.listdir(tmp_path) == [], "the benchmark left files behind"
+
+
+def test_full_state_dict_benchmark_compares_every_result(tmp_path):
+    argv = [sys.executable, str(BENCHMARKS / "full_state_dict.py"), "--quick", "--repeats", "1"]
+    argv += ["--json", str(tmp_path / "full.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "full.json").read_text())
+    assert len(result["rows"]) == 8 and result["wrong"] == []

@@ -327,6 +327,7 @@ def failures_of(function, *args, **kwargs) -> list[str]:
 
 
 def case_gather_fails_everywhere_when_one_rank_can_not(ctx):
+    """[full-state-failure]"""
     mesh = mesh_of(ctx.size)
     state: dict[str, Any] = {"w": shard(value("w", (5, 2)), mesh, Shard(0))}
     if ctx.rank == 1:
@@ -603,6 +604,7 @@ def case_distribute_equals_torch(ctx):
 
 @torch.no_grad()
 def case_distribute_sends_nothing(ctx):
+    """[full-state-own]"""
     mesh = mesh_of(ctx.size)
     full = {"w": value("w", (5, 4)) + ctx.rank}
     local = {"w": shard(torch.zeros(5, 4), mesh, Shard(0))}

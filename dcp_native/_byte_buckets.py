@@ -170,7 +170,7 @@ def unpack(
         flats = memory[..., start:stop].view(carrier)
         parts = flats.split_with_sizes([item.count for item in run], dim=-1)
         for item, flat in zip(run, parts, strict=True):
-            yield item, flat.view(*lead, *item.sizes)
+            yield item, flat.view((*lead, *item.sizes))
 
 
 class Copies:

@@ -166,7 +166,8 @@ class Stream:
             return None
         (step,) = self._steps
         if self._landing is None:
-            return step.start(mine.view(torch.uint8), ())
+            # Where several ranks want it, it is broadcast, and needs room here too.
+            return step.start(mine.view(torch.uint8), ()) if len(step.wanted) == 1 else None
         region, target = whole.regions()[0]
         if self._landing.type != "cpu" or region.index != (slice(None),):
             return None

@@ -369,3 +369,12 @@ def test_conversions_have_a_row_for_every_target_and_leave_nothing(tmp_path):
     assert result["wrong"] == []
     assert [row["target"][:2] for row in result["rows"]] == [">=", "<="] * 2
     assert not any(disk.iterdir())
+
+
+def test_full_state_dict_benchmark_compares_every_result(tmp_path):
+    argv = [sys.executable, str(BENCHMARKS / "full_state_dict.py"), "--quick", "--repeats", "1"]
+    argv += ["--json", str(tmp_path / "full.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "full.json").read_text())
+    assert len(result["rows"]) == 8 and result["wrong"] == []

@@ -227,6 +227,9 @@ MET_BY = {
     "stager-descriptors": "test_staging_memory.py",
     "stager-order": "test_staging_hooks.py",
     "checkpointer": "test_staging_hooks.py",
+    "full-state-failure": "ranks/cases_full_state_dict.py",
+    "full-state-own": "ranks/cases_full_state_dict.py",
+    "full-state-order": "ranks/cases_full_state_dict.py",
 }
 
 

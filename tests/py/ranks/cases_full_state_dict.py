@@ -327,6 +327,7 @@ def failures_of(function, *args, **kwargs) -> list[str]:
 
 
 def case_gather_fails_everywhere_when_one_rank_can_not(ctx):
+    """[full-state-failure]"""
     mesh = mesh_of(ctx.size)
     state: dict[str, Any] = {"w": shard(value("w", (5, 2)), mesh, Shard(0))}
     if ctx.rank == 1:
@@ -487,6 +488,7 @@ def case_broadcast_casts_into_dtensors_that_exist(ctx):
 
 @torch.no_grad()
 def case_broadcast_of_every_dtype_and_of_permuted_memory(ctx):
+    """[full-state-order]"""
     mesh = mesh_of(ctx.size)
     full = {str(d): value(str(d), (6, 7), d) for d in DTYPES}
     full["permuted"] = value("p", (5, 8)).t()
@@ -503,6 +505,10 @@ def case_broadcast_of_every_dtype_and_of_permuted_memory(ctx):
         with buckets_of(size):
             ours._broadcast_state_dict(full if ctx.rank == 0 else {}, local, CPU)
         same(local, full)
+    theirs = {"permuted": torch.zeros(8, 5)}
+    given = {"permuted": full["permuted"]} if ctx.rank == 0 else {}
+    stock._broadcast_state_dict(given, theirs, CPU)
+    assert torch.equal(theirs["permuted"], full["permuted"]) == (ctx.rank == 0)
 
 
 @torch.no_grad()
@@ -603,6 +609,7 @@ def case_distribute_equals_torch(ctx):
 
 @torch.no_grad()
 def case_distribute_sends_nothing(ctx):
+    """[full-state-own]"""
     mesh = mesh_of(ctx.size)
     full = {"w": value("w", (5, 4)) + ctx.rank}
     local = {"w": shard(torch.zeros(5, 4), mesh, Shard(0))}

@@ -11,6 +11,7 @@
 #include "dcp_crc32.h"
 #include "debug_plan.h"
 #include "errors.h"
+#include "export_object.h"
 #include "stage_copy.h"
 #include "verify_object.h"
 
@@ -193,6 +194,7 @@ module_exec(PyObject *module)
         PyModule_AddObjectRef(module, "NativeError", state->error_class) != 0 ||
         PyModule_AddStringConstant(module, "built_for_torch", DCP_BUILT_FOR_TORCH) != 0 ||
         PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
+        PyModule_AddFunctions(module, export_methods) != 0 ||
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
         PyModule_AddFunctions(module, verify_methods) != 0) {
         return -1;

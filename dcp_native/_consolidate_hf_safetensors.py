@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,36 @@ class _Shards:
 
     def shapes(self, fqns: Mapping[str, int]) -> dict[str, Shape]:
         """Of the tensors that there are, in the order of ``fqns``."""
-        return {fqn: Shape(self.dtypes[fqn], tuple(self.sizes[fqn])) for fqn in fqns if fqn in self.sizes}
+        return {
+            fqn: Shape(self.dtypes[fqn], tuple(self.sizes[fqn]))
+            for fqn in fqns
+            if fqn in self.sizes
+        }
+
+    def read(self) -> None:
+        """Headers of all safetensors files of the directory, checked."""
+        for name in sorted(n for n in os.listdir(self.path) if n.endswith(SUFFIX)):
+            file = os.path.join(self.path, name)
+            tensors, texts, _, _ = _native.read_safetensors_header(file)
+            info = _saved_offsets(file, texts)
+            for fqn, dtype, shape, begin, _ in tensors:
+                offsets = _offsets_of(file, fqn, info, len(shape))
+                self._add(file, fqn, dtype, (begin, offsets, shape))
+            self.names.append(name)
+
+    def _add(
+        self, file: str, fqn: str, dtype: str, shard: tuple[int, list[int], tuple[int, ...]]
+    ) -> None:
+        begin, offsets, shape = shard
+        ends = [offset + n for offset, n in zip(offsets, shape, strict=True)]
+        known = self.sizes.setdefault(fqn, ends)
+        if dtype not in ITEM_BYTES:
+            raise _refuse(file, fqn, f"torch has no type for {dtype}")
+        if self.dtypes.setdefault(fqn, dtype) != dtype or len(known) != len(ends):
+            raise _refuse(file, fqn, "another shard has another type or number of dimensions")
+        self.sizes[fqn] = list(map(max, known, ends))
+        chunk = (len(self.names), begin, (*offsets, *shape))
+        self.chunks.setdefault(fqn, []).append(chunk)
 
 
 def _refuse(path: str, fqn: str, what: str) -> ValueError:
@@ -104,28 +134,6 @@ def _offsets_of(path: str, fqn: str, info: dict[str, Any], ndim: int) -> list[in
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in offsets):
         raise _refuse(path, fqn, f"saved_offsets are {offsets!r}")
     return offsets
-
-
-def _read_shards(path: str) -> _Shards:
-    """Headers of all safetensors files of a directory, checked."""
-    shards = _Shards(path)
-    for name in sorted(n for n in os.listdir(path) if n.endswith(SUFFIX)):
-        file = os.path.join(path, name)
-        tensors, texts, _, _ = _native.read_safetensors_header(file)
-        info = _saved_offsets(file, texts)
-        for fqn, dtype, shape, begin, _ in tensors:
-            offsets = _offsets_of(file, fqn, info, len(shape))
-            ends = [offset + n for offset, n in zip(offsets, shape, strict=True)]
-            known = shards.sizes.setdefault(fqn, ends)
-            if dtype not in ITEM_BYTES:
-                raise _refuse(file, fqn, f"torch has no type for {dtype}")
-            if shards.dtypes.setdefault(fqn, dtype) != dtype or len(known) != len(ends):
-                raise _refuse(file, fqn, "another shard has another type or number of dimensions")
-            shards.sizes[fqn] = list(map(max, known, ends))
-            box = (*offsets, *shape)
-            shards.chunks.setdefault(fqn, []).append((len(shards.names), begin, box))
-        shards.names.append(name)
-    return shards
 
 
 def _lay_out(shards: _Shards, fqn_to_index_mapping: dict[str, int]) -> Layout:
@@ -209,7 +217,8 @@ def consolidate_safetensors_files(
     """
     start = time.monotonic()
     output_dir = os.fspath(output_dir)
-    shards = _read_shards(os.fspath(input_dir))
+    shards = _Shards(os.fspath(input_dir))
+    shards.read()
     layout = _lay_out(shards, fqn_to_index_mapping)
     token = new_token()
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -239,30 +248,40 @@ def consolidate_safetensors_files_on_every_rank(
         return
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
     output_dir = os.fspath(output_dir)
-    token = _agree(_begin if rank == 0 else None, (output_dir,), process_group, size)[0]
-    mine = {index for index in fqn_to_index_mapping.values() if index % size == rank}
-    layout = _agree(_write_share, (os.fspath(input_dir), output_dir, fqn_to_index_mapping, mine, token), process_group, size)[rank]
-    arguments = (layout, output_dir, token, fqn_to_index_mapping)
-    _agree(_publish if rank == 0 else None, arguments, process_group, size)
+    token = _agree(partial(_begin, output_dir) if rank == 0 else _nothing, process_group)[0]
+    shards = _Shards(os.fspath(input_dir))
+    _agree(shards.read, process_group)
+    layout = _lay_out(shards, fqn_to_index_mapping)
+    names = full_names(layout.places, fqn_to_index_mapping)
+    mine = {name for fqn, name in names.items() if fqn_to_index_mapping[fqn] % size == rank}
+    _agree(partial(_join, shards, layout, output_dir, token, mine), process_group)
+    publish = partial(_publish, layout, output_dir, token, fqn_to_index_mapping)
+    _agree(publish if rank == 0 else _nothing, process_group)
+
+
+def _agree(step: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """Run a step; what each rank's gave.  When one failed all ranks raise, that one its own."""
+    value, error = None, None
+    try:
+        value = step()
+    except Exception as failed:
+        error = failed
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    said = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(gathered, (value, said), group=group)
+    if error is not None:
+        raise error
+    failures = [f"rank {rank}: {said}" for rank, (_, said) in enumerate(gathered) if said]
+    if failures:
+        raise RuntimeError("consolidating failed: " + "; ".join(failures))
+    return [value for value, _ in gathered]
+
+
+def _nothing() -> None:
+    """The part of a rank that has none in a step."""
 
 
 def _begin(output_dir: str) -> str:
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     _native.export_sweep(output_dir)
     return new_token()
-
-
-def _write_share(
-    input_dir: str,
-    output_dir: str,
-    fqn_to_index_mapping: dict[str, int],
-    indices: set[int],
-    token: str,
-) -> Layout:
-    shards = _read_shards(input_dir)
-    layout = _lay_out(shards, fqn_to_index_mapping)
-    names = full_names(layout.places, fqn_to_index_mapping)
-    wanted = {names[fqn] for fqn in layout.places if fqn_to_index_mapping[fqn] in indices}
-    if wanted:
-        _join(shards, layout, output_dir, token, wanted)
-    return layout

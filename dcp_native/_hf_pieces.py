@@ -83,9 +83,7 @@ def _resolve(item: WriteItem, planner: SavePlanner, place: Place) -> torch.Tenso
     return tensor.detach()
 
 
-def _slices(
-    tensor: torch.Tensor, file: int, at: int, strides: tuple[int, ...]
-) -> Iterator[Piece]:
+def _slices(tensor: torch.Tensor, file: int, at: int, strides: tuple[int, ...]) -> Iterator[Piece]:
     """One piece where the memory can be lent, else pieces of at most half a batch."""
     dim = next((d for d, n in enumerate(tensor.shape) if n > 1), None)
     if _is_lent(tensor) or dim is None or tensor.nbytes <= BATCH_BYTES // 2:

@@ -156,6 +156,8 @@ class NativeLoad:
             "kind": "load",
             "path": "native",
             "reason": None,
+            "planner": "native",
+            "reader": "native",
             "failed": False,
             "error": None,
             "verify": self.verify,

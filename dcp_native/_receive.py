@@ -90,7 +90,7 @@ class Receiver:
     ) -> None:
         """Load a tensor that only torch can, and copy the part of it that is wanted."""
         index = MetadataIndex(fqn, torch.Size(chunk))
-        with _naming(fqn), self._opened(index, LoadItemType.TENSOR, data, transformed) as file:
+        with naming(fqn), self._opened(index, LoadItemType.TENSOR, data, transformed) as file:
             saved = torch.load(file, map_location="cpu", weights_only=True)
         source = narrow_tensor_by_index(saved, chunk_offsets, lengths)
         with _copying(fqn, destination):
@@ -103,7 +103,7 @@ class Receiver:
         """Load an object and keep it for when everything was read."""
         index = MetadataIndex(fqn)
         opened = self._opened(index, LoadItemType.BYTE_IO, data, transformed)
-        with opened as file, _naming(fqn):
+        with opened as file, naming(fqn):
             self.values[target] = load_object(file, fqn)
 
     @contextlib.contextmanager
@@ -118,7 +118,7 @@ class Receiver:
             descriptors = self._info(index).transform_descriptors or ()
             none = torch.Size([])
             item = ReadItem(kind, index, none, index, none, none)
-            with _naming(index.fqn):
+            with naming(index.fqn):
                 stream = self._transforms.transform_load_stream(item, descriptors, file)
             if kind is LoadItemType.BYTE_IO or not stream.seekable():
                 stream = io.BytesIO(stream.read(-1))
@@ -160,7 +160,7 @@ class _Lent(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _naming(fqn: str) -> Iterator[None]:
+def naming(fqn: str) -> Iterator[None]:
     """What goes wrong names the tensor or object, once."""
     try:
         yield
@@ -174,7 +174,7 @@ def _naming(fqn: str) -> Iterator[None]:
 def _copying(fqn: str, destination: torch.Tensor) -> Iterator[None]:
     """Copy into ``destination``, whose grad mode and inference mode belong to another thread."""
     inference = torch.inference_mode() if destination.is_inference() else torch.no_grad()
-    with _naming(fqn), inference:
+    with naming(fqn), inference:
         yield
 
 

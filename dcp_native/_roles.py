@@ -125,15 +125,17 @@ def save_reason(writer: Any, planner: Any) -> str | None:
     return reason
 
 
-def load_reason(reader: Any, planner: Any) -> str | None:
-    """None when a load can run natively, else why not."""
+def reader_reason(reader: Any) -> str | None:
+    """None when a load can read natively, else why not."""
     if not config().native:
         return "config.native is off"
     reason = _not_stock(reader, "reader", FileSystemReader, filesystem.FileSystemReader)
-    reason = reason or _storage_not_stock(reader)
-    if reason is None and planner is not None:
-        reason = _not_stock(planner, "planner", DefaultLoadPlanner)
-    return reason
+    return reason or filesystem.storage_reason(reader)
+
+
+def load_planner_reason(planner: Any) -> str | None:
+    """None when a load can plan natively, else why not."""
+    return None if planner is None else _not_stock(planner, "planner", DefaultLoadPlanner)
 
 
 def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str | None:

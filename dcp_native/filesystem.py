@@ -1,4 +1,4 @@
-"""FileSystemReader whose metadata is read when looked at; everything else here is torch's.
+"""FileSystemReader: metadata read when looked at, data by the native reader; the rest is torch's.
 
 Mirrors torch/distributed/checkpoint/filesystem.py.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed.checkpoint import filesystem as _torch
 from torch.distributed.checkpoint.filesystem import (
@@ -21,10 +21,13 @@ from torch.distributed.checkpoint.filesystem import (
     _write_item,
 )
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from . import _native
 from ._config import config
 from ._lazy_metadata import lazy_read_metadata
+from ._plan_reads import PlanReads
 
 __all__ = [
     "DEFAULT_SUFFIX",
@@ -39,12 +42,32 @@ __all__ = [
 ]
 
 
+_SLICE_FILE = _torch.FileSystemReader._slice_file
+
+
+def storage_reason(reader: _torch.FileSystemReader) -> str | None:
+    """None when the native reader may read what a reader of files stands for, else why not."""
+    if not config().native:
+        return "config.native is off"
+    if type(reader.fs) is not FileSystem:
+        return f"the file system is a {type(reader.fs).__qualname__}"
+    if type(reader.transforms) is not _torch._StorageReaderTransforms:
+        return f"the reader's transforms are a {type(reader.transforms).__qualname__}"
+    if getattr(reader._slice_file, "__func__", None) is not _SLICE_FILE:
+        return "the reader's _slice_file is not torch's"
+    return None
+
+
 class FileSystemReader(_torch.FileSystemReader):
     """Torch's reader; ``read_metadata`` gives a Metadata that is unpickled at the first touch.
 
-    Loads natively under the same conditions as an instance of torch's own class, and works as one
-    under torch's ``load``.
+    Loads natively under the same conditions as an instance of torch's own class.  Under torch's
+    ``load``, or with a planner of the user's own, ``read_data`` reads natively: sorted, coalesced,
+    in ranges, verified as configured.
     """
+
+    _was_read: tuple[Metadata, bytes] | None = None  # what read_metadata gave, and its save ids
+    _metadata: Metadata | None = None  # what it was set up with
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's Metadata, checked as a whole now and turned into objects when needed.
@@ -64,6 +87,7 @@ class FileSystemReader(_torch.FileSystemReader):
         with self.fs.create_stream(path, "rb") as file:
             image = file.read()
         lazy = lazy_read_metadata(image, os.fspath(path), self.load_id)
+        self._was_read = (lazy, _native.save_ids(image))
         try:
             _native.check_metadata(image)
         except _native.NativeError as error:
@@ -72,6 +96,36 @@ class FileSystemReader(_torch.FileSystemReader):
             if config().allow_unsafe_objects:
                 vars(lazy)  # only Python can tell whether it is whole
         return lazy
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """As torch's; also keeps ``metadata``, which says dtypes and sizes of what is stored."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._metadata = metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what ``plan`` names and hand it to ``planner``, as torch's; done when it returns.
+
+        ``resolve_tensor`` is called for up to 256 MiB of tensors before ``commit_tensor`` is for
+        the first of them; all hooks on the calling thread.
+
+        Raises:
+            KeyError, AssertionError: as torch, for a plan that does not fit the checkpoint.
+            RuntimeError: a file is damaged, absent, or of another save; names the tensor.
+        """
+        if storage_reason(self) is not None:
+            return super().read_data(plan, planner)
+        self._plan_reads().run(plan, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _plan_reads(self, verify: bool | Literal["strict"] | None = None) -> PlanReads:
+        metadata, saves = self._was_read or (None, b"")
+        if metadata is not self._metadata:
+            saves = b""
+        return PlanReads(self, self._metadata, saves, verify)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,14 +13,17 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    _EmptyStateDictLoadPlanner,
+)
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _torch_load
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
@@ -31,7 +34,8 @@ from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
 from ._load import NativeLoad, UnsupportedCheckpoint
-from ._report import LISTED_NAMES, note_path, set_report
+from ._mixed_load import MixedLoad
+from ._report import LISTED_NAMES, logger, note_path, set_report
 from ._uploads import wait_for_uploads
 
 __all__ = ["_load_state_dict_from_keys", "load", "load_state_dict"]
@@ -101,7 +105,7 @@ def load(
         CheckpointException: on every rank when any rank failed; ``failures`` maps group ranks to
             exceptions.  A :class:`LoadException`, which names the tensors, once memory has been
             written to.  ValueError is the cause when a string of ``keys`` selects nothing, or when
-            ``verify`` asks for what torch's own path (custom roles) does not do.
+            ``verify`` asks for what a reader that is not torch's own does not do.
     """
     torch._C._log_api_usage_once("dcp_native.load")
     no_dist = no_dist or (not dist.is_available()) or (not dist.is_initialized())
@@ -157,15 +161,23 @@ def _tell(
     no_dist: bool,
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
-    reason = _roles.load_reason(reader, planner) or _roles.group_reason(process_group, no_dist)
-    if reason is not None:
-        set_report(_failed({"kind": "load", "path": "torch", "reason": reason}, error))
+    read_reason = _roles.reader_reason(reader)
+    plan_reason = _plan_reason(planner, process_group, no_dist)
+    if read_reason or plan_reason:
+        set_report(_failed(_report(read_reason, plan_reason), error))
         if isinstance(error, Exception):
             with contextlib.suppress(CheckpointException):
                 _refuse(error, process_group, coordinator_rank, no_dist)
     else:
         group = group_for(process_group, no_dist, 0 if no_dist else coordinator_rank)
         NativeLoad(reader, planner, group).tell(error)
+
+
+def _plan_reason(
+    planner: LoadPlanner | None, process_group: dist.ProcessGroup | None, no_dist: bool
+) -> str | None:
+    """Why torch's implementation has to plan a load that is read natively; None: it need not."""
+    return _roles.load_planner_reason(planner) or _roles.group_reason(process_group, no_dist)
 
 
 def _load_state_dict(
@@ -187,27 +199,71 @@ def _load_state_dict(
     except BaseException as error:  # an interrupt
         _tell(error, storage_reader, planner, process_group, coordinator_rank, no_dist)
         raise
-    reason = _roles.load_reason(storage_reader, planner)
-    reason = reason or _roles.group_reason(process_group, no_dist)
-    if reason is None:
+    read_reason = _roles.reader_reason(storage_reader)
+    plan_reason = _plan_reason(planner, process_group, no_dist)
+    if not (read_reason or plan_reason):
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
         group = group_for(process_group, alone, 0 if alone else coordinator_rank)
         try:
             NativeLoad(storage_reader, planner, group, keys, verify, top_is_copy).run(state_dict)
+            note_path("load", None)
+            return
         except UnsupportedCheckpoint as error:  # raised on every rank or on none
-            reason = str(error)
-    note_path("load", reason)
-    if reason is not None:
-        report: dict[str, Any] = {"kind": "load", "path": "torch", "reason": reason}
-        try:
-            _load_through_torch(
-                state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner,
-                keys, verify, report,
-            )  # fmt: skip
-        except BaseException as error:
-            set_report(_failed(report, error))
-            raise
-        set_report({**report, "failed": False, "error": None})
+            plan_reason = str(error)
+    report = _report(read_reason, plan_reason)
+    logger.debug("load: %(path)s path; planner %(planner)s; reader %(reader)s", report)
+    set_report(report)
+    load = None
+    if read_reason is None:
+        load = MixedLoad(
+            cast(FileSystemReader, storage_reader), planner, process_group, coordinator_rank,
+            no_dist, verify, top_is_copy,
+        )  # fmt: skip
+    try:
+        _load_by_steps(
+            load, state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner,
+            keys, verify, report,
+        )  # fmt: skip
+    except BaseException as error:
+        set_report(_failed(report | (load.facts(state_dict, True) if load else {}), error))
+        raise
+    report |= load.facts(state_dict, False) if load else {}
+    set_report({**report, "failed": False, "error": None})
+
+
+def _load_state_dict_from_keys(
+    keys: set[str] | str | None = None,
+    *,
+    checkpoint_id: str | os.PathLike | None = None,
+    storage_reader: StorageReader | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """A new state dict of the saved keys, or of those that are or lie under ``keys``; private.
+
+    Not distributed: every rank gets all of it, on the CPU.
+    """
+    torch._C._log_api_usage_once("dcp_native._load_state_dict_from_keys")
+    no_dist = not (dist.is_available() and dist.is_initialized())
+    if no_dist:
+        warnings.warn(_NO_DIST_TEXT, stacklevel=2)
+    reader = cast(StorageReader, _storage_setup(storage_reader, checkpoint_id, reader=True))
+    planner = _EmptyStateDictLoadPlanner(keys={keys} if isinstance(keys, str) else keys)
+    state_dict: dict[str, Any] = {}
+    _load_state_dict(
+        state_dict, reader, process_group=process_group, no_dist=no_dist, planner=planner
+    )
+    return state_dict
+
+
+def _report(read_reason: str | None, plan_reason: str | None) -> dict[str, Any]:
+    """Of a load that torch's implementation drives: where its roles ran, and why there."""
+    return {
+        "kind": "load",
+        "path": "torch" if read_reason else "mixed",
+        "reason": read_reason or plan_reason,
+        "planner": f"python: {plan_reason or read_reason}",
+        "reader": f"python: {read_reason}" if read_reason else "native",
+    }
 
 
 def _failed(report: dict[str, Any], error: BaseException) -> dict[str, Any]:
@@ -239,10 +295,11 @@ def _refuse(
 ) -> None:
     """Take part in torch's load with nothing but ``error``, which every rank then raises."""
     role = cast(Any, _Refuses(error))
-    _torch._load_state_dict({}, role, process_group, coordinator_rank, no_dist, role)
+    _torch_load({}, role, process_group, coordinator_rank, no_dist, role)
 
 
-def _load_through_torch(
+def _load_by_steps(
+    load: MixedLoad | None,
     state_dict: dict[str, Any],
     storage_reader: StorageReader,
     process_group: dist.ProcessGroup | None,
@@ -253,19 +310,14 @@ def _load_through_torch(
     verify: bool | Literal["strict"] | None,
     report: dict[str, Any],
 ) -> None:
-    """Torch's implementation, given a state dict of nothing but the selected leaves."""
+    """Torch's implementation, given a state dict of nothing but the selected leaves.
+
+    ``load`` is None where the reader is not stock: nothing is native then.
+    """
     pruned = None
     try:
-        if not config().allow_unsafe_objects:
-            raise pickle.UnpicklingError(
-                "config.allow_unsafe_objects is off, and this load runs through torch's own "
-                f"implementation, which unpickles whatever it finds, because {report['reason']}"
-            )
-        if verify:
-            raise ValueError(
-                f"verify={verify!r} cannot be had: this load runs through torch's own "
-                f"implementation, which verifies nothing, because {report['reason']}"
-            )
+        if load is None:
+            _check_torch_can(verify, report["reason"])
         if keys is not None:
             pruned = keys.prune(state_dict, getattr(planner, "flatten_state_dict", True))
             report["skipped"] = pruned.skipped[:LISTED_NAMES]
@@ -273,9 +325,24 @@ def _load_through_torch(
     except BaseException as error:
         _refuse(error, process_group, coordinator_rank, no_dist)
         raise
-    _torch._load_state_dict(
-        state_dict if pruned is None else pruned.state_dict,
-        storage_reader, process_group, coordinator_rank, no_dist, planner,
-    )  # fmt: skip
+    target = state_dict if pruned is None else pruned.state_dict
+    if load is not None:
+        load.run(target)
+    else:
+        _torch_load(target, storage_reader, process_group, coordinator_rank, no_dist, planner)
     if pruned is not None:
         pruned.put_back()
+
+
+def _check_torch_can(verify: bool | Literal["strict"] | None, reason: str) -> None:
+    """Refuse what a reader that is not stock would not do."""
+    if not config().allow_unsafe_objects:
+        raise pickle.UnpicklingError(
+            "config.allow_unsafe_objects is off, and this load runs through torch's own "
+            f"implementation, which unpickles whatever it finds, because {reason}"
+        )
+    if verify:
+        raise ValueError(
+            f"verify={verify!r} cannot be had: this load runs through torch's own "
+            f"implementation, which verifies nothing, because {reason}"
+        )

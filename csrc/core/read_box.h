@@ -44,6 +44,11 @@ int dcp_read_box_init_view(struct dcp_read_box *box, const struct dcp_read_plan 
                            uint64_t gap_bytes, bool *ret_dense,
                            struct dcp_error *err) DCP_MUST_CHECK;
 
+/* Whether a record that holds the tensor `view` is to be handed over, for it is another than the
+ * metadata says and the plan leaves that to the record. */
+bool dcp_read_view_differs(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+                           const struct dcp_record_view *view);
+
 /* Bytes of the overlap before payload position `at`. */
 uint64_t dcp_read_box_below(const struct dcp_read_box *box, uint64_t at);
 /* Bytes before payload position `at` that rows span: wanted ones and the gaps read over. */

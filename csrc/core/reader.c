@@ -15,6 +15,7 @@
  */
 #include "reader.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -238,7 +239,7 @@ want_parsed(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
     struct dcp_error why;
     dcp_error_clear(&why);
     int rc = dcp_read_file_parse(reader, reader->file, chunk, &view, &why);
-    if (rc == DCP_E_UNSUPPORTED) {
+    if (rc == DCP_E_UNSUPPORTED || (rc == 0 && dcp_read_view_differs(reader->plan, item, &view))) {
         return want_record(reader, item, err);
     }
     if (rc != 0) {
@@ -274,6 +275,13 @@ want_tensor(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
         return rc;
     }
     uint64_t payload = box->payload_bytes;
+    if (md->is_raw) {
+        part->payload_offset_bytes = chunk->offset_bytes;
+        return chunk->length_bytes == payload
+                   ? want_part(reader, part, err)
+                   : dcp_read_fail(reader, reader->file, item, DCP_E_CORRUPT, chunk->offset_bytes,
+                                   "its bytes are not those of its shape", err);
+    }
     struct dcp_tensor_shape shape = {.dtype = entry->dtype,
                                      .ndim = entry->ndim,
                                      .sizes = md->dims + chunk->dims + entry->ndim,
@@ -461,5 +469,22 @@ dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
     if (rc == 0 && ret_stats != NULL) {
         *ret_stats = reader.stats;
     }
+    return rc;
+}
+
+int
+dcp_reader_run_path(const struct dcp_io *io, const char *dir_path, const struct dcp_read_plan *plan,
+                    const struct dcp_engine_options *options, dcp_record_fn on_record,
+                    void *on_record_ctx, struct dcp_read_stats *ret_stats, struct dcp_error *err)
+{
+    int dirfd = io->open_dir(io->ctx, dir_path);
+    if (dirfd < 0) {
+        return dcp_error_set(err, dirfd == -ENOENT ? DCP_E_NOENT : DCP_E_IO, -dirfd, dir_path,
+                             "opening the directory %s failed: %s", dir_path, strerror(-dirfd));
+    }
+    int rc = dcp_reader_run(io, dirfd, dir_path, plan, options, on_record, on_record_ctx, ret_stats,
+                            err);
+    /* Nothing was written: a failing close has nothing to say. */
+    io->close(io->ctx, dirfd);
     return rc;
 }

@@ -266,7 +266,8 @@ deliver_parsed(struct dcp_reader *reader, const struct dcp_read_file *file,
     struct dcp_error why;
     dcp_error_clear(&why);
     int rc = dcp_record_parse(&input, &view, &why);
-    if (rc == DCP_E_UNSUPPORTED) {
+    if (rc == DCP_E_UNSUPPORTED ||
+        (rc == 0 && dcp_read_view_differs(reader->plan, use->item, &view))) {
         return hand_over(reader, file, use, record, err);
     }
     if (rc != 0) {

@@ -146,6 +146,9 @@ struct dcp_read_plan {
     uint64_t dims_count, dims_cap;
     uint64_t wanted_bytes; /* payload bytes that targets ask for */
     uint64_t objects_count;
+    /* A record of another dtype or shape than its chunk is handed over, like one that only Python
+     * can read; false: it is DCP_E_CORRUPT. */
+    bool records_decide;
     /* Owned, one word per target: DCP_TARGET_ bits and the bytes delivered.  NULL: nobody counts.
      */
     _Atomic uint64_t *delivered;
@@ -240,6 +243,12 @@ int dcp_reader_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                    const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
                    dcp_record_fn on_record, void *on_record_ctx, struct dcp_read_stats *ret_stats,
                    struct dcp_error *err) DCP_MUST_CHECK;
+
+/* The same, in a directory that is opened for it. */
+int dcp_reader_run_path(const struct dcp_io *io, const char *dir_path,
+                        const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
+                        dcp_record_fn on_record, void *on_record_ctx,
+                        struct dcp_read_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- strided boxes (shared by writer and reader) ---- */
 

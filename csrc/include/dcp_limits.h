@@ -21,6 +21,10 @@
 /* Nesting of containers in a state dict and of values in a pickle: deeper ones are refused, not
  * recursed into. */
 #define DCP_MAX_DEPTH 256
+/* The header of a safetensors file, which its format limits; and nesting of values in it that
+ * nobody asked for: the format needs 2, other readers stop here as well. */
+#define DCP_MAX_SAFETENSORS_HEADER_BYTES 100000000u
+#define DCP_MAX_JSON_DEPTH 128
 /* A `.metadata` file.  1M chunks take 70 MB; 8 GiB leaves room and still bounds a hostile length.
  */
 #define DCP_MAX_METADATA_BYTES (1ull << 33)

@@ -108,6 +108,7 @@ struct dcp_metadata {
     uint32_t files_count;
     bool owned;
     bool is_native;   /* written by us: footer present and valid */
+    bool is_raw;      /* chunks are payloads alone, row major, with no record around them */
     uint64_t tail_at; /* where dcp_metadata_read_tail can begin; 0: only the whole helps */
     struct dcp_save_id save_id;   /* of the footer; zero when stock */
     struct dcp_save_id *accepted; /* owned, ascending: other saves whose data files are linked */

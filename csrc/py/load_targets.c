@@ -202,17 +202,16 @@ strides_of(struct load_builder *b, const struct dcp_tensor_view *view, uint32_t 
     return 0;
 }
 
-/* Whether the reader can write the tensor's memory itself. */
-static bool
-is_memory(const struct load_builder *b, enum dcp_tensor_class tensor_class,
-          const struct dcp_tensor_view *view)
+bool
+load_is_memory(enum dcp_tensor_class tensor_class, const struct dcp_tensor_view *view,
+               int saved_dtype)
 {
     const uint32_t wants = DCP_TENSOR_STRIDED | DCP_TENSOR_CPU | DCP_TENSOR_HAS_MEMORY;
     const uint32_t refuses = DCP_TENSOR_CONJ | DCP_TENSOR_NEG | DCP_TENSOR_OVERLAPS;
 
     return tensor_class == DCP_PLAIN_TENSOR && (view->flags & wants) == wants &&
            !(view->flags & refuses) &&
-           (view->dtype == b->entry->dtype || dcp_can_convert(b->entry->dtype, view->dtype));
+           (view->dtype == saved_dtype || dcp_can_convert(saved_dtype, view->dtype));
 }
 
 /* Whether every as_strided view of the tensor is its memory, on devices that are known for it. */
@@ -339,7 +338,7 @@ load_add_box(struct load_builder *b, const uint64_t *offsets, const uint64_t *si
         b->targets->cast_count++;
         load_mark(b, LOAD_CAST);
     }
-    if (is_memory(b, tensor_class, &view)) {
+    if (load_is_memory(tensor_class, &view, b->entry->dtype)) {
         data = b->state->bridge->tensor_mutable_data(tensor);
         if (data != NULL) {
             return add_memory(b, &view, data, offsets, sizes, tensor);

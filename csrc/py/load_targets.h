@@ -67,6 +67,10 @@ int load_targets_build(struct native_state *state, const struct dcp_metadata *md
 /* Idempotent; needs the GIL. */
 void load_targets_clean_up(struct load_targets *targets);
 
+/* Whether the reader can write a tensor's memory itself, of elements saved as `saved_dtype`. */
+bool load_is_memory(enum dcp_tensor_class tensor_class, const struct dcp_tensor_view *view,
+                    int saved_dtype);
+
 /* Whether torch's _init_state_dict has something to do: 1, 0, or -1 with an exception. */
 int state_dict_has_meta(struct native_state *state, PyObject *state_dict);
 

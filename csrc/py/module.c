@@ -12,6 +12,8 @@
 #include "debug_plan.h"
 #include "errors.h"
 #include "export_object.h"
+#include "read_records.h"
+#include "safetensors_header.h"
 #include "stage_copy.h"
 #include "verify_object.h"
 
@@ -196,6 +198,8 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
         PyModule_AddFunctions(module, export_methods) != 0 ||
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
+        PyModule_AddFunctions(module, read_records_methods) != 0 ||
+        PyModule_AddFunctions(module, safetensors_methods) != 0 ||
         PyModule_AddFunctions(module, verify_methods) != 0) {
         return -1;
     }

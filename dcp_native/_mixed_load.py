@@ -1,0 +1,122 @@
+"""A load that torch's implementation drives, planner's hooks and all, and whose bytes are native.
+
+For planners that are not torch's own, and where torch's collectives or its unpickler are needed.
+Torch's function gets the caller's reader in another class: same state, native ``read_data``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader as _TorchReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _torch_load
+from torch.futures import Future
+
+from ._failures import LoadException
+from ._plan_reads import PlanReads
+from ._report import LISTED_NAMES
+from .filesystem import FileSystemReader
+
+
+class _CallReader(FileSystemReader):
+    """A stock reader for one call.  It shares the state of the caller's; its own is in slots."""
+
+    __slots__ = ("damage", "reads", "verify")
+
+    damage: Exception | None
+    reads: PlanReads | None
+    verify: bool | Literal["strict"] | None
+
+    @classmethod
+    def of(cls, reader: _TorchReader, verify: bool | Literal["strict"] | None) -> _CallReader:
+        view = object.__new__(cls)
+        view.__dict__ = reader.__dict__
+        view.damage, view.reads, view.verify = None, None, verify
+        return view
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As ours; only where ``.metadata`` is absent may a rank's own file stand for it."""
+        if self.damage is not None:
+            raise self.damage
+        try:
+            return super().read_metadata(*args, **kwargs)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            self.damage = error
+            raise
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As ours, verified as the call wants; what became of which name is kept."""
+        self.reads = self._plan_reads(self.verify)
+        self.reads.run(plan, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+class MixedLoad:
+    """One load.
+
+    Args:
+        reader: for which ``filesystem.storage_reason`` is None.
+        top_is_copy: the caller has another top-level dict than ``run`` gets.
+    """
+
+    def __init__(
+        self,
+        reader: _TorchReader,
+        planner: LoadPlanner | None,
+        process_group: dist.ProcessGroup | None,
+        coordinator_rank: int,
+        no_dist: bool,
+        verify: bool | Literal["strict"] | None = None,
+        top_is_copy: bool = False,
+    ) -> None:
+        self.reader = _CallReader.of(reader, verify)
+        self.planner = planner
+        self.group = (process_group, coordinator_rank, no_dist)
+        self.top_is_copy = top_is_copy
+
+    def run(self, state_dict: dict[str, Any]) -> None:
+        """Collective; torch's exceptions, as LoadException once memory was written to."""
+        try:
+            _torch_load(state_dict, self.reader, *self.group, self.planner)
+        except CheckpointException as error:
+            group, _, no_dist = self.group
+            rank = 0 if no_dist else dist.get_rank(group)
+            mine = error.failures.get(rank, (None,))[0]
+            if isinstance(mine, KeyboardInterrupt | SystemExit):
+                raise mine from error
+            outcome = self._outcome(state_dict)
+            if not (outcome[0] or outcome[1]):
+                raise
+            raise LoadException(*error.args, rank, *outcome) from mine
+
+    def facts(self, state_dict: dict[str, Any], failed: bool) -> dict[str, Any]:
+        """What the report has of it."""
+        facts: dict[str, Any] = {"rank_local": not self.reader.use_collectives}
+        if self.reader.reads is not None:
+            facts |= {"verify": self.reader.reads.verify, **self.reader.reads.stats}
+            facts["objects_count"] = len(self.reader.reads.objects)
+        if failed:
+            outcome = self._outcome(state_dict)
+            for key, names in zip(("filled", "partly", "untouched"), outcome, strict=True):
+                facts[key] = list(names[:LISTED_NAMES])
+                facts[f"{key}_count"] = len(names)
+        return facts
+
+    def _outcome(self, state_dict: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+        reads = self.reader.reads
+        if reads is None:
+            return (), (), ()
+        filled, partly, untouched = reads.outcome()
+        if self.top_is_copy:  # objects that were set in the copy
+            lost = {name for name in reads.objects if name in state_dict}
+            filled, partly = (tuple(n for n in ns if n not in lost) for ns in (filled, partly))
+            untouched += tuple(lost)
+        return filled, partly, untouched

@@ -1,0 +1,70 @@
+"""QuantizedHuggingFaceStorageReader: quantised weights become numbers while they are read.
+
+Mirrors torch/distributed/checkpoint/quantized_hf_storage.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.distributed.checkpoint import quantized_hf_storage as _torch
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from ._hf_quant import QuantReads, Scales, why_not
+from ._hf_reader import HuggingFaceStorageReader, done, hooks_of, not_native_reason
+from ._report import logger
+
+__all__ = ["QuantizedHuggingFaceStorageReader"]
+
+_STOCK_HOOKS = {
+    **hooks_of(_torch.QuantizedHuggingFaceStorageReader),
+    **{
+        name: getattr(_torch.QuantizedHuggingFaceStorageReader, name)
+        for name in (
+            "_read_quantized_tensor_with_block_alignment",
+            "_dequantize_tensor",
+            "_dequantize_tensor_mxfp4",
+            "_get_slice_to_block_mapping",
+            "_is_tensor_quantized",
+        )
+    },
+}
+
+
+class QuantizedHuggingFaceStorageReader(
+    _torch.QuantizedHuggingFaceStorageReader, HuggingFaceStorageReader
+):
+    """Torch's reader of quantised safetensors checkpoints, read natively.
+
+    Weights with a ``.weight_scale_inv`` are made of square blocks, ``_blocks`` with ``_scales`` of
+    pairs of 4-bit numbers (MXFP4); results are torch's to the bit.  Only the wanted ranges of
+    weights and scales are read, and values are written once, where they belong, when the target is
+    CPU memory of ``target_dtype``.  What is quantised in another way is left to torch.
+    """
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what ``plan`` names and hand it to ``planner``, as torch's; done when it returns."""
+        reason = not_native_reason(self, _STOCK_HOOKS)
+        reads = None
+        if reason is None:
+            reads = QuantReads(self, self._scales_of)
+            reason = reads.prepare(plan) or why_not(self.target_dtype)
+        if reads is None or reason is not None:
+            logger.debug("quantised files are read by torch's implementation, because %s", reason)
+            return _torch.QuantizedHuggingFaceStorageReader.read_data(self, plan, planner)
+        reads.run(plan, planner)
+        return done()
+
+    def _scales_of(self, item: ReadItem, path: str) -> Scales | None:
+        """Where the scales of an item lie, by torch's rules; None when it is not quantised."""
+        fqn = item.storage_index.fqn
+        if not self._is_tensor_quantized(fqn):
+            return None
+        name = self._weight_scale_mapping[fqn]
+        file = self._weight_map.get(name)
+        if file is None:
+            raise ValueError(f"Scale tensor {name} not found in weight_map")
+        if file != self._weight_map.get(fqn):
+            path = str(Path(self.path) / file)
+        return Scales(path, name)

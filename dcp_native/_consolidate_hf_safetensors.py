@@ -254,7 +254,11 @@ def consolidate_safetensors_files_on_every_rank(
     layout = _lay_out(shards, fqn_to_index_mapping)
     names = full_names(layout.places, fqn_to_index_mapping)
     mine = {name for fqn, name in names.items() if fqn_to_index_mapping[fqn] % size == rank}
-    _agree(partial(_join, shards, layout, output_dir, token, mine), process_group)
+    try:
+        _agree(partial(_join, shards, layout, output_dir, token, mine), process_group)
+    except BaseException:
+        _native.export_discard(output_dir, [part_name(token, name) for name in mine])
+        raise
     publish = partial(_publish, layout, output_dir, token, fqn_to_index_mapping)
     _agree(publish if rank == 0 else _nothing, process_group)
 

@@ -27,6 +27,7 @@ MODULES = {
     "cases_reshard": (4,),
     "cases_read_once": (2, 4),
     "cases_checkpointer": (2,),
+    "cases_hf_writer": (2, 3),
 }
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 
 import limits
 import program
@@ -110,49 +111,46 @@ def timed(what) -> tuple[float, int]:
     return numbers[0].item(), int(numbers[1].item())
 
 
+def measure(case: str, args: argparse.Namespace, where: str) -> dict:
+    state = build(case, args.quick)
+    own = sum(t.to_local().nbytes for t in state.values())
+    limit = limits.Limits(own)
+    samples = {"ours": [], "torch": [], "limit": []}
+    wrong = []
+    for turn in range(args.repeats):
+        for side in list(samples)[:: 1 if turn % 2 else -1]:
+            path = f"{where}/{side}"
+            if side == "limit":
+                file = f"{path}{dist.get_rank()}"
+                samples[side].append(timed(partial(limit.write, file, own)))
+                os.unlink(file)
+            else:
+                samples[side].append(timed(partial(export, side, path, state)))
+                wrong += [f"{case}, {side}: {name}" for name in differing(path, state)]
+                dist.barrier()
+                if dist.get_rank() == 0:
+                    shutil.rmtree(path)
+            limits.settle(where)
+            dist.barrier()
+    bad = [None] * RANKS
+    dist.all_gather_object(bad, wrong)
+    found = {"bytes": own * RANKS, "wrong": [text for texts in bad for text in texts]}
+    for side, pairs in samples.items():
+        found[side] = {
+            "wall_s": statistics.median(s for s, _ in pairs),
+            "walls_s": [s for s, _ in pairs],
+            "extra_bytes": max(b for _, b in pairs),
+        }
+    return found
+
+
 def run_rank(rank: int, args: argparse.Namespace, where: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{where}/rendezvous", rank=rank, world_size=RANKS
     )
-    results = {}
-    for case in CASES:
-        state = build(case, args.quick)
-        own = sum(t.to_local().nbytes for t in state.values())
-        limit = limits.Limits(own)
-        samples = {"ours": [], "torch": [], "limit": []}
-        wrong = []
-        for turn in range(args.repeats):
-            for side in list(samples)[:: 1 if turn % 2 else -1]:
-                path = f"{where}/{side}"
-                if side == "limit":
-                    file = f"{where}/limit{rank}"
-                    samples[side].append(timed(lambda f=file: limit.write(f, own)))
-                    os.unlink(file)
-                    continue
-                samples[side].append(timed(lambda s=side, p=path: export(s, p, state)))
-                wrong += [f"{case}, {side}: {name}" for name in differing(path, state)]
-                dist.barrier()
-                if rank == 0:
-                    shutil.rmtree(path)
-                limits.settle(where)
-                dist.barrier()
-        bad = [None] * RANKS
-        dist.all_gather_object(bad, wrong)
-        results[case] = {
-            "bytes": own * RANKS,
-            "wrong": sum(bad, []),
-            **{
-                side: {
-                    "wall_s": statistics.median(s for s, _ in pairs),
-                    "walls_s": [s for s, _ in pairs],
-                    "extra_bytes": max(b for _, b in pairs),
-                }
-                for side, pairs in samples.items()
-            },
-        }
-        del state, limit
+    results = {case: measure(case, args, where) for case in CASES}
     if rank == 0:
         pathlib.Path(where, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -33,6 +33,7 @@ from . import _native
 from ._config import DIRECT_IO, config
 from ._hf_layout import (
     FULL_PATTERN,
+    GLOBAL_SHAPE_KEY,
     ITEM_BYTES,
     Layout,
     Shape,
@@ -86,23 +87,19 @@ class _Shards:
             tensors, texts, _, _ = _native.read_safetensors_header(file)
             info = _saved_offsets(file, texts)
             for fqn, dtype, shape, begin, _ in tensors:
-                offsets = _offsets_of(file, fqn, info, len(shape))
-                self._add(file, fqn, dtype, (begin, offsets, shape))
+                offsets, ends = _box_of(file, fqn, info, shape)
+                self._add(file, fqn, dtype, ends)
+                chunk = (len(self.names), begin, (*offsets, *shape))
+                self.chunks.setdefault(fqn, []).append(chunk)
             self.names.append(name)
 
-    def _add(
-        self, file: str, fqn: str, dtype: str, shard: tuple[int, list[int], tuple[int, ...]]
-    ) -> None:
-        begin, offsets, shape = shard
-        ends = [offset + n for offset, n in zip(offsets, shape, strict=True)]
+    def _add(self, file: str, fqn: str, dtype: str, ends: list[int]) -> None:
         known = self.sizes.setdefault(fqn, ends)
         if dtype not in ITEM_BYTES:
             raise _refuse(file, fqn, f"torch has no type for {dtype}")
         if self.dtypes.setdefault(fqn, dtype) != dtype or len(known) != len(ends):
             raise _refuse(file, fqn, "another shard has another type or number of dimensions")
         self.sizes[fqn] = list(map(max, known, ends))
-        chunk = (len(self.names), begin, (*offsets, *shape))
-        self.chunks.setdefault(fqn, []).append(chunk)
 
 
 def _refuse(path: str, fqn: str, what: str) -> ValueError:
@@ -126,14 +123,21 @@ def _saved_offsets(path: str, texts: dict[str, str] | None) -> dict[str, Any]:
     return info
 
 
-def _offsets_of(path: str, fqn: str, info: dict[str, Any], ndim: int) -> list[int]:
+def _box_of(
+    path: str, fqn: str, info: dict[str, Any], shape: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """Where the shard begins, and the least size of the tensor that it says."""
     said = info.get(fqn)
-    offsets = said.get(SAVED_OFFSETS_KEY) if isinstance(said, dict) else None
-    if not isinstance(offsets, list) or len(offsets) != ndim:
-        raise _refuse(path, fqn, f"it has {ndim} dimensions, and saved_offsets are {offsets!r}")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in offsets):
-        raise _refuse(path, fqn, f"saved_offsets are {offsets!r}")
-    return offsets
+    said = said if isinstance(said, dict) else {}
+    offsets = said.get(SAVED_OFFSETS_KEY)
+    whole = said.get(GLOBAL_SHAPE_KEY, [0] * len(shape))  # torch does not tell
+    for numbers in (offsets, whole):
+        if not isinstance(numbers, list) or len(numbers) != len(shape):
+            raise _refuse(path, fqn, f"a shard of shape {shape} can not be at {said!r}")
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise _refuse(path, fqn, f"a shard can not be at {said!r}")
+    ends = [offset + n for offset, n in zip(offsets, shape, strict=True)]
+    return offsets, list(map(max, ends, whole))
 
 
 def _lay_out(shards: _Shards, fqn_to_index_mapping: dict[str, int]) -> Layout:

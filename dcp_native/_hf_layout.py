@@ -34,6 +34,10 @@ FULL_PATTERN = "model-#####-of-#####.safetensors"
 SHARD_PATTERN = "shard-#####-model-#####-of-#####.safetensors"
 """Names of exports, a ``#`` for each digit: what a new export of the kind replaces."""
 
+GLOBAL_SHAPE_KEY = "global_shape"
+"""Beside torch's ``saved_offsets`` of a shard; without it a shard file that is missing at a
+tensor's end goes unnoticed."""
+
 PAGE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors package reads at most."""

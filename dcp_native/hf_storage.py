@@ -38,6 +38,7 @@ from ._config import DIRECT_IO, config, io_priority
 from ._consolidate_hf_safetensors import consolidate_safetensors_files
 from ._hf_layout import (
     FULL_PATTERN,
+    GLOBAL_SHAPE_KEY,
     PREFIX,
     SHARD_PATTERN,
     Layout,
@@ -296,7 +297,10 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
                     "each name; save with enable_consolidation=True"
                 )
             shapes[fqn] = shape_of(fqn, data.properties.dtype, data.chunk.sizes)
-            offsets[fqn] = {SAVED_OFFSETS_KEY: list(data.chunk.offsets)}
+            offsets[fqn] = {
+                SAVED_OFFSETS_KEY: list(data.chunk.offsets),
+                GLOBAL_SHAPE_KEY: list(data.size),
+            }
         names = shard_names(shapes, self.fqn_to_index_mapping, plan.storage_data["shard_index"])
         texts = {
             name: {

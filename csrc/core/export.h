@@ -64,6 +64,8 @@ void dcp_export_dir_close(struct dcp_export_dir *dir);
 /* Fills *err: "`what` `name` failed" with the reason and what to do. */
 int dcp_export_fail(const struct dcp_export_dir *dir, const char *name, int sys_errno,
                     const char *what, struct dcp_error *err);
+int dcp_export_fstat(const struct dcp_export_dir *dir, int fd, const char *name,
+                     struct dcp_stat *ret, struct dcp_error *err) DCP_MUST_CHECK;
 int dcp_export_check_cancel(const struct dcp_engine_options *options,
                             struct dcp_error *err) DCP_MUST_CHECK;
 /* Opens a file that was created for this export. */

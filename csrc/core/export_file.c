@@ -67,6 +67,17 @@ dcp_export_fail(const struct dcp_export_dir *dir, const char *name, int sys_errn
 }
 
 int
+dcp_export_fstat(const struct dcp_export_dir *dir, int fd, const char *name, struct dcp_stat *ret,
+                 struct dcp_error *err)
+{
+    int rc;
+    do {
+        rc = dir->io->fstat(dir->io->ctx, fd, ret);
+    } while (rc == -EINTR);
+    return rc == 0 ? 0 : dcp_export_fail(dir, name, -rc, "looking at", err);
+}
+
+int
 dcp_export_check_cancel(const struct dcp_engine_options *options, struct dcp_error *err)
 {
     if (options->cancel != NULL &&
@@ -131,10 +142,11 @@ dcp_export_out_open(const struct dcp_export_dir *dir, const struct dcp_export_fi
     out->direct_fd = -1;
     out->fd = open_existing(dir, what->name, err);
     int rc = out->fd < 0 ? out->fd : 0;
-    struct dcp_stat stat;
-    if (rc == 0 && (rc = io->fstat(io->ctx, out->fd, &stat)) < 0) {
-        rc = dcp_export_fail(dir, what->name, -rc, "looking at", err);
-    } else if (rc == 0 && stat.size_bytes != what->length_bytes) {
+    struct dcp_stat stat = {0};
+    if (rc == 0) {
+        rc = dcp_export_fstat(dir, out->fd, what->name, &stat, err);
+    }
+    if (rc == 0 && stat.size_bytes != what->length_bytes) {
         rc = dcp_error_set(err, DCP_E_STALE, 0, what->name,
                            "%s/%s has %" PRIu64 " bytes where the export's plan has %" PRIu64
                            ": it is not the file that the coordinator made",

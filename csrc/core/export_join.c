@@ -81,9 +81,10 @@ sources_open(struct join *join, const struct dcp_io *io, struct dcp_error *err)
         do {
             join->fds[i] = io->open_at(io->ctx, join->from.fd, name, O_RDONLY, 0);
         } while (join->fds[i] == -EINTR);
-        rc = join->fds[i] < 0 ? join->fds[i] : io->fstat(io->ctx, join->fds[i], &stat);
-        if (rc < 0) {
-            return dcp_export_fail(&join->from, name, -rc, "opening", err);
+        rc = join->fds[i] < 0 ? dcp_export_fail(&join->from, name, -join->fds[i], "opening", err)
+                              : dcp_export_fstat(&join->from, join->fds[i], name, &stat, err);
+        if (rc != 0) {
+            return rc;
         }
         join->sizes_bytes[i] = stat.size_bytes;
     }

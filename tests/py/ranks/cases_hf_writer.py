@@ -1,4 +1,4 @@
-"""Hugging Face exports by several ranks: what other readers find in them, and what a failure leaves."""
+"""Hugging Face exports by several ranks: what others read in them, what a failure leaves."""
 
 from __future__ import annotations
 

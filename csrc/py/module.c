@@ -12,6 +12,7 @@
 #include "dcp_crc32.h"
 #include "debug_plan.h"
 #include "errors.h"
+#include "export_object.h"
 #include "read_records.h"
 #include "safetensors_header.h"
 #include "stage_copy.h"
@@ -196,6 +197,7 @@ module_exec(PyObject *module)
         PyModule_AddObjectRef(module, "NativeError", state->error_class) != 0 ||
         PyModule_AddStringConstant(module, "built_for_torch", DCP_BUILT_FOR_TORCH) != 0 ||
         PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
+        PyModule_AddFunctions(module, export_methods) != 0 ||
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
         PyModule_AddFunctions(module, read_records_methods) != 0 ||
         PyModule_AddFunctions(module, safetensors_methods) != 0 ||

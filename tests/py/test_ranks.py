@@ -34,6 +34,7 @@ MODULES = {
     "cases_save_roles": (2, 3),
     "cases_hf_reader": (2, 3),
     "cases_format_utils": (2,),
+    "cases_hf_writer": (2, 3),
 }
 
 

@@ -1,0 +1,208 @@
+"""Hugging Face exports by several ranks: what others read in them, what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_dcp
+from common import assert_equal, full, like, mesh_of, shard, value
+from safetensors import safe_open
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+    consolidate_safetensors_files_on_every_rank as torch_consolidate,
+)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import Replicate, Shard
+
+import dcp_native as dcp
+from dcp_native._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
+from dcp_native.hf_storage import HuggingFaceStorageWriter
+
+
+def state(size: int, bump: int = 0) -> dict[str, object]:
+    mesh = mesh_of(size)
+    return {
+        "rows": shard(value("rows", (517, 600)) + bump, mesh, Shard(0)),
+        "columns": shard(value("columns", (300, 771), torch.bfloat16) + bump, mesh, Shard(1)),
+        "middle": shard(value("middle", (7, 130, 33)) + bump, mesh, Shard(1)),
+        "uneven": shard(value("uneven", (size + 1, 5), torch.int64) + bump, mesh, Shard(0)),
+        "replicated": shard(value("replicated", (400, 50)) + bump, mesh, Replicate()),
+        "plain": value("plain", (1000,)) + bump,
+        "scalar": torch.tensor(3 + bump, dtype=torch.int32),
+        "flags": value("flags", (9,), torch.bool),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def mapping(state_dict: dict[str, object]) -> dict[str, int]:
+    return {fqn: 1 + i % 3 for i, fqn in enumerate(state_dict)}
+
+
+def read_all(path: Path) -> dict[str, torch.Tensor]:
+    """By the index, as transformers does."""
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    found = {}
+    for fqn, name in index["weight_map"].items():
+        with safe_open(path / name, "pt") as file:
+            assert file.metadata()["format"] == "pt"
+            found[fqn] = file.get_tensor(fqn)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    return found
+
+
+def names(path: Path) -> list[str]:
+    return sorted(os.listdir(path)) if path.exists() else []
+
+
+def check_export(path: Path, state_dict: dict[str, object]) -> None:
+    found = read_all(path)
+    assert set(found) == set(state_dict)
+    for fqn, tensor in state_dict.items():
+        assert torch.equal(found[fqn], full(tensor)), fqn
+    assert [n for n in names(path) if n.startswith(".")] == []
+
+
+def save_one_pass(context, state_dict, save=dcp.save, path: Path | None = None) -> Path:
+    path = path or context.dir / "export"
+    writer = HuggingFaceStorageWriter(
+        str(path),
+        fqn_to_index_mapping=mapping(state_dict),
+        save_distributed=True,
+        enable_consolidation=True,
+    )
+    save(state_dict, storage_writer=writer)
+    return path
+
+
+def case_one_pass_makes_the_final_files(context):
+    for save in (dcp.save, torch_dcp.save):
+        state_dict = state(context.size)
+        path = save_one_pass(context, state_dict, save)
+        check_export(path, state_dict)
+        assert names(path) == [
+            "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+            "model-00003-of-00003.safetensors", "model.safetensors.index.json",
+        ]  # fmt: skip
+        target = like(state_dict)
+        torch_dcp.load(target, storage_reader=HuggingFaceStorageReader(str(path)))
+        assert_equal(target, state_dict)
+        context.barrier()
+
+
+def case_an_export_replaces_the_one_before(context):
+    path = save_one_pass(context, state(context.size))
+    newer = {fqn: tensor for fqn, tensor in state(context.size, 5).items() if fqn != "plain"}
+    writer = HuggingFaceStorageWriter(str(path), save_distributed=True, enable_consolidation=True)
+    dcp.save(newer, storage_writer=writer)
+    check_export(path, newer)
+    assert names(path) == ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    context.barrier()
+
+
+def case_shard_files_are_those_that_torch_consolidates(context):
+    state_dict, out = state(context.size), context.dir / "out"
+    columns = mapping(state_dict)
+    # Torch's consolidation knows no integers and no scalars.
+    floats = {
+        k: v for k, v in state_dict.items()
+        if v.dtype.is_floating_point and v.dim() > 0 and v.numel() > 0
+    }  # fmt: skip
+    for number, some in enumerate((floats, state_dict)):
+        path = context.dir / f"shards{number}"
+        writer = HuggingFaceStorageWriter(
+            str(path), fqn_to_index_mapping=columns, save_distributed=True
+        )
+        dcp.save(some, storage_writer=writer)
+        assert all(n.startswith("shard-0000") for n in names(path))
+        target = like(some)
+        torch_dcp.load(target, storage_reader=HuggingFaceStorageReader(str(path)))
+        assert_equal(target, some)
+        wanted = {fqn: columns[fqn] for fqn in some}
+        if context.rank == 0:
+            out.mkdir(exist_ok=True)
+        context.barrier()
+        for consolidate in (torch_consolidate, consolidate_safetensors_files_on_every_rank):
+            if consolidate is torch_consolidate and some is not floats:
+                continue
+            consolidate(str(path), str(out), wanted)
+            if consolidate is not torch_consolidate:
+                check_export(out, some)
+            context.barrier()
+
+
+def case_shards_that_torch_wrote_are_consolidated(context):
+    state_dict = state(context.size)
+    path, out = context.dir / "shards", context.dir / "out"
+    writer = torch_dcp.HuggingFaceStorageWriter(
+        str(path), fqn_to_index_mapping=mapping(state_dict), save_distributed=True
+    )
+    torch_dcp.save(state_dict, storage_writer=writer)
+    consolidate_safetensors_files_on_every_rank(str(path), str(out), mapping(state_dict))
+    check_export(out, state_dict)
+    context.barrier()
+
+
+def case_ranks_without_a_shared_directory_write_shard_files(context):
+    state_dict = state(context.size)
+    with mock.patch.object(HuggingFaceStorageWriter, "_is_shared", return_value=False):
+        path = save_one_pass(context, state_dict)
+    check_export(path, state_dict)
+    shards = names(path / "sharded")
+    assert shards and all(n.startswith("shard-") for n in shards)
+    context.barrier()
+
+
+def case_a_failure_of_one_rank_leaves_the_export_before(context):
+    state_dict = state(context.size)
+    path = save_one_pass(context, state_dict)
+    failing = mock.patch(
+        "dcp_native.hf_storage._native.export_write", side_effect=OSError(28, "No space left")
+    )
+    last = context.rank == context.size - 1
+    try:
+        with failing if last else mock.MagicMock():
+            save_one_pass(context, state(context.size, 9))
+    except CheckpointException as error:
+        assert set(error.failures) == {context.size - 1}
+    else:
+        raise AssertionError("no failure")
+    context.barrier()
+    check_export(path, state_dict)
+    context.barrier()
+
+
+def case_consolidation_fails_on_all_ranks_when_a_shard_is_missing(context):
+    state_dict = state(context.size)
+    path, out = context.dir / "shards", context.dir / "out"
+    writer = HuggingFaceStorageWriter(
+        str(path), fqn_to_index_mapping=mapping(state_dict), save_distributed=True
+    )
+    dcp.save(state_dict, storage_writer=writer)
+    context.barrier()
+    if context.rank == 0:
+        (path / next(n for n in names(path) if n.startswith("shard-00002-model-00001"))).unlink()
+    context.barrier()
+    try:
+        consolidate_safetensors_files_on_every_rank(str(path), str(out), mapping(state_dict))
+    except RuntimeError as error:
+        assert "rows" in str(error) and "missing" in str(error), error
+    else:
+        raise AssertionError("no failure")
+    context.barrier()
+    assert names(out) == []
+    context.barrier()
+
+
+def case_an_object_is_refused_by_name(context):
+    try:
+        save_one_pass(context, {**state(context.size), "step": 3})
+    except CheckpointException as error:
+        assert any("step is not a tensor" in str(e) for e, _ in error.failures.values())
+    else:
+        raise AssertionError("no failure")
+    dist.barrier()

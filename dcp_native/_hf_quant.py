@@ -91,6 +91,7 @@ class QuantReads(HFReads):
         self._full_shapes: dict[str, torch.Size] = reader._tensor_full_shapes
         self._scales_of = scales_of
         self._quants: dict[int, _Quant] = {}  # by id of the plan's items
+        self._made: dict[int, _Quant] = {}  # by id of ours: a plan may have an item twice
 
     def prepare(self, plan: LoadPlan) -> str | None:
         """Look at what is quantised; None, or why torch has to read this plan."""
@@ -126,10 +127,13 @@ class QuantReads(HFReads):
 
     def _box(self, item: _Item) -> tuple[_Numbers, _Numbers]:
         quant = self._quants.get(id(item.item))
-        return super()._box(item) if quant is None else quant.box
+        if quant is None:
+            return super()._box(item)
+        self._made[id(item)] = dataclasses.replace(quant)
+        return quant.box
 
     def _resolve(self, item: _Item, planner: LoadPlanner) -> None:
-        quant = self._quants.get(id(item.item))
+        quant = self._made.get(id(item))
         if quant is None:
             super()._resolve(item, planner)
             return
@@ -151,9 +155,9 @@ class QuantReads(HFReads):
 
     def _read(self, window: list[_Item]) -> None:
         quantised = [
-            (item, self._quants[id(item.item)])
+            (item, self._made[id(item)])
             for item in window
-            if id(item.item) in self._quants and math.prod(item.lengths) > 0
+            if id(item) in self._made and math.prod(item.lengths) > 0
         ]
         for (item, quant), scales in zip(quantised, self._read_scales(quantised), strict=True):
             table = (
@@ -165,7 +169,7 @@ class QuantReads(HFReads):
         super()._read(window)
 
     def _into(self, item: _Item) -> torch.Tensor | None:
-        quant = self._quants.get(id(item.item))
+        quant = self._made.get(id(item))
         return super()._into(item) if quant is None else quant.into
 
     def _read_scales(self, quantised: list[tuple[_Item, _Quant]]) -> list[torch.Tensor]:

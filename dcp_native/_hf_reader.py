@@ -81,7 +81,7 @@ class HuggingFaceStorageReader(_torch.HuggingFaceStorageReader):
         storage_data: dict[MetadataIndex, _HFStorageInfo] = {}
         for header in read_headers(paths).values():
             _add_file(header, entries, storage_data)
-        metadata = Metadata(state_dict_metadata=entries, storage_data=storage_data)  # type: ignore[arg-type]
+        metadata = Metadata(dict(entries), storage_data=storage_data)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 

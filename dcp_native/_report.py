@@ -8,7 +8,7 @@ from typing import Any
 
 from ._fork import fork_safe
 
-__all__ = ["LISTED_NAMES", "last_report", "names_of", "note_path", "set_report"]
+__all__ = ["LISTED_NAMES", "last_report", "names_of", "note_path", "role_report", "set_report"]
 
 logger = logging.getLogger("dcp_native")
 
@@ -67,6 +67,10 @@ def last_report() -> dict[str, Any] | None:
         path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else.
         reason: why not native, or None.
 
+    Loads, roles (also of a load on torch's path):
+        reader, planner: where it ran: ``"native"``; or why in torch's own implementation, with
+            ``"torch: "`` before it, or in the program's hooks, with ``"python: "``.  Where only the
+            planner is not native the lists below are those of a failed load alone.
     Loads, what became of the names:
         failed: whether the load raised.  The lists are then what was known by that time.
         error: type and text of what it raised, else None.
@@ -101,6 +105,10 @@ def last_report() -> dict[str, Any] | None:
         rank_local: read through ``__{rank}.metadata``.
         foreign: what of the metadata only Python could rebuild, and nobody needed; else None.
 
+    Saves, roles (also of a save on torch's path):
+        writer, planner: where it ran: ``"native"``, or ``"torch: ..."`` or ``"python: ..."`` and
+            why: torch's own implementation of the role, or the program's.
+        planned_outside: planner hooks in Python planned on all ranks, the core wrote.
     Saves, outcome:
         save_id: 32 hex digits that name the save, also in its files.
         outcome: ``"committed"``, ``"aborted"``, ``"superseded"`` or ``"unknown"``.
@@ -144,10 +152,32 @@ def last_report() -> dict[str, Any] | None:
         return copy.deepcopy(_last)
 
 
-def note_path(kind: str, reason: str | None) -> None:
+def note_path(kind: str, reason: str | None, roles: dict[str, str] | None = None) -> None:
     """Log which implementation runs; ``reason`` says why it is not the native one."""
+    told = "".join(f"; {role}: {where}" for role, where in (roles or {}).items())
     if reason is None:
-        logger.debug("%s: native path", kind)
+        logger.debug("%s: native path%s", kind, told)
     else:
-        logger.debug("%s: torch's path, because %s", kind, reason)
-        set_report({"kind": kind, "path": "torch", "reason": reason})
+        logger.debug("%s: torch's path, because %s%s", kind, reason, told)
+        set_report({"kind": kind, "path": "torch", "reason": reason, **(roles or {})})
+
+
+def role_report(
+    writer_reason: str | None, planner_reason: str | None, planned_outside: bool = False
+) -> dict[str, str]:
+    """Where each role of a save runs, and why not in the core.
+
+    Args:
+        writer_reason, planner_reason: why it can not run natively, or None.
+        planned_outside: a rank of the group has a planner of its own.
+    """
+    if planner_reason is not None:
+        planner = f"python: {planner_reason}"
+    elif writer_reason is not None:
+        planner = "torch: the writer is not native"
+    else:
+        planner = "torch: another rank's planner is not native" if planned_outside else "native"
+    return {
+        "writer": "native" if writer_reason is None else f"torch: {writer_reason}",
+        "planner": planner,
+    }

@@ -35,6 +35,8 @@ _SAVE_PLANNER_HOOKS = (
     "transform_object",
     "_dedup_save_plans",
     "_create_global_plan",
+    "_create_global_plan_with_caching",
+    "_finish_plan_with_caching",
 )
 _LOAD_PLANNER_HOOKS = (
     "set_up_planner",
@@ -111,8 +113,8 @@ def _storage_not_stock(storage: Any) -> str | None:
     return None
 
 
-def save_reason(writer: Any, planner: Any) -> str | None:
-    """None when a save can run natively, else why not."""
+def writer_reason(writer: Any) -> str | None:
+    """None when a save can be written natively, else why not."""
     if not config().native:
         return "config.native is off"
     reason = _not_stock(writer, "writer", FileSystemWriter) or _storage_not_stock(writer)
@@ -120,9 +122,12 @@ def save_reason(writer: Any, planner: Any) -> str | None:
         reason = "the writer has stream extensions"
     if reason is None and writer.serialization_format is not SerializationFormat.TORCH_SAVE:
         reason = f"the serialization format is {writer.serialization_format}"
-    if reason is None and planner is not None:
-        reason = _not_stock(planner, "planner", DefaultSavePlanner)
     return reason
+
+
+def save_planner_reason(planner: Any) -> str | None:
+    """None when the core can plan a save, else why the planner's Python hooks do."""
+    return None if planner is None else _not_stock(planner, "planner", DefaultSavePlanner)
 
 
 def reader_reason(reader: Any) -> str | None:

@@ -19,7 +19,9 @@ from ._config import DIRECT_IO, IO_URING, LINK_MODE, SPLIT_REPLICATED, config, i
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
-from ._report import logger, set_report
+from ._python_planner import PythonPlanning
+from ._report import logger, role_report, set_report
+from ._roles import save_planner_reason
 
 KEPT_IMAGE_BYTES = 1 << 20
 """The Metadata that a coordinator returns holds an image of at most this size.  A larger one is
@@ -72,7 +74,9 @@ class NativeSave:
         self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
         checkpoint_id = None if meta is None else meta.checkpoint_id
-        self._plan_number = plan_number(planner)
+        self._planner_reason = save_planner_reason(planner)
+        in_python = self._planner_reason is not None
+        self._plan_number = 0 if in_python else plan_number(planner)
         lowest = getattr(planner, "dedup_save_to_lowest_rank", False)
         flatten = getattr(planner, "flatten_state_dict", True)
         split = config().split_replicated
@@ -90,6 +94,7 @@ class NativeSave:
             plan_salt=hash64(lowest, flatten, split, self._plan_number),
             use_collectives=use_collectives,
             dedup_save_to_lowest_rank=lowest,
+            planned_outside=in_python,
             split_bytes=SPLIT_REPLICATED[split] if isinstance(split, str) else split,
             sync_files=writer.sync_files,
             broadcast_metadata=config().broadcast_metadata and kind == "save",
@@ -102,6 +107,13 @@ class NativeSave:
             writer_io_priority=io_priority(config().writer_io_class),
             write_limit_bytes_s=config().write_limit_bytes_s,
         )
+        self._planning = self._python_planning() if in_python else None
+        self._state_dict: STATE_DICT_TYPE = {}  # until it is agreed who plans
+
+    def _python_planning(self) -> PythonPlanning:
+        return PythonPlanning(
+            self._native, self.writer, self.planner, self.group, self.use_collectives
+        )
 
     # ---- local steps: errors wait for the next agreement ----
 
@@ -111,26 +123,33 @@ class NativeSave:
             self.error = error
 
     def plan(self, state_dict: STATE_DICT_TYPE) -> None:
-        """Open and claim the directory, flatten ``state_dict`` into this rank's plan.
+        """Open and claim the directory, make this rank's plan of ``state_dict``.
 
         Nothing where something has failed already: a claim would fence older saves.
         """
         writer = self.writer
         if self.error is not None:
             return
+        self._state_dict = state_dict
         try:
-            writer.set_up_storage_writer(
-                self.group.rank == self.group.coordinator_rank,
-                rank=self.group.rank,
-                use_collectives=self.use_collectives,
-            )
+            if self._planning is not None:
+                self._planning.make_local_plan(state_dict)
+            else:
+                writer.set_up_storage_writer(
+                    self.group.rank == self.group.coordinator_rank,
+                    rank=self.group.rank,
+                    use_collectives=self.use_collectives,
+                )
             name = ".metadata" if self.use_collectives else f"__{self.group.rank}.metadata"
             self._metadata_path = os.path.abspath(os.path.join(writer.path, name))
             if self._native.open():
                 self._check_overwrite()
             self._native.wait_for_orphan(ORPHAN_WAIT_S)
             self._native.claim()
-            self._add(state_dict)
+            if self._planning is None:
+                self._add(state_dict)
+            elif not self.use_collectives:
+                self._planning.decide_alone()
         except BaseException as error:
             self.fail(error)
 
@@ -275,6 +294,7 @@ class NativeSave:
                 self._native.agree(None)
             except BaseException as error:
                 self.fail(error)
+        self._state_dict = {}
         if self.error is None and self.kind != "warm_up":
             ranks = self.group.size if self.use_collectives else 1
             decides = self._native.info()["is_coordinator"]
@@ -294,6 +314,20 @@ class NativeSave:
                 "coordinator's directory is committed.",
                 stacklevel=6,
             )
+        if self._native.info()["planned_outside"]:
+            self._agree_in_python()
+
+    def _agree_in_python(self) -> None:
+        """A rank has a planner of its own: so the vote told all."""
+        if self._planning is None:
+            self._planning = self._python_planning()
+        try:
+            step = self._planning.decide(self._state_dict, self.fail)
+            failures = self._native.settle(as_record(self.error))
+        except BaseException as error:
+            self._native.leave(as_record(error))  # an interrupt between the calls
+            raise_alone("plan", self.group.rank, error, self._native.interrupt())
+        raise_failures(step, failures, self.group.rank, self.error, self._native.interrupt())
 
     def compare(self) -> None:
         """With a base, collective: what has not changed since is linked, not written."""
@@ -336,10 +370,13 @@ class NativeSave:
     def result(self, **facts: Any) -> Metadata:
         """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
         info = self._native.info()
-        set_report({"kind": self.kind, "path": "native", "reason": None, **info, **facts})
+        roles = role_report(None, self._planner_reason, info["planned_outside"])
+        set_report({"kind": self.kind, "path": "native", "reason": None, **roles, **info, **facts})
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()
+        if self._planning is not None and self._planning.metadata is not None:
+            return self._planning.metadata
         alone = self.group.size == 1
         keep = alone or config().broadcast_metadata or info["metadata_bytes"] <= KEPT_IMAGE_BYTES
         image = self._native.metadata() if keep else None

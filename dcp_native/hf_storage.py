@@ -22,7 +22,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import hf_storage as _torch
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -53,6 +52,7 @@ from ._hf_layout import (
     shard_names,
 )
 from ._hf_pieces import batches
+from ._hf_reader import HuggingFaceStorageReader
 from ._hf_utils import (
     CUSTOM_METADATA_KEY,
     DCP_VERSION_KEY,

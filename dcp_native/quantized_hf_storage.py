@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint import quantized_hf_storage as _torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -42,6 +44,21 @@ class QuantizedHuggingFaceStorageReader(
     weights and scales are read, and values are written once, where they belong, when the target is
     CPU memory of ``target_dtype``.  What is quantised in another way is left to torch.
     """
+
+    def read_metadata(self) -> Metadata:
+        """As torch's; but chunks of ``_blocks`` have the size of what they stand for.
+
+        With torch's, which keep the stored size, a planner asks for the first of each row alone.
+        """
+        metadata = super().read_metadata()
+        for fqn, entry in metadata.state_dict_metadata.items():
+            if fqn.endswith("_blocks") and fqn in self._weight_scale_mapping:
+                start, stored = torch.Size([0] * len(entry.size)), entry.chunks[0].offsets
+                if len(entry.chunks) == 1 and stored == (*start, 0):
+                    entry.chunks = [ChunkStorageMetadata(offsets=start, sizes=entry.size)]
+                    info = metadata.storage_data[MetadataIndex(fqn, stored)]
+                    metadata.storage_data[MetadataIndex(fqn, start)] = info
+        return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what ``plan`` names and hand it to ``planner``, as torch's; done when it returns."""

@@ -164,7 +164,7 @@ def _tell(
     read_reason = _roles.reader_reason(reader)
     plan_reason = _plan_reason(planner, process_group, no_dist)
     if read_reason or plan_reason:
-        set_report(_failed(_report(read_reason, plan_reason), error))
+        set_report(_failed(_report(read_reason, planner, plan_reason), error))
         if isinstance(error, Exception):
             with contextlib.suppress(CheckpointException):
                 _refuse(error, process_group, coordinator_rank, no_dist)
@@ -210,8 +210,8 @@ def _load_state_dict(
             return
         except UnsupportedCheckpoint as error:  # raised on every rank or on none
             plan_reason = str(error)
-    report = _report(read_reason, plan_reason)
-    logger.debug("load: %(path)s path; planner %(planner)s; reader %(reader)s", report)
+    report = _report(read_reason, planner, plan_reason)
+    logger.debug("load: %(path)s path; planner: %(planner)s; reader: %(reader)s", report)
     set_report(report)
     load = None
     if read_reason is None:
@@ -255,14 +255,19 @@ def _load_state_dict_from_keys(
     return state_dict
 
 
-def _report(read_reason: str | None, plan_reason: str | None) -> dict[str, Any]:
+def _report(
+    read_reason: str | None, planner: LoadPlanner | None, plan_reason: str | None
+) -> dict[str, Any]:
     """Of a load that torch's implementation drives: where its roles ran, and why there."""
+    where = f"torch: {plan_reason or 'the reader is not native'}"
+    if (planner_reason := _roles.load_planner_reason(planner)) is not None:
+        where = f"python: {planner_reason}"
     return {
         "kind": "load",
-        "path": "torch" if read_reason else "mixed",
-        "reason": read_reason or plan_reason,
-        "planner": f"python: {plan_reason or read_reason}",
-        "reader": f"python: {read_reason}" if read_reason else "native",
+        "path": "torch" if read_reason else "native",
+        "reason": read_reason,
+        "planner": where,
+        "reader": f"torch: {read_reason}" if read_reason else "native",
     }
 
 

@@ -12,7 +12,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_saver as _torch
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.logger import _dcp_method_logger
@@ -24,13 +23,15 @@ from torch.distributed.checkpoint.state_dict_saver import (
     AsyncSaveResponse,
     _stateful_to_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict as _torch_save_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save as _torch_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
 from . import _async, _roles
 from ._groups import group_for
-from ._report import logger, note_path
+from ._report import logger, note_path, role_report
 from ._save import NativeSave
 from ._uploads import wait_for_uploads
 
@@ -183,14 +184,10 @@ def _async_save(
         group = None
     in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
     writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
-    reason = _roles.save_reason(writer, planner)
-    note_path("async_save", reason)
+    reason = _roles.writer_reason(writer)
+    base = _tell_roles("async_save", reason, reason, planner, base)
     if reason is not None:
-        _note_unused_base(base, reason)
-        if in_process and _roles.save_reason(writer, None) is None:
-            # Planner hooks run in the trainer, on the staged state.
-            async_checkpointer_type = AsyncCheckpointerType.THREAD
-        return _torch.async_save(
+        return _torch_async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
             storage_writer=storage_writer,
@@ -244,7 +241,7 @@ def warm_up(
     """
     group = None if no_dist else _group_of(process_group)
     writer = storage_writer if storage_writer is not None else FileSystemWriter(".")
-    reason = _roles.save_reason(writer, planner)
+    reason = _roles.writer_reason(writer) or _roles.save_planner_reason(planner)
     if reason is not None:
         logger.debug("warm_up: nothing to do, because %s", reason)
         return
@@ -255,14 +252,24 @@ def warm_up(
     _async.warm_up(save_, state_dict, group, in_process=in_process)
 
 
-def _note_unused_base(base: str | os.PathLike | None, reason: str) -> None:
-    """A full save loses nothing; that it is one must not go unnoticed."""
-    if base is not None:
+def _tell_roles(
+    kind: str,
+    reason: str | None,
+    writer_reason: str | None,
+    planner: SavePlanner | None,
+    base: str | os.PathLike | None,
+) -> str | os.PathLike | None:
+    """Log which role runs where.  The base, if it is of use: where Python plans or torch writes a
+    full save loses nothing; that it is one must not go unnoticed."""
+    planner_reason = _roles.save_planner_reason(planner)
+    note_path(kind, reason, role_report(writer_reason, planner_reason))
+    if base is not None and (reason or planner_reason) is not None:
         logger.warning(
-            "base=%s is not used and everything is written: torch's own implementation runs, "
-            "because %s",
-            os.fspath(base), reason,
+            "base=%s is not used and everything is written: %s", os.fspath(base),
+            f"torch's own implementation runs, because {reason}" if reason else planner_reason,
         )  # fmt: skip
+        return None
+    return base
 
 
 def _save_state_dict(
@@ -299,11 +306,11 @@ def _save(
     call_stateful: bool,
     base: str | os.PathLike | None = None,
 ) -> Metadata:
-    reason = _roles.save_reason(writer, planner) or _roles.group_reason(process_group, no_dist)
-    note_path("save", reason)
+    writer_reason = _roles.writer_reason(writer)
+    reason = writer_reason or _roles.group_reason(process_group, no_dist)
+    base = _tell_roles("save", reason, writer_reason, planner, base)
     if reason is not None:
-        _note_unused_base(base, reason)
-        return _torch._save_state_dict(
+        return _torch_save_state_dict(
             _stateful_to_state_dict(state_dict) if call_stateful else state_dict,
             writer,
             process_group,

@@ -148,12 +148,12 @@ dcp_read_box_init(struct dcp_read_box *box, const struct dcp_read_plan *plan,
 }
 
 static bool
-is_of_chunk(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+is_of_shape(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
             const struct dcp_record_view *view)
 {
     const struct dcp_md_entry *entry = entry_of(plan, item);
     const uint64_t *sizes = plan->md->dims + plan->md->chunks[item->chunk].dims + entry->ndim;
-    return view->dtype == entry->dtype && view->ndim == entry->ndim &&
+    return view->ndim == entry->ndim &&
            memcmp(view->sizes, sizes, entry->ndim * sizeof(uint64_t)) == 0;
 }
 
@@ -161,7 +161,8 @@ bool
 dcp_read_view_differs(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
                       const struct dcp_record_view *view)
 {
-    return plan->records_decide && !is_of_chunk(plan, item, view);
+    bool has_shape = is_of_shape(plan, item, view);
+    return has_shape ? view->dtype != entry_of(plan, item)->dtype : plan->records_decide;
 }
 
 /* The dims of a stored tensor from the slowest to the fastest. */
@@ -191,7 +192,7 @@ dcp_read_box_init_view(struct dcp_read_box *box, const struct dcp_read_plan *pla
     uint32_t ndim = entry->ndim;
     const uint64_t *sizes = plan->md->dims + plan->md->chunks[item->chunk].dims + ndim;
     const uint64_t *dims = plan->dims + item->dims;
-    if (!is_of_chunk(plan, item, view)) {
+    if (view->dtype != entry->dtype || !is_of_shape(plan, item, view)) {
         return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL,
                              "%.*s: the record of chunk %llu holds a tensor of another shape or "
                              "dtype than the metadata says",

@@ -45,7 +45,8 @@ int dcp_read_box_init_view(struct dcp_read_box *box, const struct dcp_read_plan 
                            struct dcp_error *err) DCP_MUST_CHECK;
 
 /* Whether a record that holds the tensor `view` is to be handed over, for it is another than the
- * metadata says and the plan leaves that to the record. */
+ * metadata says: of another dtype (planners may cast what they save), or where the plan leaves all
+ * of it to the record. */
 bool dcp_read_view_differs(const struct dcp_read_plan *plan, const struct dcp_read_item *item,
                            const struct dcp_record_view *view);
 

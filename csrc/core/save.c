@@ -49,6 +49,7 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->split_bytes = params->split_bytes;
     save->independent = params->independent;
     save->to_lowest_rank = params->to_lowest_rank;
+    save->planned_outside = params->planned_outside;
     save->sync = params->sync;
     save->share_metadata = params->share_metadata;
     save->direct = params->direct;
@@ -78,6 +79,7 @@ dcp_save_new(struct dcp_group *group, const struct dcp_save_params *params,
     save->dirfd = -1;
     save->info.is_coordinator = params->independent || group->comm.rank == group->coordinator;
     save->info.call_agrees = true;
+    save->info.planned_outside = params->independent && params->planned_outside;
     if (!copy_params(save, params)) {
         dcp_save_destroy(save);
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a save");
@@ -215,7 +217,8 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     struct dcp_group *group = save->group;
     const struct dcp_installed_plan *installed = group->installed;
     struct dcp_vote ballot = {
-        .reuse = ok && installed != NULL &&
+        .outside = save->planned_outside,
+        .reuse = ok && installed != NULL && !save->planned_outside &&
                  dcp_hash128_equal(installed->fingerprint, save->fingerprint) &&
                  (!save->info.is_coordinator || dcp_save_fits_again(save)),
         .ok = ok,
@@ -246,14 +249,15 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         save->info.n0 = ballot.n0;
         save->info.call_agrees = ballot.call_agrees;
         save->info.incremental = ballot.has_base;
+        save->info.planned_outside = *ret_verdict == DCP_VERDICT_OUTSIDE;
         save->coordinator_names_hash = ballot.names_hash;
         save->coordinator_held_plan = ballot.held_plan;
     }
     return rc;
 }
 
-static void
-count_kept(struct dcp_save *save)
+void
+dcp_save_count_kept(struct dcp_save *save)
 {
     const struct dcp_installed_plan *installed = save->installed;
 
@@ -275,7 +279,8 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
     int rc;
 
     if (save->independent) {
-        rc = dcp_save_plan_alone(save, err);
+        rc = save->planned_outside ? dcp_save_install_own(save, err)
+                                   : dcp_save_plan_alone(save, err);
         save->info.incremental = save->base_path != NULL;
     } else {
         rc = vote(save, mine == NULL, &verdict, err);
@@ -290,7 +295,7 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
             }
         } else if (rc == 0 && verdict == DCP_VERDICT_SLOW) {
             rc = dcp_save_plan_slow(save, ret_failures, err);
-        } else if (rc == 0) {
+        } else if (rc == 0 && verdict == DCP_VERDICT_FAST) {
             save->installed = dcp_installed_plan_acquire(save->group->installed);
             dcp_plan_cut(&save->plan, &save->installed->cuts.list);
         }
@@ -302,10 +307,13 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
     }
     if (save->base_path != NULL && !save->info.incremental) {
         snprintf(save->info.base_reason, sizeof save->info.base_reason,
-                 "another rank was given no base");
+                 save->info.planned_outside ? "a planner of another rank's own plans this save"
+                                            : "another rank was given no base");
     }
     save->info.fast = verdict == DCP_VERDICT_FAST;
-    count_kept(save);
+    if (save->installed != NULL) {
+        dcp_save_count_kept(save);
+    }
     return 0;
 }
 

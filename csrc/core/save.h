@@ -21,7 +21,7 @@ struct dcp_save {
     struct dcp_storage_meta meta; /* points at the copies */
     uint64_t call_hash, plan_salt;
     uint64_t split_bytes;
-    bool independent, to_lowest_rank, sync, share_metadata;
+    bool independent, to_lowest_rank, planned_outside, sync, share_metadata;
     enum dcp_direct direct;
     char *base_path; /* owned; NULL: none */
     enum dcp_link_mode link_mode;
@@ -80,6 +80,14 @@ int dcp_save_plan_slow(struct dcp_save *save, struct dcp_failure_list *ret_failu
                        struct dcp_error *err) DCP_MUST_CHECK;
 /* The same for one rank on its own. */
 int dcp_save_plan_alone(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* Once a plan holds for this save: what it comes to. */
+void dcp_save_count_kept(struct dcp_save *save);
+
+/* ---- save_outside.c ---- */
+
+/* This save goes by the plan that was laid out. */
+int dcp_save_install_own(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- save_write.c ---- */
 

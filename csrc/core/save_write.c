@@ -40,6 +40,11 @@ build_metadata(struct dcp_save *save, struct dcp_error *err)
     uint64_t start_ns = dcp_now_ns();
     int rc;
 
+    if (save->info.planned_outside) {
+        DCP_ASSERT(save->metadata.len > 0);
+        save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
+        return 0;
+    }
     if (save->compared) {
         global.layouts = save->joined.layouts; /* borrows, as all else of the copy */
     }

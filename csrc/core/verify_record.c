@@ -353,8 +353,9 @@ check_entries(struct record *r, const struct zip_end *end, const uint8_t *direct
     return 0;
 }
 
-/* Whether the record holds the tensor that the metadata describes.  What only torch.load reads is
- * left to it. */
+/* Whether the record holds the tensor that the metadata describes.  Its dtype may be another: who
+ * loads it converts it, and planners may cast what they save.  What only torch.load reads is left
+ * to it. */
 static int
 check_shape(struct record *r, struct dcp_error *why)
 {
@@ -370,13 +371,12 @@ check_shape(struct record *r, struct dcp_error *why)
         return place(r, 0, why);
     }
     const uint64_t *sizes = r->v->md->dims + r->chunk->dims + entry->ndim;
-    bool is_same = view.dtype == entry->dtype && view.ndim == entry->ndim &&
-                   memcmp(view.sizes, sizes, entry->ndim * sizeof *sizes) == 0;
-    return is_same ? 0
-                   : damaged(r, DCP_E_CORRUPT, 0,
-                             "the record holds a tensor of another shape or dtype than the "
-                             "metadata says",
-                             why);
+    bool is_same =
+        view.ndim == entry->ndim && memcmp(view.sizes, sizes, entry->ndim * sizeof *sizes) == 0;
+    return is_same
+               ? 0
+               : damaged(r, DCP_E_CORRUPT, 0,
+                         "the record holds a tensor of another shape than the metadata says", why);
 }
 
 static int

@@ -146,8 +146,8 @@ struct dcp_read_plan {
     uint64_t dims_count, dims_cap;
     uint64_t wanted_bytes; /* payload bytes that targets ask for */
     uint64_t objects_count;
-    /* A record of another dtype or shape than its chunk is handed over, like one that only Python
-     * can read; false: it is DCP_E_CORRUPT. */
+    /* A record of another shape than its chunk is handed over, like one that only Python can read
+     * (and those of another dtype); false: it is DCP_E_CORRUPT. */
     bool records_decide;
     /* Owned, one word per target: DCP_TARGET_ bits and the bytes delivered.  NULL: nobody counts.
      */

@@ -62,6 +62,11 @@ int dcp_metadata_write(const struct dcp_global_plan *global, const struct dcp_st
                        const struct dcp_links *links, struct dcp_buf *buf,
                        struct dcp_error *err) DCP_MUST_CHECK;
 
+/* The image of a pickle that Python made: the pickle, our index where it says all that the pickle
+ * says, and the footer with the save's id. */
+int dcp_metadata_wrap(const struct dcp_span *pickle, const struct dcp_save_id *save_id,
+                      struct dcp_buf *buf, struct dcp_error *err) DCP_MUST_CHECK;
+
 enum { DCP_NO_FILE = 0xFFFFFFFFu };
 
 /* One key of state_dict_metadata, in file order. */

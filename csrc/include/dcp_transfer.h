@@ -68,10 +68,11 @@ struct dcp_save_params {
     /* DCP_SPLIT_AUTO, DCP_SPLIT_OFF or bytes: which replicated tensors are divided; the
      * coordinator's holds.  Of no effect with `independent` or `to_lowest_rank`. */
     uint64_t split_bytes;
-    bool independent;    /* use_collectives=False: plan and commit alone, one status at the end */
-    bool to_lowest_rank; /* dedup */
-    bool sync;           /* sync_files */
-    bool share_metadata; /* with the ranks that have no image, if all ask for it */
+    bool independent;     /* use_collectives=False: plan and commit alone, one status at the end */
+    bool to_lowest_rank;  /* dedup */
+    bool planned_outside; /* a planner of the program's own makes this rank's plan */
+    bool sync;            /* sync_files */
+    bool share_metadata;  /* with the ranks that have no image, if all ask for it */
     enum dcp_direct direct;
     const char *base_path; /* an earlier checkpoint, maybe of this very directory; NULL: none */
     enum dcp_link_mode link_mode;
@@ -100,6 +101,37 @@ void dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan);
  * the exchange itself failed on this rank. */
 int dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
                    struct dcp_failure_list *ret_failures, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- plans that are made outside of the core (info.planned_outside after dcp_save_agree) ----
+ * Such a save is agreed on by these calls, in this order; the collective ones by every rank,
+ * whatever failed on it:
+ *     dcp_save_gather, dcp_save_scatter            collective: plans, as opaque bytes
+ *     dcp_save_set_plan, dcp_save_lay_out          what this rank writes
+ *     dcp_save_gather                              collective: where it lies
+ *     dcp_save_set_metadata                        coordinator
+ *     dcp_save_settle_plan                         collective
+ * A rank that has failed sends empty messages and tells why in the last call.  An independent save
+ * makes the local ones alone, before dcp_save_agree.  Failures of collective calls leave the group
+ * of no more use. */
+
+/* Messages of any length to the coordinator; there *ret_spans, one per rank, point into *ret_block
+ * (both the caller's, dcp_free), elsewhere nothing is set. */
+int dcp_save_gather(struct dcp_save *save, const struct dcp_span *mine, uint8_t **ret_block,
+                    struct dcp_span **ret_spans, struct dcp_error *err) DCP_MUST_CHECK;
+/* The coordinator's `parts`, one per rank; *ret_part is this rank's. */
+int dcp_save_scatter(struct dcp_save *save, const struct dcp_span *parts, struct dcp_buf *ret_part,
+                     struct dcp_error *err) DCP_MUST_CHECK;
+/* Every item of the plan is kept, and has its place. */
+int dcp_save_lay_out(struct dcp_save *save, struct dcp_error *err) DCP_MUST_CHECK;
+/* NULL before. */
+const struct dcp_layout *dcp_save_laid_out(const struct dcp_save *save);
+/* The pickled Metadata that is to be published. */
+int dcp_save_set_metadata(struct dcp_save *save, const struct dcp_span *pickle,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+/* The end of the agreement.  Return values as dcp_save_agree's. */
+int dcp_save_settle_plan(struct dcp_save *save, const struct dcp_failure *mine,
+                         struct dcp_failure_list *ret_failures,
+                         struct dcp_error *err) DCP_MUST_CHECK;
 
 /* After dcp_save_agree, once: moves the sources of items that were cut (see dcp_plan_cut) to the
  * rows that this rank keeps.  They borrow from the group until the next save on it agrees. */
@@ -181,6 +213,8 @@ struct dcp_save_info {
     bool fast;        /* the installed plan was reused */
     bool call_agrees; /* false: ranks named different checkpoints */
     bool is_coordinator;
+    /* Once agreed: some rank's plan is made outside of the core, and so are all. */
+    bool planned_outside;
     uint64_t planned_bytes; /* payload that this rank is to write, after compare */
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
     uint64_t cut_items; /* kept items of which other ranks keep other rows */

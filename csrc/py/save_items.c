@@ -96,6 +96,28 @@ save_add_object(struct save_builder *b, PyObject *object)
     return save_add_item(b, &item, &box, &source);
 }
 
+int
+save_add_bytes(struct save_builder *b, const void *bytes, size_t len)
+{
+    struct dcp_item item = {.name = b->name, .kind = DCP_ITEM_BYTES, .slot_bytes = len};
+    struct save_box box = {0};
+    struct dcp_source source = {0};
+    uint8_t *block = dcp_malloc(len);
+
+    if (block == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(block, bytes, len);
+    source.data = block;
+    if (own_block(b, block) != 0) {
+        return -1;
+    }
+    b->items->objects_count++;
+    b->items->objects_bytes += len;
+    return save_add_item(b, &item, &box, &source);
+}
+
 /* ---- tensors to bytes ---- */
 
 static int

@@ -41,6 +41,10 @@ struct save_items {
  * then empty. */
 int save_items_build(struct native_state *state, PyObject *state_dict,
                      const struct save_items_options *options, struct save_items *ret);
+/* The same of torch's WriteItems: resolve(item) gives the data of each, in their order.  The plan
+ * has neither boxes nor paths; what an item is to be called is the caller's to say. */
+int save_items_build_given(struct native_state *state, PyObject *write_items, PyObject *resolve,
+                           const struct save_items_options *options, struct save_items *ret);
 /* Idempotent; needs the GIL. */
 void save_items_clean_up(struct save_items *items);
 

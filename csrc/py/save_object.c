@@ -13,6 +13,7 @@
 
 #include "errors.h"
 #include "save_info.h"
+#include "save_outside.h"
 #include "save_params.h"
 #include "save_upload.h"
 
@@ -84,6 +85,7 @@ save_dealloc(PyObject *object)
     }
     dcp_save_destroy(self->save);
     save_items_clean_up(&self->items);
+    save_exchange_clean_up(&self->exchange);
     dcp_failure_list_clean_up(&self->failures);
     Py_XDECREF(self->mine_record);
     Py_XDECREF(self->pending);
@@ -185,7 +187,10 @@ step_agree(void *arg, struct dcp_error *err)
     int rc =
         dcp_save_agree(self->save, self->mine_given ? &self->mine : NULL, &self->failures, err);
 
-    if (rc == 0) {
+    struct dcp_save_info info;
+
+    dcp_save_get_info(self->save, &info);
+    if (rc == 0 && !info.planned_outside) {
         dcp_save_fit_sources(self->save, self->items.sources);
     }
     return rc;
@@ -202,7 +207,10 @@ save_agree(PyObject *object, PyObject *record)
     result = save_run_collective(object, step_agree, record);
     if (result == Py_None) {
         dcp_save_get_info(self->save, &info);
-        self->phase = info.incremental && !self->independent ? PHASE_COMPARING : PHASE_AGREED;
+        self->phase = self->independent      ? PHASE_AGREED
+                      : info.planned_outside ? PHASE_GATHERING
+                      : info.incremental     ? PHASE_COMPARING
+                                             : PHASE_AGREED;
     }
     return result;
 }
@@ -309,6 +317,9 @@ save_leave(PyObject *object, PyObject *record)
     if (self->phase == PHASE_COMPARING) {
         return save_compare(object, record);
     }
+    if (save_is_outside(self)) {
+        return save_leave_outside(object, record);
+    }
     return self->phase == PHASE_PLANNING && !self->independent ? save_agree(object, record)
                                                                : save_finish(object, record);
 }
@@ -380,19 +391,21 @@ static PyMethodDef save_methods[] = {
     {"leave", save_leave, METH_O, leave_doc},
     {"agreed", save_agreed, METH_NOARGS, agreed_doc},
     {"interrupt", save_interrupt, METH_NOARGS, interrupt_doc},
+    SAVE_OUTSIDE_METHODS,
     SAVE_UPLOAD_METHODS,
     {"metadata", save_metadata, METH_NOARGS, metadata_doc},
     {"info", save_info, METH_NOARGS, info_doc},
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(save_doc,
-             "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
-             "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
-             "dedup_save_to_lowest_rank=False, split_bytes=0, sync_files=True, "
-             "broadcast_metadata=False, direct=0, base=None, link_mode=0, content_hash=False, "
-             "io_uring=0, writer_nice=0, writer_io_priority=0, write_limit_bytes_s=0)\n--\n\n"
-             "One save into the directory `path`.");
+PyDoc_STRVAR(
+    save_doc,
+    "Save(group, path, *, checkpoint_id=None, checkpoint_id_is_path=False, save_id=None, "
+    "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
+    "dedup_save_to_lowest_rank=False, planned_outside=False, split_bytes=0, sync_files=True, "
+    "broadcast_metadata=False, direct=0, base=None, link_mode=0, content_hash=False, "
+    "io_uring=0, writer_nice=0, writer_io_priority=0, write_limit_bytes_s=0)\n--\n\n"
+    "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {
     {Py_tp_doc, (void *)save_doc},

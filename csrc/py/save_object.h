@@ -16,7 +16,27 @@
 
 /* Which agreement comes next.  Changed under the GIL and before the call, so that no signal handler
  * can make a rank enter the same one twice. */
-enum phase { PHASE_PLANNING, PHASE_COMPARING, PHASE_AGREED, PHASE_OVER };
+enum phase {
+    PHASE_PLANNING,
+    /* Planned outside of the core (save_outside.c). */
+    PHASE_GATHERING,
+    PHASE_SCATTERING,
+    PHASE_PLACING,
+    PHASE_SETTLING,
+    PHASE_COMPARING,
+    PHASE_AGREED,
+    PHASE_OVER,
+};
+
+/* What ranks send each other while they plan outside of the core. */
+struct save_exchange {
+    PyObject *sent;            /* keeps the bytes of `mine` and `parts` */
+    struct dcp_span mine;      /* borrows */
+    struct dcp_span *parts;    /* owned, per rank, each borrows */
+    struct dcp_span *received; /* owned, per rank, or NULL; points into `block` */
+    uint8_t *block;            /* owned */
+    struct dcp_buf part;       /* of this rank */
+};
 
 struct save_object {
     PyObject_HEAD PyObject *group; /* struct group_object */
@@ -25,6 +45,7 @@ struct save_object {
     bool independent; /* agree is not collective */
     bool left;        /* a step was left running on the group's plan */
     struct save_items items;
+    struct save_exchange exchange;
     bool staged;
     struct dcp_stage_params staging; /* of the step in progress */
     unsigned int arenas;             /* the same */
@@ -49,6 +70,9 @@ as_save(PyObject *object)
 {
     return (struct save_object *)object;
 }
+
+/* Idempotent; needs the GIL. */
+void save_exchange_clean_up(struct save_exchange *exchange);
 
 /* Runs a core step off the GIL; -1 with the exception of the core, of a signal handler, or of the
  * runner. */

@@ -37,6 +37,8 @@ PyObject *save_fqn(const struct save_builder *b);
 int save_add_item(struct save_builder *b, const struct dcp_item *item, const struct save_box *box,
                   const struct dcp_source *source);
 int save_add_object(struct save_builder *b, PyObject *object);
+/* An object whose record is given: copied. */
+int save_add_bytes(struct save_builder *b, const void *bytes, size_t len);
 /* Adds `item` with the bytes of `tensor`: its memory, a copy of it, or a record by torch.save.
  * item->slot_bytes is set for a record. */
 int save_add_tensor(struct save_builder *b, struct dcp_item *item, const struct save_box *box,

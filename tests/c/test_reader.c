@@ -124,12 +124,11 @@ partial_reads_bring_in_little_more_than_is_wanted(void)
         uint64_t row, rows, column, columns, most_read;
         bool all_verified, none_verified;
     } cases[] = {
-        {100, 1, 0, 1000, 200000, false, true},        /* one row */
+        {100, 1, 0, 1000, 200000, false, true},         /* one row */
         {5000, 10000, 0, 1000, 43000000, false, false}, /* half of it, blocks at the rims aside */
         {0, 20000, 0, 500, 81000000, true, false},      /* column shards: gaps are read over, */
         {0, 20000, 3, 1, 81000000, true, false},        /* so all of it can be verified */
-        {19990, 10, 0, 1000, 200000, false, true},
-        {0, 20000, 0, 1000, 81000000, true, false},
+        {19990, 10, 0, 1000, 200000, false, true},      {0, 20000, 0, 1000, 81000000, true, false},
     };
     for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
         struct load load;
@@ -255,6 +254,64 @@ foreign_records_are_parsed_and_their_strides_honoured(void)
     }
 }
 
+static int
+count_record(void *ctx, const struct dcp_read_plan *plan, const struct dcp_read_item *item,
+             const uint8_t *bytes, size_t len, struct dcp_error *err)
+{
+    uint64_t *count = ctx;
+    (void)err;
+    CHECK(bytes != NULL && len == plan->md->chunks[item->chunk].length_bytes);
+    ++*count;
+    return 0;
+}
+
+/* The metadata's words about the one chunk: as many elements in another shape. */
+static void
+reshape_metadata(struct world *world, uint64_t rows)
+{
+    uint64_t *size = world->md.dims + world->md.entries[0].size;
+    uint64_t *chunk = world->md.dims + world->md.chunks[0].dims + 2;
+    size[0] = chunk[0] = 2 * rows;
+    size[1] = chunk[1] = 500;
+}
+
+static void
+records_that_are_not_what_the_metadata_says_are_damage_or_handed_over(void)
+{
+    static const uint64_t row_counts[] = {2, 3000}; /* read whole, and in windows first */
+    for (int c = 0; c < 8; c++) {
+        uint64_t rows = row_counts[c % 2], records = 0;
+        bool decide = c % 4 >= 2, other_shape = c >= 4;
+        struct world world;
+        struct disk disk;
+        struct load load;
+        struct dcp_error err = {0};
+        struct dcp_engine_options engine = {.verify = true};
+        uint64_t offsets[2] = {0, 0}, sizes[2] = {rows, 1000}, reshaped[2] = {2 * rows, 500};
+        one_tensor(&world, rows, 1);
+        disk_make(&disk, &world, 512);
+        world.md.is_native = false;
+        if (other_shape) {
+            reshape_metadata(&world, rows);
+        } else {
+            world.md.entries[0].dtype = DCP_DTYPE_INT32; /* its record says float32 */
+        }
+        load_init(&load, &world);
+        load_add(&load, &world.rng, 0, offsets, other_shape ? reshaped : sizes, false, 0);
+        load.plan.records_decide = decide;
+        CHECK_OK(dcp_read_plan_build(&load.plan, true, NULL, &err), &err);
+        int rc = dcp_reader_run(disk.io, disk.dirfd, "/d", &load.plan, &engine, count_record,
+                                &records, NULL, &err);
+        bool handed_over = decide || !other_shape;
+        CHECK_EQ(rc, handed_over ? 0 : DCP_E_CORRUPT);
+        CHECK_EQ(records, handed_over ? 1 : 0);
+        CHECK(handed_over || strstr(err.message, "another shape or dtype") != NULL);
+        load_clean_up(&load);
+        disk_clean_up(&disk);
+        world_clean_up(&world);
+    }
+}
+
 static void
 objects_larger_than_any_buffer_are_handed_over_whole(void)
 {
@@ -294,4 +351,5 @@ CTEST_MAIN(RUN(random_boxes_come_back_from_a_real_disk);
            RUN(whole_aligned_tensors_are_read_straight_into_place);
            RUN(partial_reads_bring_in_little_more_than_is_wanted);
            RUN(foreign_records_are_parsed_and_their_strides_honoured);
+           RUN(records_that_are_not_what_the_metadata_says_are_damage_or_handed_over);
            RUN(objects_larger_than_any_buffer_are_handed_over_whole);)

@@ -45,11 +45,12 @@ linked_files_count_as_the_checkpoints_own(void)
 
 /* ---- zips ---- */
 
-/* A checkpoint of one (2, 3) float32 tensor with stock metadata and the given record. */
+/* A checkpoint of one (2, columns) tensor with stock metadata and the given record, which holds
+ * (2, 3) float32. */
 static struct io_memory *
-make_stock(const struct dcp_buf *record, int dtype)
+make_stock(const struct dcp_buf *record, int dtype, uint64_t columns)
 {
-    static const uint64_t sizes[2] = {2, 3};
+    const uint64_t sizes[2] = {2, columns};
     struct io_memory *fs = io_memory_new(1);
     const struct dcp_io *io = &io_memory_process(fs, 0)->io;
     struct dcp_plan plan = {.rank = 0, .thread_count = 1, .single_file_per_rank = true};
@@ -83,7 +84,7 @@ stock_records_are_checked_by_their_entries(void)
         struct dcp_error err;
         struct dcp_buf record = {0};
         record_make_stock(&record, with_crc != 0, "little");
-        struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+        struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32, 3);
         CHECK_OK(run(fs, DIR, &verify, &result, &err), &err);
         CHECK_EQ(result.problems_found, 0);
         CHECK(!result.is_native);
@@ -177,7 +178,7 @@ no_byte_of_a_zips_end_that_matters_changes_unseen(void)
     for (int with_crc = 0; with_crc < 2; with_crc++) {
         struct dcp_buf record = {0};
         record_make_stock(&record, with_crc != 0, "little");
-        struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+        struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32, 3);
         flip_the_end(fs, "__0_0.distcp", 0, record.len);
         io_memory_free(fs);
         dcp_buf_clean_up(&record);
@@ -200,18 +201,22 @@ no_byte_of_a_zips_end_that_matters_changes_unseen(void)
 }
 
 static void
-a_record_of_another_tensor_or_byte_order_is_found(void)
+a_record_of_another_shape_or_byte_order_is_found(void)
 {
     struct dcp_verify_problem first = {0};
     struct dcp_buf record = {0};
     record_make_stock(&record, true, "little");
-    struct io_memory *fs = make_stock(&record, DCP_DTYPE_INT32);
+    /* Another dtype is converted by whoever loads it: planners may cast what they save. */
+    struct io_memory *fs = make_stock(&record, DCP_DTYPE_INT32, 3);
+    CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 0);
+    io_memory_free(fs);
+    fs = make_stock(&record, DCP_DTYPE_FLOAT32, 4);
     CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 1);
-    CHECK(strstr(first.what, "another shape or dtype") != NULL && !strcmp(first.tensor, "stock"));
+    CHECK(strstr(first.what, "another shape") != NULL && !strcmp(first.tensor, "stock"));
     io_memory_free(fs);
     dcp_buf_clear(&record);
     record_make_stock(&record, true, "big");
-    fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+    fs = make_stock(&record, DCP_DTYPE_FLOAT32, 3);
     CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, &first), 1);
     CHECK(strstr(first.what, "big-endian") != NULL);
     io_memory_free(fs);
@@ -238,7 +243,7 @@ a_large_zip_is_checked_as_it_streams_by(void)
         {.name = "version", .data = "3\n", .len = 2},
     };
     record_make_stock_zip(&record, entries, 4, true);
-    struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32);
+    struct io_memory *fs = make_stock(&record, DCP_DTYPE_FLOAT32, 3);
     io_memory_set_dio(fs, (struct dcp_dio_align){512, 512, false});
     CHECK_EQ(problems(fs, DIR, DCP_VERIFY_FULL, NULL), 0);
     struct dcp_verify_problem first = {0};
@@ -478,7 +483,7 @@ one_rank_that_saved_alone_may_hold_part_of_a_tensor(void)
 CTEST_MAIN(RUN(linked_files_count_as_the_checkpoints_own);
            RUN(stock_records_are_checked_by_their_entries);
            RUN(no_byte_of_a_zips_end_that_matters_changes_unseen);
-           RUN(a_record_of_another_tensor_or_byte_order_is_found);
+           RUN(a_record_of_another_shape_or_byte_order_is_found);
            RUN(a_large_zip_is_checked_as_it_streams_by);
            RUN(metadata_of_single_ranks_are_each_checked);
            RUN(parts_divide_the_files_of_single_ranks);

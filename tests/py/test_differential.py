@@ -217,6 +217,7 @@ MET_BY = {
     "base-keyword": "test_incremental.py",
     "nothing-trained": "test_incremental.py",
     "load-thread": "test_load_records.py",
+    "load-window": "test_load_roles.py",
     "stager-cpu": "test_staging_hooks.py",
     "stager-memory": "test_staging_memory.py",
     "stager-values": "test_staging.py",

@@ -230,8 +230,9 @@ def test_foreign_classes_that_the_loader_needs_go_through_torch_or_are_refused(t
     rewrite(tmp_path, change)
     target = {"w": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16), "n": None}
     dcp.load(target, checkpoint_id=tmp_path)
-    assert dcp.last_report()["path"] == "torch"
-    assert "test_golden.Info" in dcp.last_report()["reason"]
+    assert dcp.last_report()["reader"] == "native"
+    assert dcp.last_report()["planner"].startswith("torch: ")
+    assert "test_golden.Info" in dcp.last_report()["planner"]
     assert_equal(target, sd)
     dcp.configure(allow_unsafe_objects=False)
     with pytest.raises(dcp.CheckpointException, match=r"test_golden\.Info.*allow_unsafe_objects"):

@@ -401,7 +401,7 @@ class CustomPlanner(dcp.DefaultLoadPlanner):
     pass
 
 
-@pytest.mark.parametrize("planner", [None, CustomPlanner()], ids=["native", "torch"])
+@pytest.mark.parametrize("planner", [None, CustomPlanner()], ids=["native", "hooks"])
 @pytest.mark.parametrize("case", ["state_dict", "no checkpoint", "missing key", "damaged metadata"])
 def test_every_failure_leaves_a_report(case, planner, tmp_path):
     dcp.save({"w": value("w", (8,))}, checkpoint_id=tmp_path / "c")
@@ -418,7 +418,8 @@ def test_every_failure_leaves_a_report(case, planner, tmp_path):
         dcp.load(target, checkpoint_id=path, planner=planner)
     report = dcp.last_report()
     assert report["kind"] == "load" and report["failed"]
-    assert report["path"] == ("native" if planner is None else "torch")
+    assert report["path"] == report["reader"] == "native"
+    assert ("CustomPlanner" in report["planner"]) == (planner is not None)
     assert kind.__name__ in report["error"] and text in report["error"]
     dcp.save({"w": value("w", (8,))}, checkpoint_id=tmp_path / "c")
     dcp.load({"w": torch.zeros(8)}, checkpoint_id=tmp_path / "c", planner=planner)

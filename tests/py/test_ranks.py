@@ -22,12 +22,14 @@ MODULES = {
     "cases_plan_changes": (2, 3),
     "cases_metadata": (2,),
     "cases_load_report": (2,),
+    "cases_load_roles": (2, 3),
     "cases_find_latest": (2,),
     "cases_foreign": (2,),
     "cases_reshard": (4,),
     "cases_read_once": (2, 4),
     "cases_checkpointer": (2,),
     "cases_hf_writer": (2, 3),
+    "cases_hf_reader": (2, 3),
 }
 
 

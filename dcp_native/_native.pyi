@@ -18,6 +18,46 @@ def crc32(data: Any, crc: int = 0, /) -> int: ...
 def trim() -> None: ...
 def live_bytes() -> int: ...
 def copy_storages(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], /) -> None: ...
+def export_sweep(path: str | os.PathLike, /) -> dict[str, int]: ...
+def export_create(
+    path: str | os.PathLike, files: Iterable[tuple[str, int, bytes]], /
+) -> dict[str, int]: ...
+def export_write(
+    path: str | os.PathLike,
+    files: Iterable[tuple[str, int]],
+    pieces: Iterable[tuple[int, int, torch.Tensor, tuple[int, ...]]],
+    /,
+    *,
+    sync: bool = True,
+    direct: int = 0,
+    nice: int = 0,
+    io_priority: int = 0,
+    limit_bytes_s: int = 0,
+) -> dict[str, int]: ...
+def export_join(
+    source_path: str | os.PathLike,
+    sources: Iterable[str],
+    path: str | os.PathLike,
+    files: Iterable[tuple[str, int]],
+    tensors: Iterable[tuple[str, int, int, int, tuple[int, ...], tuple]],
+    /,
+    *,
+    sync: bool = True,
+    direct: int = 0,
+) -> dict[str, int]: ...
+def export_publish(
+    path: str | os.PathLike,
+    names: Iterable[str],
+    new_names: Iterable[str],
+    pattern: str,
+    /,
+    *,
+    index_name: str | None = None,
+    index_tmp_name: str | None = None,
+    index: bytes = b"",
+    sync: bool = True,
+) -> dict[str, int]: ...
+def export_discard(path: str | os.PathLike, names: Iterable[str], /) -> None: ...
 def peek_save_id(image: bytes, /) -> str | None: ...
 def verify_checkpoint(
     path: str | os.PathLike,

@@ -98,8 +98,8 @@ open_existing(const struct dcp_export_dir *dir, const char *name, struct dcp_err
         char path[DCP_ERROR_PATH_BYTES];
         snprintf(path, sizeof path, "%s/%s", dir->path, name);
         return dcp_error_set(err, DCP_E_SUPERSEDED, -fd, path,
-                             "writing %s failed: it is gone; another export into the directory "
-                             "took over, or the directory was emptied",
+                             "writing %s failed: it is gone; another rank failed, which its own "
+                             "error tells, or another export into the directory took over",
                              path);
     }
     return fd < 0 ? dcp_export_fail(dir, name, -fd, "opening", err) : fd;

@@ -136,7 +136,8 @@ def test_every_type_that_safetensors_takes_is_written(tmp_path):
         try:
             tensors[str(dtype)] = torch.arange(16, dtype=torch.uint8).view(dtype)
             save_file({"t": tensors[str(dtype)]}, tmp_path / "theirs")
-            fits = read(tmp_path, "theirs")["t"].shape == tensors[str(dtype)].shape
+            with safe_open(tmp_path / "theirs", "pt") as file:
+                fits = file.get_slice("t").get_shape() == list(tensors[str(dtype)].shape)
         except Exception:
             fits = False
         if not fits:  # as with two values to a byte

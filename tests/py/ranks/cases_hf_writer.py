@@ -311,7 +311,7 @@ def case_a_planner_that_keeps_plans_finds_the_directory_shared(context):
         if bump > 1:  # what one rank leaves out another one writes
             del state_dict["plain" if bump == 2 else "replicated"]
         if bump == 1 and context.rank == context.size - 1:
-            state_dict["mine"] = torch.ones(100_000)
+            state_dict = {"mine": torch.ones(100_000), **state_dict}
         path = context.dir / "export"
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True,
                                           enable_consolidation=True)  # fmt: skip

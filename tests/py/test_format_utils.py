@@ -252,6 +252,93 @@ def test_old_files_and_unsafe_objects(tmp_path):
     assert not (tmp_path / "refused.pt").exists()
 
 
+@pytest.mark.parametrize("kind", ["zip", "old", "unsafe", "open file"])
+def test_a_stream_is_read(tmp_path, kind):
+    state = {"w": torch.arange(5), "o": Known(3) if kind == "unsafe" else 3}
+    path = tmp_path / "in.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=kind != "old")
+    stream = path.open("rb") if kind == "open file" else io.BytesIO(path.read_bytes())
+    with stream:
+        torch_save_to_dcp(stream, tmp_path / "dcp")
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "out.pt")
+    out = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert out["o"] == state["o"] and torch.equal(out["w"], state["w"])
+
+
+def test_files_are_replaced_by_a_rename_and_missing_directories_named(tmp_path):
+    """[torch-file-replaced]"""
+    dcp.save({"w": torch.arange(5)}, checkpoint_id=tmp_path / "dcp")
+    kept = {}
+    for convert in (torch_utils.dcp_to_torch_save, dcp_to_torch_save):
+        target = tmp_path / "f.pt"
+        target.write_bytes(b"old")
+        with target.open("rb") as reader:
+            convert(tmp_path / "dcp", target)
+            kept[convert] = reader.read() == b"old"
+        target.unlink()
+    assert kept == {torch_utils.dcp_to_torch_save: False, dcp_to_torch_save: True}
+    with pytest.raises(RuntimeError):
+        torch_utils.dcp_to_torch_save(tmp_path / "dcp", tmp_path / "absent" / "f.pt")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        dcp_to_torch_save(tmp_path / "dcp", tmp_path / "absent" / "f.pt")
+
+
+def test_files_are_unpickled_safely_first(tmp_path, monkeypatch):
+    """[torch-file-safe]"""
+    load, ways = torch.load, []
+
+    def watched(*args, **kwargs):
+        ways.append(kwargs["weights_only"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
+    for name, value, torchs, ours in (
+        ("safe", {"w": torch.ones(3)}, [False], [True]),
+        ("unsafe", {"w": torch.ones(3), "o": Known(1)}, [False], [True, False]),
+    ):
+        torch.save(value, tmp_path / name)
+        for convert, wanted in (
+            (torch_utils.torch_save_to_dcp, torchs),
+            (torch_save_to_dcp, ours),
+        ):
+            ways.clear()
+            convert(tmp_path / name, tmp_path / "dcp")
+            assert ways == wanted
+    reader = format_utils.BroadcastingTorchSaveReader(tmp_path / "unsafe")
+    ways.clear()
+    target = {"w": torch.zeros(3)}
+    dcp.load(target, storage_reader=reader, planner=format_utils.DynamicMetaLoadPlanner())
+    assert ways == [True, False]
+    dcp.configure(allow_unsafe_objects=False)
+    with pytest.raises(pickle.UnpicklingError, match="allow_unsafe_objects is off"):
+        torch_save_to_dcp(tmp_path / "unsafe", tmp_path / "dcp")
+    with pytest.raises(CheckpointException, match="allow_unsafe_objects is off"):
+        dcp.load(target, storage_reader=reader, planner=format_utils.DynamicMetaLoadPlanner())
+
+
+def test_a_file_of_an_accelerator_needs_none(tmp_path):
+    """[torch-file-device]"""
+    state = {"w": torch.arange(7.0)}
+    torch.save(state, tmp_path / "cpu.pt")
+    # What the pickle says of the storage's device, five letters in place of three.
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pt") as old,
+        zipfile.ZipFile(tmp_path / "f.pt", "w") as new,
+    ):
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith("data.pkl"):
+                assert b"X\x03\0\0\0cpu" in data
+                data = data.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:9")
+            new.writestr(info.filename, data)
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch_utils.torch_save_to_dcp(tmp_path / "f.pt", tmp_path / "theirs")
+    torch_save_to_dcp(tmp_path / "f.pt", tmp_path / "ours")
+    target = {"w": torch.zeros(7)}
+    torch_dcp.load(target, checkpoint_id=tmp_path / "ours")
+    assert_equal(target, state)
+
+
 def test_a_stream_is_written_by_torch(tmp_path):
     dcp.save({"w": torch.arange(5)}, checkpoint_id=tmp_path / "dcp")
     stream = io.BytesIO()

@@ -160,7 +160,9 @@ look_at_record(struct archive_reader *self, const struct dcp_md_entry *entry, ui
     }
     dcp_error_clear(&why);
     rc = dcp_read_file_parse(&self->reader, file, chunk, &view, &why);
-    if (rc == DCP_E_UNSUPPORTED || (rc == 0 && !view.contiguous)) {
+    if (rc == DCP_E_UNSUPPORTED ||
+        (rc == 0 && (!view.contiguous || view.dtype != entry->dtype || view.ndim != entry->ndim ||
+                     memcmp(view.sizes, sizes, entry->ndim * sizeof *sizes) != 0))) {
         *ret_plain = false;
         return 0;
     }
@@ -168,15 +170,6 @@ look_at_record(struct archive_reader *self, const struct dcp_md_entry *entry, ui
         return rc == DCP_E_CORRUPT || rc == DCP_E_CHECKSUM
                    ? wrong_record(self, entry, file, chunk, rc, why.message, err)
                    : dcp_error_set(err, rc, why.sys_errno, why.path, "%s", why.message);
-    }
-    if (view.ndim != entry->ndim || memcmp(view.sizes, sizes, entry->ndim * sizeof *sizes) != 0) {
-        return wrong_record(self, entry, file, chunk, DCP_E_CORRUPT,
-                            "the record holds a tensor of another shape than the metadata says",
-                            err);
-    }
-    if (view.dtype != entry->dtype) { /* a planner cast what it saved: loads cast it back */
-        *ret_plain = false;
-        return 0;
     }
     self->payloads[self->payloads_count++] = (struct archive_payload){
         .file = chunk->file,

@@ -24,6 +24,11 @@ from ._receive import Receiver, settle_devices
 from ._report import LISTED_NAMES, logger, names_of, set_report
 from ._save import hash64
 
+try:
+    from torch.distributed.checkpoint import protocol as _protocol
+except ImportError:  # before torch 2.14
+    _protocol = None  # type: ignore[assignment]
+
 _RETRY_CODES = {"NOENT", "STALE"}
 """What a reader meets when a newer save committed and swept while it was reading."""
 _TRIES = 10
@@ -312,7 +317,10 @@ def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, ShardedTensor):
         raise RuntimeError(f"Found unsupported type {type(tensor)} for meta device loading.")
     if not (dist.is_available() and dist.is_initialized()):
-        return torch.empty_like(tensor, device="cpu")
+        made = torch.empty_like(tensor, device="cpu")
+        if _protocol is not None and _protocol._is_checkpointable_tensor(tensor):
+            _protocol._copy_checkpointable_tensor_metadata(tensor, made)
+        return made
     alone = {"": tensor}
     _init_state_dict(alone)
     return alone[""]

@@ -683,7 +683,7 @@ def test_a_failure_while_reading_names_what_became_of_the_memory(tmp_path, monke
     monkeypatch.setattr(_plan_reads, "WINDOW_BYTES", 40)
 
     class Fails(torch_dcp.DefaultLoadPlanner):
-        def resolve_tensor(self, read_item):  # one of its own may allocate: windows are kept
+        def resolve_tensor(self, read_item):  # one that may allocate gets one window for each
             return super().resolve_tensor(read_item)
 
         def commit_tensor(self, read_item, tensor):

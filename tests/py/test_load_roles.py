@@ -683,6 +683,9 @@ def test_a_failure_while_reading_names_what_became_of_the_memory(tmp_path, monke
     monkeypatch.setattr(_plan_reads, "WINDOW_BYTES", 40)
 
     class Fails(torch_dcp.DefaultLoadPlanner):
+        def resolve_tensor(self, read_item):  # one of its own may allocate: windows are kept
+            return super().resolve_tensor(read_item)
+
         def commit_tensor(self, read_item, tensor):
             if read_item.dest_index.fqn == "b":
                 raise ZeroDivisionError("of the planner")

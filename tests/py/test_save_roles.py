@@ -164,8 +164,8 @@ def test_a_pair_of_roles_saves_what_torch_saves(tmp_path, planner, writer, how, 
     want = loaded(torch_dcp, planner, tmp_path / "t", kept)
     for module in (torch_dcp, dcp):
         assert_equal(loaded(module, planner, tmp_path / "o", kept), want)
-    if writer in NATIVE_WRITERS and planner != "bare":  # whose bytes only itself can check
-        assert dcp.verify(tmp_path / "o", level="structure")
+    if writer in NATIVE_WRITERS:
+        assert dcp.verify(tmp_path / "o")
 
     mine, torchs = calls_of(ours_planner), calls_of(theirs_planner)
     if writer == "threads":
@@ -567,11 +567,59 @@ def test_a_checkpointable_tensor_makes_one_item_per_entry(tmp_path, planner):
     assert seen[0] == seen[1] and len(seen[0]["t"].chunks) == 2
 
 
-def test_a_bare_planner_gets_its_bytes_back(tmp_path):
-    dcp.save({"a": [1, 2], "b": None}, checkpoint_id=tmp_path, planner=Bare())
-    target = {"bare/a": None, "bare/b": None}
-    torch_dcp.load(target, checkpoint_id=tmp_path, planner=RawObjects(flatten_state_dict=False))
-    assert pickle.loads(target["bare/a"]) == [1, 2] and target["bare/b"] == b""
+def bare_target():
+    return {"bare/a": None, "bare/b": None}
+
+
+@pytest.mark.parametrize("how", ["sync", "thread", "process"])
+def test_a_bare_planner_gets_its_bytes_back(tmp_path, how):
+    run(dcp, how, {"a": [1, 2], "b": None}, tmp_path, Bare(), "stock")
+    for module in (torch_dcp, dcp):
+        target = bare_target()
+        module.load(target, checkpoint_id=tmp_path, planner=RawObjects(flatten_state_dict=False))
+        assert pickle.loads(target["bare/a"]) == [1, 2] and target["bare/b"] == b""
+
+
+def test_bytes_of_a_planners_own_are_verified(tmp_path):
+    path = tmp_path / "step"
+    sd = {"a": list(range(300)), "b": None, "w": value("w", (6, 4))}
+    metadata = dcp.save(sd, checkpoint_id=path, planner=Bare())
+    result = dcp.verify(path)
+    assert result and result.unverified_records == 0
+    assert dcp.find_latest(tmp_path, verify="full") == path
+    (info,) = [i for m, i in metadata.storage_data.items() if m.fqn == "bare/a"]
+    file = path / info.relative_path
+    data = bytearray(file.read_bytes())
+    data[info.offset + info.length // 2] ^= 1
+    file.write_bytes(data)
+    assert [p.tensor for p in dcp.verify(path).problems] == ["bare/a"]
+    planner = RawObjects(flatten_state_dict=False)
+    with pytest.raises(dcp.CheckpointException, match="checksum"):
+        dcp.load(bare_target(), checkpoint_id=path, planner=planner)
+    target = bare_target()
+    dcp.load(target, checkpoint_id=path, planner=planner, verify=False)
+    assert len(target["bare/a"]) == info.length
+
+
+@pytest.mark.parametrize("count", [12, 70_000, 1_500_000])
+@pytest.mark.parametrize("target", [torch.float32, torch.bool])
+@pytest.mark.parametrize("planner", [None, RawObjects])
+def test_a_record_as_long_as_the_declared_one_is_told_from_it(tmp_path, planner, target, count):
+    """Those of uint8, int8 and bool are."""
+    saved = (torch.arange(count) % 251).to(torch.uint8)
+
+    class Other(dcp.DefaultSavePlanner):
+        def transform_object(self, write_item, object):
+            return saved
+
+    for declared in (torch.int8, torch.bool):
+        path = tmp_path / str(declared)
+        dcp.save({"w": torch.zeros(count, dtype=declared)}, checkpoint_id=path, planner=Other())
+        assert dcp.verify(path)
+        for module in (torch_dcp, dcp):
+            sd = {"w": torch.zeros(count, dtype=target)}
+            module.load(sd, checkpoint_id=path, planner=None if planner is None else planner())
+            assert torch.equal(sd["w"], saved.to(target))
 
 
 class Weight(torch.nn.Parameter):

@@ -163,7 +163,7 @@ def _tell(
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
     read_reason = _roles.reader_reason(reader)
-    plan_reason = _plan_reason(planner, process_group, no_dist)
+    plan_reason = _plan_reason(reader, planner, process_group, no_dist)
     if read_reason or plan_reason:
         set_report(_failed(_report(read_reason, planner, plan_reason), error))
         if isinstance(error, Exception):
@@ -175,10 +175,17 @@ def _tell(
 
 
 def _plan_reason(
-    planner: LoadPlanner | None, process_group: dist.ProcessGroup | None, no_dist: bool
+    reader: StorageReader,
+    planner: LoadPlanner | None,
+    process_group: dist.ProcessGroup | None,
+    no_dist: bool,
 ) -> str | None:
     """Why torch's implementation has to plan a load that is read natively; None: it need not."""
-    return _roles.load_planner_reason(planner) or _roles.group_reason(process_group, no_dist)
+    return (
+        _roles.load_planner_reason(planner)
+        or _roles.files_reason(reader)
+        or _roles.group_reason(process_group, no_dist)
+    )
 
 
 def _load_state_dict(
@@ -201,7 +208,7 @@ def _load_state_dict(
         _tell(error, storage_reader, planner, process_group, coordinator_rank, no_dist)
         raise
     read_reason = _roles.reader_reason(storage_reader)
-    plan_reason = _plan_reason(planner, process_group, no_dist)
+    plan_reason = _plan_reason(storage_reader, planner, process_group, no_dist)
     if not (read_reason or plan_reason):
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
         group = group_for(process_group, alone, 0 if alone else coordinator_rank)
@@ -324,6 +331,8 @@ def _load_by_steps(
     try:
         if load is None:
             _check_torch_can(verify, report["reason"])
+        else:
+            load.check()
         if keys is not None:
             pruned = keys.prune(state_dict, getattr(planner, "flatten_state_dict", True))
             report["skipped"] = pruned.skipped[:LISTED_NAMES]

@@ -185,7 +185,7 @@ def _async_save(
     in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
     writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
     reason = _roles.writer_reason(writer)
-    base = _tell_roles("async_save", reason, reason, planner, base)
+    base = _tell_roles("async_save", reason, writer, planner, base)
     if reason is not None:
         return _torch.async_save(
             state_dict,
@@ -255,14 +255,19 @@ def warm_up(
 def _tell_roles(
     kind: str,
     reason: str | None,
-    writer_reason: str | None,
+    writer: StorageWriter,
     planner: SavePlanner | None,
     base: str | os.PathLike | None,
 ) -> str | os.PathLike | None:
     """Log which role runs where.  The base, if it is of use: where Python plans or torch writes a
     full save loses nothing; that it is one must not go unnoticed."""
     planner_reason = _roles.save_planner_reason(planner)
-    note_path(kind, reason, role_report(writer_reason, planner_reason))
+    roles = role_report(reason, planner_reason)
+    if reason is not None and _roles.exports_natively(writer):
+        roles["writer"] = "native"
+        if planner_reason is None:
+            roles["planner"] = "torch: safetensors files are planned by torch's protocol"
+    note_path(kind, reason, roles)
     if base is not None and (reason or planner_reason) is not None:
         logger.warning(
             "base=%s is not used and everything is written: %s", os.fspath(base),
@@ -308,9 +313,8 @@ def _save(
     mapped: tuple[int, int] = (0, 0),
 ) -> Metadata:
     """``mapped``: addresses of memory that is a file's, mapped, and that nobody has written to."""
-    writer_reason = _roles.writer_reason(writer)
-    reason = writer_reason or _roles.group_reason(process_group, no_dist)
-    base = _tell_roles("save", reason, writer_reason, planner, base)
+    reason = _roles.writer_reason(writer) or _roles.group_reason(process_group, no_dist)
+    base = _tell_roles("save", reason, writer, planner, base)
     if reason is not None:
         return _torch._save_state_dict(
             _stateful_to_state_dict(state_dict) if call_stateful else state_dict,

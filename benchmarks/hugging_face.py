@@ -126,11 +126,7 @@ class Rank:
                 samples[name].append(timed(partial(contenders[name], path), idle))
                 if name != "limit":
                     self.wrong += [f"{what}, {name}: {text}" for text in check(name, path)]
-                dist.barrier()
-                if self.rank == 0:
-                    shutil.rmtree(path, ignore_errors=True)
-                    limits.settle(self.where)
-                dist.barrier()
+                self.remove(path)
         self.found[what] = {"bytes": size_bytes} | {
             name: {
                 "wall_s": statistics.median(s for s, _ in pairs),
@@ -139,6 +135,14 @@ class Rank:
             }
             for name, pairs in samples.items()
         }
+
+    def remove(self, path: str) -> None:
+        """A directory that no rank needs any more, if it is there."""
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            limits.settle(self.where)
+        dist.barrier()
 
     def write_limit(self, size_bytes: int, path: str) -> None:
         file = f"{path}{self.rank}"
@@ -192,8 +196,7 @@ class Rank:
             before=partial(limits.warm_page_cache, source),
             is_alone=True,
         )
-        if self.rank == 0:
-            shutil.rmtree(source)
+        self.remove(source)
 
     def load(self, case: str, state: dict) -> None:
         source = f"{self.where}/export"
@@ -234,8 +237,7 @@ class Rank:
                 check,
                 before=partial(before, source),
             )
-        if self.rank == 0:
-            shutil.rmtree(source)
+        self.remove(source)
 
     def dequantisation(self) -> None:
         source = pathlib.Path(self.where, "quantised")

@@ -163,7 +163,7 @@ def _tell(
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
     read_reason = _roles.reader_reason(reader)
-    plan_reason = _roles.load_planner_reason(planner)
+    plan_reason = _roles.load_planner_reason(planner) or _roles.files_reason(reader)
     group_reason = _roles.group_reason(process_group, no_dist)
     elsewhere = bool(read_reason or plan_reason)
     if group_reason is None:
@@ -203,7 +203,7 @@ def _load_state_dict(
         _tell(error, storage_reader, planner, process_group, coordinator_rank, no_dist)
         raise
     read_reason = _roles.reader_reason(storage_reader)
-    plan_reason = _roles.load_planner_reason(planner)
+    plan_reason = _roles.load_planner_reason(planner) or _roles.files_reason(storage_reader)
     group_reason = _roles.group_reason(process_group, no_dist)
     if group_reason is None:
         group = _group(process_group, coordinator_rank, no_dist)
@@ -331,6 +331,8 @@ def _load_by_steps(
     try:
         if load is None:
             _check_torch_can(verify, report["reason"])
+        else:
+            load.check()
         if keys is not None:
             pruned = keys.prune(state_dict, getattr(planner, "flatten_state_dict", True))
             report["skipped"] = pruned.skipped[:LISTED_NAMES]

@@ -342,3 +342,12 @@ def test_hostile_offsets_are_refused_by_name(tmp_path, said):
     with pytest.raises(ValueError, match=r"shard-00001.*: w: "):
         consolidate_safetensors_files(str(source), str(tmp_path / "out"), {"w": 1})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_a_save_says_that_the_writer_is_native(tmp_path):
+    dcp.save({"w": torch.ones(3)}, storage_writer=HuggingFaceStorageWriter(str(tmp_path)))
+    report = dcp.last_report()
+    assert report["writer"] == "native" and report["planner"].startswith("torch: safetensors")
+    dcp.configure(native=False)
+    dcp.save({"w": torch.ones(3)}, storage_writer=HuggingFaceStorageWriter(str(tmp_path)))
+    assert dcp.last_report()["writer"] == "torch: config.native is off"

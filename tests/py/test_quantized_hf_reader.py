@@ -198,8 +198,10 @@ def test_what_is_not_known_is_left_to_torch(tmp_path, what, monkeypatch):
     loaded = []
     for cls in READERS:
         target = {"l.weight": torch.zeros(50, 70, dtype=dtype)}
-        torch_dcp.load(target, storage_reader=cls(path, target_dtype=dtype, block_size=16))
+        dcp.load(target, storage_reader=cls(path, target_dtype=dtype, block_size=16))
         loaded.append(target["l.weight"])
+    report = dcp.last_report()
+    assert report["path"] == "torch" and report["reader"] == f"torch: {report['reason']}"
     more = 1 if what == "hook" else 0
     assert torch.equal((loaded[0] + more).nan_to_num(), loaded[1].nan_to_num())
 

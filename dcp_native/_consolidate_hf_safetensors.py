@@ -204,18 +204,13 @@ def _join(shards: _Shards, layout: Layout, output_dir: str, token: str, wanted: 
 
 def _publish(layout: Layout, output_dir: str, token: str, order: Mapping[str, int]) -> None:
     names = [file.name for file in layout.files]
-    temporary = [part_name(token, name) for name in names]
-    try:
-        _native.export_publish(
-            output_dir,
-            temporary,
-            names,
-            FULL_PATTERN,
-            **publication(layout.index(order), token),
-        )
-    except BaseException:
-        _native.export_discard(output_dir, temporary)
-        raise
+    _native.export_publish(  # removes what it can not publish, while there is another export
+        output_dir,
+        [part_name(token, name) for name in names],
+        names,
+        FULL_PATTERN,
+        **publication(layout.index(order), token),
+    )
 
 
 def consolidate_safetensors_files(

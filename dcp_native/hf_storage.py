@@ -94,8 +94,9 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
     With ``enable_consolidation`` (or without ``save_distributed``) the final files are written in
     one pass.  An export replaces the one before it in the directory: ``model-*-of-*`` files of
     another number of files go too.  A failed or killed save leaves the old export as it was, unless
-    it is killed between the renames at the very end: then there is no index.  Never does an index,
-    or the set of ``model-*`` files, mix two exports.
+    it ends between the renames at the very end: then there is no index, and what has no final name
+    yet is left under a temporary one.  Never does an index, or the set of ``model-*`` files, mix
+    two exports.
 
     Memory: 32 MiB of buffers per rank, whatever the tensors' sizes.
     """
@@ -313,12 +314,12 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
                     io_priority=io_priority(config().writer_io_class),
                     limit_bytes_s=config().write_limit_bytes_s,
                 )
-            if layout is not None and self.save_distributed and not order.shared:
-                self._publish(order, [name for name, _ in files], None, plan)
         except BaseException:
             # Other ranks go on writing to what has no name any more, and hear of it after.
             _native.export_discard(order.path, names)
             raise
+        if is_shard and not order.shared:
+            self._publish(order, [name for name, _ in files], None, plan)
         return [self._result(item, order, files, is_shard) for item in plan.items]
 
     def _shard_layout(self, plan: SavePlan) -> Layout:
@@ -366,19 +367,14 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         pattern = FULL_PATTERN if index is not None else SHARD_PATTERN
         if plan is not None:
             pattern = pattern.replace("#####", f"{plan.storage_data['shard_index']:05d}", 1)
-        try:
-            _native.export_publish(
-                order.path,
-                [part_name(order.token, name) for name in names],
-                names,
-                pattern,
-                sync=self.sync_files,
-                **({} if index is None else publication(index, order.token)),
-            )
-        except BaseException:
-            left = [part_name(order.token, name) for name in names]
-            _native.export_discard(order.path, left)
-            raise
+        _native.export_publish(  # removes what it can not publish, while there is another export
+            order.path,
+            [part_name(order.token, name) for name in names],
+            names,
+            pattern,
+            sync=self.sync_files,
+            **({} if index is None else publication(index, order.token)),
+        )
 
 
 def _tensor_data(item: WriteItem) -> Any:

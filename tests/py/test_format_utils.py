@@ -17,8 +17,10 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from common import assert_equal
 from conftest import GOLDEN, ROOT
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint import format_utils as torch_utils
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import dcp_native as dcp
 from dcp_native import format_utils, state_dict_saver
@@ -132,6 +134,63 @@ def test_golden_checkpoints_convert_as_torch_converts_them(path, tmp_path):
         torch.load(tmp_path / name, weights_only=False) for name in ("theirs.pt", "ours.pt")
     )
     assert_equal(ours, theirs)
+
+
+class Casts(DefaultSavePlanner):
+    """Saves less than what it says of it."""
+
+    def transform_object(self, write_item, obj):
+        made = super().transform_object(write_item, obj)
+        return made.to(torch.bfloat16) if isinstance(made, torch.Tensor) else made
+
+
+@pytest.mark.parametrize("saver", [dcp, torch_dcp], ids=["native", "torch"])
+def test_what_a_planner_cast_is_cast_back(saver, tmp_path):
+    state = {"a": torch.randn(300, 70), "n": 3, "b": torch.arange(5.0)}
+    saver.save(state, checkpoint_id=tmp_path / "dcp", planner=Casts())
+    theirs, ours = both_ways(tmp_path / "dcp", tmp_path)
+    assert members(ours) == members(theirs)
+    assert torch.load(ours)["a"].equal(state["a"].bfloat16().float())
+
+
+def in_many_files(path, parts):
+    """One tensor's rows, one file each, as that many ranks save them; returns the tensor."""
+    rows = torch.arange(parts * 30_000.0).reshape(parts, 30_000)
+    dcp.save({str(i): rows[i : i + 1] for i in range(parts)}, checkpoint_id=path)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    whole = metadata.state_dict_metadata["0"]
+    storage = dict(metadata.storage_data)
+    metadata.storage_data = {}
+    whole.size = rows.size()
+    whole.chunks = []
+    for i in range(parts):
+        offsets = torch.Size([i, 0])
+        info = storage[MetadataIndex(str(i), [0, 0])]
+        name = f"__{i}_0.distcp"
+        (path / f"part{i}").write_bytes(
+            (path / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        )
+        whole.chunks.append(ChunkStorageMetadata(offsets, torch.Size([1, 30_000])))
+        metadata.storage_data[MetadataIndex("w", offsets, i)] = type(info)(name, 0, info.length)
+    for file in path.glob("*.distcp"):
+        file.unlink()
+    for i in range(parts):
+        (path / f"part{i}").rename(path / f"__{i}_0.distcp")
+    metadata.state_dict_metadata = {"w": whole}
+    metadata.planner_data = {"w": ("w",)}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return rows
+
+
+def test_a_tensor_in_more_files_than_may_be_open_is_converted(tmp_path):
+    rows = in_many_files(tmp_path / "dcp", 200)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 90, before[1]))
+    try:
+        dcp_to_torch_save(tmp_path / "dcp", tmp_path / "out.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert torch.load(tmp_path / "out.pt")["w"].equal(rows)
 
 
 def test_files_load_mapped_and_with_calculated_offsets(tmp_path, monkeypatch):

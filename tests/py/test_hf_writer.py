@@ -103,7 +103,7 @@ def test_former_exports_go_and_other_files_stay(tmp_path):
     assert names == ["config.json", ONE, "model.safetensors", INDEX]
 
 
-@pytest.mark.parametrize("step", ["export_create", "export_write", "export_publish"])
+@pytest.mark.parametrize("step", ["export_create", "export_write"])
 def test_a_failure_at_any_step_leaves_the_export_before(tmp_path, monkeypatch, step):
     dcp.save(state(), storage_writer=HuggingFaceStorageWriter(str(tmp_path)))
 
@@ -120,6 +120,47 @@ def test_a_failure_at_any_step_leaves_the_export_before(tmp_path, monkeypatch, s
     assert all(name.startswith(".dcp_native-export-probe-") for name in left)
     dcp.save(newer, storage_writer=HuggingFaceStorageWriter(str(tmp_path)))
     assert sorted(p.name for p in tmp_path.iterdir()) == [ONE, INDEX]
+
+
+def test_publishing_that_fails_half_way_keeps_the_new_export(tmp_path):
+    """The old one is lost in part: what is whole must not be removed."""
+    tensors = {"a": torch.ones(4), "b": torch.full((4,), 2.0)}
+    mapping = {"a": 1, "b": 2}
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp_path), mapping))
+    stuck = tmp_path / "model-00002-of-00002.safetensors"
+    stuck.unlink()
+    stuck.mkdir()  # what can not be removed as files are
+    with pytest.raises(dcp.CheckpointException, match=r"begin with \.dcp_native-export-"):
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp_path), mapping))
+    found = {}
+    for path in tmp_path.glob(".dcp_native-export-*.safetensors"):
+        found.update(read(tmp_path, path.name))
+    same(found, tensors)
+
+
+def test_what_could_not_be_published_is_not_removed_by_those_who_asked(tmp_path, monkeypatch):
+    """Publishing may go on, on its thread, when its caller was interrupted."""
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def parts():
+        return len(list(tmp_path.glob("out*/.dcp_native-export-*.safetensors")))
+
+    monkeypatch.setattr(_native, "export_publish", fail)
+    with pytest.raises(BaseException):  # noqa: B017
+        dcp.save(state(), storage_writer=HuggingFaceStorageWriter(str(tmp_path / "out1")))
+    assert parts() == 1
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in", 1, {"w": torch.ones(4)}, {"w": [0]})
+    with pytest.raises(KeyboardInterrupt):
+        consolidate_safetensors_files(str(tmp_path / "in"), str(tmp_path / "out2"), {"w": 1})
+    assert parts() == 2
+    monkeypatch.setattr(HuggingFaceStorageWriter, "_is_shared", lambda self, plans: False)
+    writer = HuggingFaceStorageWriter(str(tmp_path / "out3"), save_distributed=True)
+    with pytest.raises(BaseException):  # noqa: B017
+        dcp.save(state(), storage_writer=writer)
+    assert parts() == 3
 
 
 def test_a_planner_that_keeps_plans_saves_new_values(tmp_path):
@@ -301,3 +342,12 @@ def test_hostile_offsets_are_refused_by_name(tmp_path, said):
     with pytest.raises(ValueError, match=r"shard-00001.*: w: "):
         consolidate_safetensors_files(str(source), str(tmp_path / "out"), {"w": 1})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_a_save_says_that_the_writer_is_native(tmp_path):
+    dcp.save({"w": torch.ones(3)}, storage_writer=HuggingFaceStorageWriter(str(tmp_path)))
+    report = dcp.last_report()
+    assert report["writer"] == "native" and report["planner"].startswith("torch: safetensors")
+    dcp.configure(native=False)
+    dcp.save({"w": torch.ones(3)}, storage_writer=HuggingFaceStorageWriter(str(tmp_path)))
+    assert dcp.last_report()["writer"] == "torch: config.native is off"

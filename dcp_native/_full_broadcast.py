@@ -62,8 +62,8 @@ def _broadcast_state_dict(
 
 @contextlib.contextmanager
 def before_broadcast(is_broadcast: bool = True) -> Iterator[None]:
-    """Around what a rank does before `_broadcast_state_dict` in the default group: where it fails,
-    that broadcast fails on the other ranks instead of waiting for this one.
+    """Around what a rank does before `_broadcast_state_dict` in the default group: if it fails, the
+    broadcast fails on the other ranks instead of waiting for this one.
     """
     try:
         yield

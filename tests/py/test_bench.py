@@ -85,7 +85,21 @@ def run_figures(program, tmp_path, *arguments, environment=None):
     [
         ("local_plan", ["200 DTensors", "200 HSDP DTensors", "200 plain tensors"]),
         ("coordinator", ["8 x 100, all steps", "16 x 64 simulated", "growth"]),
-        ("state_dict", ["get_model_state_dict, 176", "set_optimizer_state_dict, 176"]),
+        (
+            "state_dict",
+            [
+                *(
+                    f"{way}_{what}_state_dict, 176"
+                    for way in ("get", "set")
+                    for what in ("model", "optimizer")
+                ),
+                *(
+                    f"{case}, {what}"
+                    for case in ("gather", "gather to rank 0", "broadcast", "distribute")
+                    for what in ("60 x 2 KiB", "0 MiB")
+                ),
+            ],
+        ),
         ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "ready to plan, our"]),
         (
             "load_planning",
@@ -369,15 +383,6 @@ def test_conversions_have_a_row_for_every_target_and_leave_nothing(tmp_path):
     assert result["wrong"] == []
     assert [row["target"][:2] for row in result["rows"]] == [">=", "<="] * 2
     assert not any(disk.iterdir())
-
-
-def test_full_state_dict_benchmark_compares_every_result(tmp_path):
-    argv = [sys.executable, str(BENCHMARKS / "full_state_dict.py"), "--quick", "--repeats", "1"]
-    argv += ["--json", str(tmp_path / "full.json")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "full.json").read_text())
-    assert len(result["rows"]) == 8 and result["wrong"] == []
 
 
 def test_hugging_face_benchmark_compares_everything_and_leaves_nothing(tmp_path):

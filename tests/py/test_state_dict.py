@@ -204,6 +204,20 @@ def test_wrong_model_state_is_refused_as_in_torch(make, kind, strict):
     assert_both_same(changed(kind), make, None, {"strict": strict})
 
 
+def test_a_state_dict_that_was_assigned_once_is_assigned_again_as_in_torch():
+    """torch leaves word of it in the metadata of the state dict."""
+
+    def call(i, model, _, options):
+        state = i.get_model_state_dict(model)
+        m.build(m.plain, 4).load_state_dict(state, assign=True)
+        again = m.build(m.plain, 5)
+        i.set_model_state_dict(again, state)
+        taken = m.places(again.state_dict())
+        return [taken[key] == place for key, place in m.places(state).items()], again.state_dict()
+
+    assert all(assert_both_same(call, m.plain)[0])
+
+
 def test_extra_state_that_is_missing_or_unexpected_is_refused_as_in_torch():
     def lost(i, model, _, options):
         state = i.get_model_state_dict(model)

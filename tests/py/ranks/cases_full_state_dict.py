@@ -17,7 +17,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -240,6 +240,37 @@ def case_gather_leaves_the_rare_to_torch(ctx):
     same(ours._gather_state_dict(state), stock._gather_state_dict(state))
 
 
+@torch.no_grad()
+def case_meshes_whose_ranks_do_not_ascend_mean_what_they_mean_to_torch(ctx):
+    """Coordinates are not the numbers of the ranks in their groups there."""
+    orders = [DeviceMesh("cpu", list(reversed(range(ctx.size))))]
+    if ctx.size == 4:
+        orders += [DeviceMesh("cpu", ranks) for ranks in ([[0, 1], [3, 2]], [[2, 3], [0, 1]])]
+    for mesh in orders:
+        full = value("w", (8, 3))
+        placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+        turned = [*reversed(placements)]
+        state = {
+            "scattered": distribute_tensor(full, mesh, placements),
+            "cut": shard(full, mesh, *turned),
+            "usual": shard(value("f", (8, 2)), mesh_of(ctx.size), Shard(0)),
+        }
+        before = copy.deepcopy({k: v._local_tensor for k, v in state.items()})
+        want = stock._gather_state_dict(state)
+        assert torch.equal(want["scattered"], full)
+        for ranks in ((), (0,)):
+            want = stock._gather_state_dict(state, ranks_only=ranks)
+            same(ours._gather_state_dict(state, ranks_only=ranks), want, str(mesh.mesh))
+        same({k: v._local_tensor for k, v in state.items()}, before)
+        for spread in ("_distribute_state_dict", "_broadcast_state_dict"):
+            results = []
+            for module in (stock, ours):
+                local = {"w": shard(torch.zeros(8, 3), mesh, *placements)}
+                getattr(module, spread)({"w": full}, local, CPU)
+                results.append(local)
+            same(results[1], results[0], spread)
+
+
 @sizes(4)
 def case_gather_on_meshes_that_leave_ranks_out(ctx):
     part = DeviceMesh("cpu", [0, 1])
@@ -249,12 +280,14 @@ def case_gather_on_meshes_that_leave_ranks_out(ctx):
         "row": shard(value("b", (7, 3)), halves, Shard(1), Shard(0)),
         "both": shard(value("c", (6, 3)), mesh_of(4), Shard(0)),
     }
-    for options in ({}, {"ranks_only": (0,)}, {"ranks_only": (3,)}):
-        same(
-            ours._gather_state_dict(state, **options),
-            stock._gather_state_dict(state, **options),
-            str(options),
-        )
+    for kept in (("part", "row", "both"), ("part", "both"), ("both", "part"), ("part",)):
+        some = {key: state[key] for key in kept}
+        for options in ({}, {"ranks_only": (0,)}, {"ranks_only": (3,)}):
+            same(
+                ours._gather_state_dict(some, **options),
+                stock._gather_state_dict(some, **options),
+                str(options),
+            )
 
 
 @sizes(4)
@@ -297,6 +330,38 @@ def case_gather_of_sharded_tensors(ctx):
             same(ours._gather_state_dict(state), full)
     options = {"ranks_only": (0,), "cpu_offload": True, "device": CPU}
     same(ours._gather_state_dict(state, **options), stock._gather_state_dict(state, **options))
+
+
+def case_gather_of_sharded_tensors_without_elements(ctx):
+    metadata = ShardMetadata([ctx.rank, 0], [1, 0], f"rank:{ctx.rank}/cpu")
+    empty = init_from_local_shards([LocalShard(torch.empty(1, 0), metadata)], ctx.size, 0)
+    state = {"empty": empty, "full": sharded_tensor(ctx, value("f", (5, 2)))}
+    for options in ({}, {"ranks_only": (0,), "cpu_offload": True}):
+        want = stock._gather_state_dict(state, **options)
+        same(ours._gather_state_dict(state, **options), want)
+
+
+def case_gather_of_sharded_tensors_that_land_on_several_devices(ctx):
+    """Where a result lands is known to its rank alone: the ranks gather in one stream all the same,
+    also where a rank has no shard and its results land on the CPU.
+    """
+    full = {"here": value("h", (2 * ctx.size, 3)), "there": value("t", (2 * ctx.size,))}
+    for away in (False, True):
+        gathering = _full_gather.Gathering(None, None, None, False)
+        for name, tensor in full.items():
+            gathered = sharded_tensor(ctx, tensor)
+            if name == "there" and ctx.rank == 0 and away:
+                gathered.local_shards()[0].tensor = tensor[:2].to("meta")
+            gathering.add(gathered)
+        (stream,) = gathering._streams.values()
+        there = stream._slots[1].tag
+        if away:
+            if ctx.rank == 0:
+                assert there.memory.device.type == "meta"
+                there.shard = _byte_buckets.carried(tensor[:2])
+            assert torch.equal(gathering.run(None)[0], full["here"])
+        else:
+            same(gathering.run(None), [*full.values()])
 
 
 class Odd:
@@ -360,6 +425,23 @@ def case_gather_fails_everywhere_when_ranks_mean_other_tensors(ctx):
     ):
         texts = failures_of(ours._gather_state_dict, {"w": tensor})
         assert all("other shapes" in t for t in texts), (name, texts)
+
+
+@sizes(4)
+def case_gather_fails_everywhere_when_the_difference_is_on_a_later_mesh_dimension(ctx):
+    mesh = mesh_of(2, 2)
+    a = shard(value("a", (8,)), mesh, Shard(0), Replicate())
+    b = shard(value("b", (8,)), mesh, Replicate(), Shard(0))
+    c = shard(value("c", (2, 4)), mesh, Replicate(), Shard(0))
+    for state, other in (([a, b, c], [a, c, b]), ([b, c, a], [c, b, a]), ([a, b, c], [c, a, b])):
+        mine = {"list": other if ctx.rank == 1 else state}
+        texts = failures_of(ours._gather_state_dict, mine)
+        assert all("different tensors" in t for t in texts), texts
+    for rank in range(ctx.size):
+        state = {"list": [a, b, Odd("x") if ctx.rank == rank else None]}
+        texts = failures_of(ours._gather_state_dict, state)
+        assert texts.pop(rank).startswith("ValueError"), texts
+        assert all(f"rank {rank} failed" in t for t in texts), texts
 
 
 def case_gather_holds_the_results_and_two_buckets(ctx):

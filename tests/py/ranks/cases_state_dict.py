@@ -8,7 +8,7 @@ import itertools
 import state_dict_models as m
 import torch
 import torch.distributed as dist
-from common import mesh_of, sizes
+from common import gather_all, mesh_of, sizes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict as theirs
@@ -232,7 +232,11 @@ def case_all_wrappers_and_options_equal_torch(ctx):
 
 def case_optimizers_in_backward_equal_torch(ctx):
     for make in (ddp, fsdp2, two_d):
-        compare(ctx, make, m.in_backward, {})
+        for options in OPTIONS:
+            if "ignore_frozen_params" in options:  # else what was left out is missed
+                options = {**options, "strict": False}
+            want = compare(ctx, make, m.in_backward, options)
+            assert len(want) > 2, (make.__name__, options, want)  # nothing was raised
 
 
 @sizes(2)
@@ -275,6 +279,50 @@ def case_broadcast_from_rank0_equals_torch(ctx):
             )
             m.same(got, want, f"{make.__name__} {meta}")
             assert len(want) == 3, want
+
+
+def texts_of(call):
+    """What every rank raised, as text."""
+    try:
+        call()
+    except Exception as error:
+        return gather_all(f"{type(error).__name__}: {error}")
+    return gather_all("")
+
+
+BROKEN = {
+    "Missing optimizer state": lambda state: state[1]["state"].pop("0.up.weight"),
+    "KeyError": lambda state: state[1].pop("param_groups"),
+    "Missing key": lambda state: state[0].pop("0.up.weight"),
+}
+
+
+def case_broadcast_fails_everywhere_when_rank_0_lacks_something(ctx):
+    """[full-state-failure] and the ranks can go on together afterwards."""
+    options = Options(full_state_dict=True, broadcast_from_rank0=True)
+    model = compiled_of_ddp(ctx.size)
+    (optim,) = optimizers(model)
+    source = optimizers(whole := layers())
+    m.train(source)
+    for text, spoil in BROKEN.items():
+        state = settled(theirs.get_state_dict(whole, source)) if ctx.rank == 0 else ({}, {})
+        if ctx.rank == 0:
+            spoil(state)
+        texts = texts_of(
+            lambda s=state: (
+                ours.set_optimizer_state_dict(model, optim, s[1], options=options),
+                ours.set_model_state_dict(model, s[0], options=options),
+            )
+        )
+        assert text in texts[0] and "RuntimeError: broadcasting" not in texts[0], texts
+        assert all("rank 0 failed" in t and text in t for t in texts[1:]), texts
+    foreign = optim if ctx.rank != 1 else torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)
+    state = settled(theirs.get_state_dict(whole, source)) if ctx.rank == 0 else ({}, {})
+    texts = texts_of(
+        lambda: ours.set_optimizer_state_dict(model, foreign, state[1], options=options)
+    )
+    assert texts.pop(1).startswith("KeyError"), texts
+    assert all("rank 1 failed" in t for t in texts), texts
 
 
 def case_whole_state_goes_from_any_wrapper_into_any_other(ctx):

@@ -1,7 +1,4 @@
-"""full_state_dict.py: state dicts made full and cut again over two ranks: ours beside torch's.
-
-    python benchmarks/full_state_dict.py            # a minute
-    python benchmarks/full_state_dict.py --quick    # seconds; the test suite runs this
+"""full_state_dict_cases.py: state dicts made full and cut again over two ranks, for state_dict.py.
 
 Two processes over gloo. small: many DTensors of 2 KiB; large: four of 50 MiB. Wall seconds from a
 barrier to the end of the slower rank; extra memory is the growth of the resident peak of the rank
@@ -13,7 +10,6 @@ both sides return must be the same, bit for bit.
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import time
 import warnings
@@ -25,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed._state_dict_utils as theirs
 import torch.multiprocessing as mp
 from limits import release_free_memory, restart_peak, status_bytes
-from program import finish, options, row, say, seconds, times
+from program import row, say, seconds, times
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -179,19 +175,15 @@ def rows_of(found: dict, count: int) -> list[dict]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = options(__doc__, repeats=5).parse_args(argv)
+def run(quick: bool, repeats: int) -> tuple[list[dict], dict, list[str]]:
+    """(rows, the first rank's figures, what differs from torch)."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as where:
         say("two ranks gather, broadcast and distribute ...")
-        mp.spawn(run_rank, (args.quick, args.repeats, where), RANKS)
+        mp.spawn(run_rank, (quick, repeats, where), RANKS)
         found = [
             json.loads(pathlib.Path(where, f"{rank}.json").read_text(encoding="utf-8"))
             for rank in range(RANKS)
         ]
     wrong = [w for f in found for w in f["wrong"]]
-    return finish(args, rows_of(found[0], 60 if args.quick else 2000), found[0], wrong)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return rows_of(found[0], 60 if quick else 2000), found[0], wrong

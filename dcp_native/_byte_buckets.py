@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -201,6 +202,13 @@ def token(shape: Shape, dtype: torch.dtype, placements: tuple[Placement, ...] = 
         (_number(type(p)), getattr(p, "dim", 0), getattr(p, "split_factor", 0)) for p in placements
     )
     return hash((shape, _number(dtype), *placed)) >> 1  # agree() negates it
+
+
+def default_device(pg: dist.ProcessGroup) -> torch.device:
+    """The device that torch takes where nothing but the group is known."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to go some day, and torch itself calls it here
+        return dist.distributed_c10d._get_pg_default_device(pg)
 
 
 NOBODY, EVERYBODY = 1 << 62, -1

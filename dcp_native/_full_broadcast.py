@@ -4,7 +4,7 @@ From rank 0: one message says what there is, then the tensors follow as one stre
 buckets (_byte_buckets.py), and every rank copies its own boxes out of each bucket.  No rank but
 rank 0 ever holds more of the model than its share and two buckets.  A plain tensor that is larger
 than a bucket is received where it will stay.  Before the first byte all ranks agree that nobody
-failed to make room.
+failed to make room, or before.
 
 Where every rank has the full state nothing is sent: a shard is a copy of a box.
 
@@ -13,9 +13,10 @@ Not thread-safe, as collectives are not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from . import _byte_buckets as buckets
 from ._byte_buckets import NOBODY, Bucket, Item, Slot
-from ._shard_layout import Shape, layout_of, narrowed
+from ._shard_layout import Shape, ascending, layout_of, narrowed
 
 WHAT = "broadcasting a full state dict"
 
@@ -57,6 +58,21 @@ def _broadcast_state_dict(
     if strict:
         for key in local_state_dict.keys() - entries.keys():
             local_state_dict.pop(key)
+
+
+@contextlib.contextmanager
+def before_broadcast(is_broadcast: bool = True) -> Iterator[None]:
+    """Around what a rank does before `_broadcast_state_dict` in the default group: where it fails,
+    that broadcast fails on the other ranks instead of waiting for this one.
+    """
+    try:
+        yield
+    except Exception as failure:
+        if is_broadcast and dist.is_initialized():
+            pg = dist.distributed_c10d._get_default_group()
+            _exchanged({}, pg, failure)
+            _agree(pg, failure)
+        raise
 
 
 def _broadcast_tensors(
@@ -116,7 +132,7 @@ def _distribute_state_dict(
     """Puts the values of the full state dict, which every rank has, into the local one.
 
     Nothing is communicated: a rank's shards are of its own full tensors, also where the ranks hold
-    different ones.
+    different ones. (On meshes whose ranks do not ascend torch scatters those of one rank.)
     Mirrors torch.distributed._state_dict_utils._distribute_state_dict.
     """
     for key, value in full_state_dict.items():
@@ -139,7 +155,8 @@ def _sharded(full: torch.Tensor, like: DTensor, device: torch.device) -> DTensor
     if type(full) is torch.Tensor and coordinate is not None and full.device.type != "meta":
         layout = layout_of(like._spec, shape)
     if layout is None:
-        return distribute_tensor(full.to(device), mesh, like.placements, src_data_rank=None)
+        source = None if ascending(mesh) else 0
+        return distribute_tensor(full.to(device), mesh, like.placements, src_data_rank=source)
     if device.type != mesh.device_type:
         device = torch.device(mesh.device_type)
     starts, sizes = layout.box(shape, coordinate)
@@ -186,29 +203,51 @@ def _description(value: Any) -> Any:
 
 
 def _exchanged(
-    full_state_dict: Mapping[str, Any], pg: dist.ProcessGroup | None
+    full_state_dict: Mapping[str, Any],
+    pg: dist.ProcessGroup | None,
+    failure: Exception | None = None,
 ) -> tuple[dict[str, Any], Exception | None]:
-    """(what rank 0 has, tensors as their size and dtype; the error met here), one broadcast."""
+    """(what rank 0 has, tensors as their size and dtype; the error met here), one broadcast.
+
+    failure: what this rank has met before.
+
+    Raises:
+        Exception: rank 0 failed, and all ranks know: its own exception there, and on a rank with a
+            failure of its own that one.
+        RuntimeError: rank 0 failed, on the others.
+    """
     entries: Any = {}
-    failure: Exception | None = None
     message = [b""]
     is_source = dist.get_rank() == 0
     if is_source:
         try:
+            if failure is not None:
+                raise failure
             entries = {key: _description(value) for key, value in full_state_dict.items()}
             message = [pickle.dumps(entries)]
         except Exception as error:
-            entries, failure = {}, error
+            failure = error
             message = [pickle.dumps(_Failed(f"{type(error).__name__}: {error}"))]
     dist.broadcast_object_list(message, src=0, group=pg)
     if not is_source:
         try:
             entries = pickle.loads(message[0])
-            if isinstance(entries, _Failed):
-                raise RuntimeError(f"{WHAT}: rank 0 failed: {entries.reason}")
         except Exception as error:
-            entries, failure = {}, error
+            return {}, failure or error
+        if isinstance(entries, _Failed):
+            raise failure or RuntimeError(f"{WHAT}: rank 0 failed: {entries.reason}")
+    elif failure is not None:
+        raise failure
     return entries, failure
+
+
+def _agree(pg: dist.ProcessGroup, failure: Exception | None, digest: int = 0) -> None:
+    """Goes on if no rank has failed and all mean the same; else raises `failure` or what it was."""
+    failed = NOBODY if failure is None else dist.get_rank()
+    failed = buckets.agree(pg, buckets.default_device(pg), failed, digest)
+    if failure is not None:
+        raise failure
+    buckets.raise_if(failed, WHAT)
 
 
 @dataclasses.dataclass
@@ -258,12 +297,8 @@ class _Broadcast:
                 digest = buckets.token((digest, *info.size), info.dtype)
                 targets[key] = self._target(key, info)
         except Exception as error:  # told to all ranks before anyone waits for this one
-            failure = error
-        failed = NOBODY if failure is None else dist.get_rank()
-        failed = buckets.agree(self._pg, self._wire, failed, digest)
-        if failure is not None:
-            raise failure
-        buckets.raise_if(failed, WHAT)
+            failure = failure or error
+        _agree(self._pg, failure, digest)
         self._transfer(
             [
                 Slot(target, tuple(target.info.size), target.info.dtype.itemsize)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from . import _byte_buckets as buckets
 from ._byte_buckets import NOBODY, Bucket, Item, Slot
-from ._shard_layout import Layout, Region, Shape, flat_layout, layout_of, narrowed
+from ._shard_layout import Layout, Region, Shape, ascending, flat_layout, layout_of, narrowed
 
 WHAT = "gathering a full state dict"
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -93,37 +92,39 @@ class Whole:
 
 
 class Stream:
-    """All tensors that are gathered by the same steps, and land on the same device.
+    """All tensors that are gathered by the same steps.
 
-    device: of the collectives.  landing: of the results; None where they are not wanted.
+    device: of the collectives.  wanted: whether this rank needs the results.
     """
 
-    def __init__(self, steps: list[Step], device: str, landing: torch.device | None) -> None:
+    def __init__(self, steps: list[Step], device: str, wanted: bool) -> None:
+        self.device = device
         self._steps = steps
-        self._device = device
-        self._landing = landing
+        self._wanted = wanted
         self._slots: list[Slot] = []
         self._tokens: list[int] = []
 
     def expect(self, token: int) -> None:
-        """A tensor that torch gathers: the ranks agree on it, nothing else."""
+        """A tensor of which no bytes travel here: the ranks agree on it, nothing else."""
         self._tokens.append(token)
 
     def add(self, whole: Whole, token: int) -> None:
         self._tokens.append(token)
         self._slots.append(Slot(whole, whole.layout.slot, whole.shard.element_size()))
 
-    def agree(self, failed: int) -> int:
-        """Over all dimensions, so that what one rank has to say reaches every other."""
-        for step in self._steps:
-            failed = buckets.agree(step.group, self._device, failed, hash(tuple(self._tokens)) >> 1)
-        return failed
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        return [step.group for step in self._steps]
+
+    @property
+    def digest(self) -> int:
+        return hash(tuple(self._tokens)) >> 1
 
     def gather(self) -> None:
         if not self._slots or not any(step.wanted for step in self._steps):
             return
         rows = math.prod(step.count for step in self._steps)
-        memory = [torch.empty(0, dtype=torch.uint8, device=self._device)] * 2
+        memory = [torch.empty(0, dtype=torch.uint8, device=self.device)] * 2
         flying: tuple[list[dist.Work], Bucket, torch.Tensor | None] | None = None
         for turn, bucket in enumerate(buckets.fill(self._slots, buckets.BUCKET_BYTES // rows)):
             works = self._send_in_place(bucket)
@@ -131,7 +132,7 @@ class Stream:
             if works is None:
                 size = rows * bucket.length_bytes
                 if memory[turn % 2].numel() < size:
-                    memory[turn % 2] = torch.empty(size, dtype=torch.uint8, device=self._device)
+                    memory[turn % 2] = torch.empty(size, dtype=torch.uint8, device=self.device)
                 filled = memory[turn % 2][:size]
                 filled = filled.view(*(step.count for step in self._steps), -1)
                 works = self._send(bucket, filled)
@@ -159,17 +160,17 @@ class Stream:
         Each rank decides for itself, for what is sent does not depend on it.
         """
         item, whole = bucket.items[0], bucket.items[0].slot.tag
-        if len(bucket.items) > 1 or len(self._steps) > 1 or self._device != "cpu":
+        if len(bucket.items) > 1 or len(self._steps) > 1 or self.device != "cpu":
             return None
         mine = _shard_of(item)
         if mine.nbytes != bucket.length_bytes:
             return None
         (step,) = self._steps
-        if self._landing is None:
+        if not self._wanted:
             # Where several ranks want it, it is broadcast, and needs room here too.
             return step.start(mine.view(torch.uint8), ()) if len(step.wanted) == 1 else None
         region, target = whole.regions()[0]
-        if self._landing.type != "cpu" or region.index != (slice(None),):
+        if target.device.type != "cpu" or region.index != (slice(None),):
             return None
         none, sizes = (0,) * (target.ndim - len(item.sizes)), (step.count, *item.sizes)
         pieces = narrowed(target, (*none, *item.starts), sizes)
@@ -183,13 +184,16 @@ class Stream:
     def _receive(self, works: list[dist.Work], bucket: Bucket, filled: torch.Tensor | None) -> None:
         for work in works:
             work.wait()
-        if self._landing is None or filled is None:
+        if not self._wanted or filled is None:
             return
-        landed = filled if self._landing.type == filled.device.type else filled.to(self._landing)
-        copies = buckets.Copies()
-        for item, shards in buckets.unpack(bucket, landed, filled.shape[:-1]):
-            _place(item, shards, copies)
-        copies.make()
+        # Mostly one device; a bucket goes to each of them in one transfer.
+        for device in {item.slot.tag.memory.device for item in bucket.items}:
+            landed = filled if device.type == filled.device.type else filled.to(device)
+            copies = buckets.Copies()
+            for item, shards in buckets.unpack(bucket, landed, filled.shape[:-1]):
+                if item.slot.tag.memory.device == device:
+                    _place(item, shards, copies)
+            copies.make()
 
 
 def _shard_of(item: Item) -> torch.Tensor:
@@ -257,9 +261,7 @@ class Gathering:
             Exception: `failure`, what this rank met before, once the others know of it.
             RuntimeError: on the others.
         """
-        failed = NOBODY if failure is None else dist.get_rank()
-        for stream in self._streams.values():
-            failed = stream.agree(failed)
+        failed = self._agree(NOBODY if failure is None else dist.get_rank())
         if failure is not None:
             raise failure
         buckets.raise_if(failed, WHAT)
@@ -269,6 +271,23 @@ class Gathering:
             whole = {"": self._results[place]}
             self._results[place] = _torch_gather_state_dict(whole, pg=self._pg)[""]
         return self._results
+
+    def _agree(self, failed: int) -> int:
+        """Over all groups there and back, so that what one rank has to say reaches every other.
+
+        Each group is asked twice, also the last one, which may be another rank's first; in an order
+        that all ranks share, also where they met the tensors in another one.
+        """
+        meant: dict[tuple[int, str, str], tuple[dist.ProcessGroup, list[int]]] = {}
+        for stream in self._streams.values():
+            for group in stream.groups:
+                key = (len(group.group_name), group.group_name, stream.device)
+                meant.setdefault(key, (group, []))[1].append(stream.digest)
+        there = sorted(meant)
+        for key in (*there, *reversed(there)):
+            group, digests = meant[key]
+            failed = buckets.agree(group, key[-1], failed, hash(tuple(digests)) >> 1)
+        return failed
 
     def _add_dtensor(self, tensor: DTensor) -> torch.Tensor | None:
         """The result, still empty; the tensor itself if torch has to gather it."""
@@ -309,13 +328,13 @@ class Gathering:
     def _add_sharded(self, tensor: ShardedTensor) -> torch.Tensor | None:
         """As torch: the first shards of all ranks, in turn, each cut or padded to one length."""
         pg = self._pg or dist.distributed_c10d._get_default_group()
-        device = (self._device or _default_device(pg)).type
+        device = (self._device or buckets.default_device(pg)).type
         shards = tensor.local_shards()
         landing = shards[0].tensor.device if shards else torch.device("cpu")
         if self._to_cpu:
             landing = torch.device("cpu")
         count, rank = dist.get_world_size(pg), dist.get_rank(pg)
-        key = (pg.group_name, device, landing)
+        key = (pg.group_name, device, True)
         if key not in self._streams:
             wanted = frozenset(
                 i
@@ -323,8 +342,11 @@ class Gathering:
                 if self._destinations is None or r in self._destinations
             )
             steps = [Step(pg, count, rank, wanted)]
-            self._streams[key] = Stream(steps, device, landing if self._wanted else None)
-        shape = tuple(tensor.size())
+            self._streams[key] = Stream(steps, device, self._wanted)
+        stream, shape = self._streams[key], tuple(tensor.size())
+        if 0 in shape:
+            stream.expect(buckets.token(shape, tensor.dtype))
+            return self._empty(shape, tensor.dtype, landing)
         slot = math.ceil(shape[0] / count) * math.prod(shape) // shape[0]
         shard = shards[0].tensor.detach().flatten() if shards else None
         if shard is None:
@@ -334,7 +356,7 @@ class Gathering:
         result = self._empty(shape, shard.dtype, landing)
         memory = None if result is None else result.view(-1)
         whole = Whole(buckets.carried(shard), flat_layout(math.prod(shape), slot), memory)
-        self._streams[key].add(whole, buckets.token(shape, shard.dtype))
+        stream.add(whole, buckets.token(shape, shard.dtype))
         return result
 
     def _empty(
@@ -348,12 +370,11 @@ class Gathering:
         stream = self._of_mesh.get((id(mesh), mesh_dims))
         if stream is None:
             steps = list(self._steps(mesh, mesh_dims, coordinate))
-            key = (*(step.group.group_name for step in steps), mesh.device_type)
+            # Steps over other meshes number ranks in another way; nothing is gathered by them.
+            names = (step.group.group_name for step in steps)
+            key = (*names, mesh.device_type, ascending(mesh))
             if key not in self._streams:  # equal meshes may be many objects
-                landing = torch.device("cpu" if self._to_cpu else mesh.device_type)
-                self._streams[key] = Stream(
-                    steps, mesh.device_type, landing if self._wanted else None
-                )
+                self._streams[key] = Stream(steps, mesh.device_type, self._wanted)
             stream = self._of_mesh[id(mesh), mesh_dims] = self._streams[key]
         return stream
 
@@ -378,9 +399,3 @@ class Gathering:
             if self._destinations is None:
                 wanted = frozenset(range(mesh.size(d)))
             yield Step(mesh.get_group(d), mesh.size(d), here[d], wanted)
-
-
-def _default_device(pg: dist.ProcessGroup) -> torch.device:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is to go some day, and torch itself calls it here
-        return dist.distributed_c10d._get_pg_default_device(pg)

@@ -43,7 +43,7 @@ def hooks_of(cls: type) -> dict[str, Any]:
     return {name: getattr(cls, name) for name in _HOOKS}
 
 
-_STOCK_HOOKS = hooks_of(_torch.HuggingFaceStorageReader)
+STOCK_HOOKS = hooks_of(_torch.HuggingFaceStorageReader)
 
 
 def not_native_reason(reader: Any, stock_hooks: dict[str, Any]) -> str | None:
@@ -69,6 +69,8 @@ class HuggingFaceStorageReader(_torch.HuggingFaceStorageReader):
     ``_process_read_request`` is their own, are read by torch's implementation.
     """
 
+    _TORCH: type[_torch.HuggingFaceStorageReader] = _torch.HuggingFaceStorageReader
+
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         """What the files hold, by their headers.
 
@@ -89,19 +91,18 @@ class HuggingFaceStorageReader(_torch.HuggingFaceStorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what ``plan`` names and hand it to ``planner``, as torch's; done when it returns."""
-        reason = not_native_reason(self, _STOCK_HOOKS)
-        if reason is not None:
-            logger.debug("safetensors files are read by torch's implementation, because %s", reason)
-            return super().read_data(plan, planner)
-        HFReads(self).run(plan, planner)
-        return done()
+        reads = self._reads_for(plan)
+        if isinstance(reads, str):
+            logger.debug("safetensors files are read by torch's implementation, because %s", reads)
+            return self._TORCH.read_data(self, plan, planner)
+        reads.run(plan, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-
-def done() -> Future[None]:
-    """A future that is."""
-    future: Future[None] = Future()
-    future.set_result(None)
-    return future
+    def _reads_for(self, plan: LoadPlan) -> HFReads | str:
+        """What reads a plan natively, or why torch has to."""
+        return not_native_reason(self, STOCK_HOOKS) or HFReads(self)
 
 
 def _add_file(

@@ -1,6 +1,7 @@
 """A load that torch's implementation drives, planner's hooks and all, and whose bytes are native.
 
-For planners that are not torch's own, and where torch's collectives or its unpickler are needed.
+For planners that are not torch's own, for Hugging Face files, and where torch's collectives or its
+unpickler are needed.
 Torch's function gets the caller's reader in another class: same state, native ``read_data``.
 """
 
@@ -16,27 +17,36 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from ._failures import LoadException
+from ._hf_reader import HuggingFaceStorageReader
+from ._hf_reads import HFReads
 from ._plan_reads import PlanReads
 from ._report import LISTED_NAMES
 from ._stock import state_dict_loader as _torch
 from .filesystem import FileSystemReader
+from .quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
 
-class _CallReader(FileSystemReader):
+class _CallReader:
     """A stock reader for one call.  It shares the state of the caller's; its own is in slots."""
 
-    __slots__ = ("damage", "reads", "verify")
+    __slots__ = ("damage", "reads", "torch_reason", "verify")
 
     damage: Exception | None
     reads: PlanReads | None
+    torch_reason: str | None  # why torch had to read after all
     verify: bool | Literal["strict"] | None
 
     @classmethod
-    def of(cls, reader: _TorchReader, verify: bool | Literal["strict"] | None) -> _CallReader:
+    def of(cls, reader: _TorchReader, verify: bool | Literal["strict"] | None) -> Any:
         view = object.__new__(cls)
         view.__dict__ = reader.__dict__
-        view.damage, view.reads, view.verify = None, None, verify
+        view.damage = view.reads = view.torch_reason = None
+        view.verify = verify
         return view
+
+
+class _FileSystemCall(_CallReader, FileSystemReader):
+    __slots__ = ()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """As ours; only where ``.metadata`` is absent may a rank's own file stand for it."""
@@ -59,11 +69,33 @@ class _CallReader(FileSystemReader):
         return done
 
 
+class _HFCall(_CallReader, HuggingFaceStorageReader):
+    __slots__ = ()
+
+    def _reads_for(self, plan: LoadPlan) -> HFReads | str:
+        found = super()._reads_for(plan)
+        if isinstance(found, str):
+            self.torch_reason = found
+        else:
+            self.reads = found
+        return found
+
+
+class _QuantizedCall(_HFCall, QuantizedHuggingFaceStorageReader):
+    __slots__ = ()
+
+
+_CALLS = {
+    HuggingFaceStorageReader: _HFCall,
+    QuantizedHuggingFaceStorageReader: _QuantizedCall,
+}
+
+
 class MixedLoad:
     """One load.
 
     Args:
-        reader: for which ``filesystem.storage_reason`` is None.
+        reader: for which ``_roles.reader_reason`` is None.
         top_is_copy: the caller has another top-level dict than ``run`` gets.
     """
 
@@ -77,10 +109,18 @@ class MixedLoad:
         verify: bool | Literal["strict"] | None = None,
         top_is_copy: bool = False,
     ) -> None:
-        self.reader = _CallReader.of(reader, verify)
+        self.reader = _CALLS.get(type(reader), _FileSystemCall).of(reader, verify)
         self.planner = planner
         self.group = (process_group, coordinator_rank, no_dist)
         self.top_is_copy = top_is_copy
+
+    def check(self) -> None:
+        """Raise ValueError where checksums are asked for that the files do not have."""
+        verify = self.reader.verify
+        if verify and isinstance(self.reader, _HFCall):
+            raise ValueError(
+                f"verify={verify!r} cannot be had: safetensors files carry no checksums"
+            )
 
     def run(self, state_dict: dict[str, Any]) -> None:
         """Collective; torch's exceptions, as LoadException once memory was written to."""
@@ -100,6 +140,8 @@ class MixedLoad:
     def facts(self, state_dict: dict[str, Any], failed: bool) -> dict[str, Any]:
         """What the report has of it."""
         facts: dict[str, Any] = {"rank_local": not self.reader.use_collectives}
+        if (reason := self.reader.torch_reason) is not None:
+            facts |= {"path": "torch", "reason": reason, "reader": f"torch: {reason}"}
         if self.reader.reads is not None:
             facts |= {"verify": self.reader.reads.verify, **self.reader.reads.stats}
             facts["objects_count"] = len(self.reader.reads.objects)

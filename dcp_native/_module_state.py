@@ -29,6 +29,7 @@ from ._fqns import EXTRA_STATE_KEY, Facts, Tree
 
 _TENSORS = (Parameter, Tensor)
 _LOAD_STATE_DICT = Module.load_state_dict
+_ASSIGN = "assign_to_params_buffers"
 
 
 def loads_as_module(cls: type) -> bool:
@@ -84,16 +85,16 @@ class _Loader:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.errors: list[str] = []
-        # Assigning and swapping replace parameters, which is not done here.
-        self.copies = not (assign or torch.__future__.get_swap_module_params_on_conversion())
+        # Swapping replaces parameters, and so does assigning, which is not done here.
+        self.copies = not torch.__future__.get_swap_module_params_on_conversion()
 
     def load(self, module: Module, local: dict[str, Any], prefix: str) -> None:
         """Loads a module and its subtree from `local`: all items whose keys start with `prefix`."""
         children = module._modules
-        if not self._copied(module, local, prefix):
-            metadata = {} if self.metadata is None else self.metadata.get(prefix[:-1], {})
-            if self.assign:
-                metadata["assign_to_params_buffers"] = self.assign
+        metadata = {} if self.metadata is None else self.metadata.get(prefix[:-1], {})
+        if self.assign:
+            metadata[_ASSIGN] = True  # stays with the state dict for the loads to come, as in torch
+        if _ASSIGN in metadata or not self._copied(module, local, prefix):
             module._load_from_state_dict(
                 local, prefix, metadata, True, self.missing, self.unexpected, self.errors
             )

@@ -70,7 +70,8 @@ def last_report() -> dict[str, Any] | None:
     Loads, roles (also of a load on torch's path):
         reader, planner: where it ran: ``"native"``; or why in torch's own implementation, with
             ``"torch: "`` before it, or in the program's hooks, with ``"python: "``.  Where only the
-            planner is not native the lists below are those of a failed load alone.
+            planner is not native (always so for Hugging Face files) the lists below are those of a
+            failed load alone.
     Loads, what became of the names:
         failed: whether the load raised.  The lists are then what was known by that time.
         error: type and text of what it raised, else None.
@@ -107,7 +108,8 @@ def last_report() -> dict[str, Any] | None:
 
     Saves, roles (also of a save on torch's path):
         writer, planner: where it ran: ``"native"``; or why in torch's own implementation, with
-            ``"torch: "`` before it, or in the program's hooks, with ``"python: "``.
+            ``"torch: "`` before it, or in the program's hooks, with ``"python: "``.  A native
+            writer of Hugging Face files plans by torch's protocol: on torch's path.
         planned_outside: planner hooks in Python planned on all ranks, the core wrote.
     Saves, outcome:
         save_id: 32 hex digits that name the save, also in its files.

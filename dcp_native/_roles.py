@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.filesystem import (
 )
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from . import _state_dict_stager, filesystem, staging
+from . import _hf_reader, _state_dict_stager, filesystem, quantized_hf_storage, staging
 from ._config import config
 from ._stock import _state_dict_stager as _torch_stager
 from ._stock import staging as _torch_staging
+from .hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from .quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
 _SAVE_PLANNER_HOOKS = (
     "set_up_planner",
@@ -67,6 +69,7 @@ _READER_HOOKS = (
     "_slice_file",
 )
 
+_EXPORT_HOOKS = ("_reason", "_write", "_publish")
 _STAGER_HOOKS = ("stage", "synchronize_staging", "close")
 _COPIER_HOOKS = (
     "stage",
@@ -83,6 +86,13 @@ _STOCK_FUNCTIONS = {
         ("writer", FileSystemWriter, _WRITER_HOOKS),
         ("reader", FileSystemReader, _READER_HOOKS),
         ("reader", filesystem.FileSystemReader, _READER_HOOKS),
+        ("reader", HuggingFaceStorageReader, (*_READER_HOOKS, *_hf_reader.STOCK_HOOKS)),
+        (
+            "reader",
+            QuantizedHuggingFaceStorageReader,
+            (*_READER_HOOKS, *quantized_hf_storage.STOCK_HOOKS),
+        ),
+        ("writer", HuggingFaceStorageWriter, (*_WRITER_HOOKS[:-1], *_EXPORT_HOOKS)),
         ("stager", FileSystemWriter, _STAGER_HOOKS),
         ("stager", _torch_staging.BlockingAsyncStager, _STAGER_HOOKS),
         ("stager", staging.BlockingAsyncStager, _STAGER_HOOKS),
@@ -94,6 +104,8 @@ _STOCK_FUNCTIONS = {
 }
 """Torch's functions and ours as they were at the import of this module: a patch is noticed."""
 
+
+_HF_READERS = (HuggingFaceStorageReader, QuantizedHuggingFaceStorageReader)
 
 _MUST_SYNCHRONIZE = AsyncStager.should_synchronize_after_execute
 
@@ -134,8 +146,26 @@ def reader_reason(reader: Any) -> str | None:
     """None when a load can read natively, else why not."""
     if not config().native:
         return "config.native is off"
+    if type(reader) in _HF_READERS:
+        return _not_stock(reader, "reader", *_HF_READERS) or _storage_not_stock(reader)
     reason = _not_stock(reader, "reader", FileSystemReader, filesystem.FileSystemReader)
     return reason or filesystem.storage_reason(reader)
+
+
+def files_reason(reader: Any) -> str | None:
+    """None when the core can plan a load from what a reader reads, else why torch does."""
+    if type(reader) in _HF_READERS:
+        return "safetensors files have no metadata that the core plans by"
+    return None
+
+
+def exports_natively(writer: Any) -> bool:
+    """Whether a writer of Hugging Face files, which plans by torch's protocol, writes natively."""
+    return (
+        type(writer) is HuggingFaceStorageWriter
+        and _not_stock(writer, "writer", HuggingFaceStorageWriter) is None
+        and writer._reason() is None
+    )
 
 
 def load_planner_reason(planner: Any) -> str | None:
@@ -144,7 +174,12 @@ def load_planner_reason(planner: Any) -> str | None:
 
 
 def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str | None:
-    """None when the ranks can talk over the group's CPU backend, else why not."""
+    """None when the ranks can talk over the group's CPU backend, else why not.
+
+    The same on all ranks: this is what they can not agree on.
+    """
+    if not config().native:
+        return "config.native is off"
     if no_dist or not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group or dist.distributed_c10d._get_default_group()

@@ -6,7 +6,8 @@ Where all shards are equal one strided view of the full tensor answers for all r
 unpacking costs one copy per tensor and not one per rank.  All of it follows from shape, mesh and
 placements alone: every rank computes the same.
 
-Layouts are cached; they hold numbers only, never tensors, meshes or groups.
+Layouts are cached; they hold numbers only, never tensors, meshes or groups.  The coordinates of
+shards are taken for their places in the process groups, which holds where ranks ascend.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -26,6 +29,8 @@ LAYOUTS_MAX = 4096
 
 Shape = tuple[int, ...]
 Table = dict[tuple[int, ...], tuple[int, int]]
+
+_ASCENDING: weakref.WeakKeyDictionary[DeviceMesh, bool] = weakref.WeakKeyDictionary()
 
 
 class Region(NamedTuple):
@@ -101,12 +106,28 @@ def pieces(shape: Shape, limit_items: int) -> Iterator[tuple[Shape, Shape]]:
 
 def layout_of(spec: DTensorSpec, shape: Shape) -> Layout | None:
     """The layout of a DTensor, None where only torch knows how to gather it."""
+    if not ascending(spec.mesh):
+        return None
     sharded = [p.dim for p in spec.placements if isinstance(p, (Shard, _StridedShard))]
     if len(set(sharded)) < len(sharded) and not DTensorSpec.is_default_device_order(
         spec.shard_order
     ):
         return None
     return _layout(shape, tuple(spec.mesh.shape), spec.placements)
+
+
+def ascending(mesh: DeviceMesh) -> bool:
+    """Whether ranks grow along every dimension of the mesh.
+
+    Process groups sort their ranks. Over others torch gathers and scatters in the order of the
+    group and cuts in that of the mesh, so what such a tensor means depends on who made it.
+    """
+    known = _ASCENDING.get(mesh)
+    if known is None:
+        ranks = mesh.mesh
+        known = all(bool((ranks.diff(dim=d) > 0).all()) for d in range(ranks.ndim))
+        _ASCENDING[mesh] = known
+    return known
 
 
 def flat_layout(items_count: int, slot_items: int) -> Layout:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import _module_state, _optimizer_state
 from ._fqns import Tree
+from ._full_broadcast import before_broadcast
 from ._full_state_dict import (
     _broadcast_state_dict,
     _distribute_state_dict,
@@ -127,9 +128,11 @@ def _load_model_state_dict(
     spread = info.broadcast_from_rank0 or info.full_state_dict
     assign = False
     if spread or tree.wrapped or not tree.regular:
-        local = _add_wrappers(state_dict, tree, info)
+        with before_broadcast(info.broadcast_from_rank0):
+            local = _add_wrappers(state_dict, tree, info)
+            if spread:
+                device, assign = _target_device(local.values())
         if spread:
-            device, assign = _target_device(local.values())
             if info.broadcast_from_rank0:
                 _broadcast_state_dict(
                     state_dict,
@@ -223,15 +226,16 @@ def _load_optim_state_dict(
     fqns_of, shared = info.fqn_param_mapping, info.shared_params_mapping
     loaded: _optimizer_state.LoadedState | None = None
     for optim in optimizers:
-        _init_optim_state(optim)
         part: dict[str, Any]
-        if not state_dict:
-            part = {}
-        elif _STATE in state_dict:
-            loaded = loaded or _optimizer_state.LoadedState(state_dict)
-            part = loaded.part_of(optim, fqns_of, shared, info.strict)
-        else:
-            part = _optimizer_state.unflatten(optim, state_dict, fqns_of, shared)
+        with before_broadcast(info.broadcast_from_rank0 and not info.fsdp_modules):
+            _init_optim_state(optim)
+            if not state_dict:
+                part = {}
+            elif _STATE in state_dict:
+                loaded = loaded or _optimizer_state.LoadedState(state_dict)
+                part = loaded.part_of(optim, fqns_of, shared, info.strict)
+            else:
+                part = _optimizer_state.unflatten(optim, state_dict, fqns_of, shared)
         if info.fsdp_modules:
             part = fsdp_optim_state_to_load(model, optim, part, info)
         elif info.full_state_dict:
@@ -246,19 +250,20 @@ def _spread_optim_state(
     model: nn.Module, optim: Optimizer, osd: dict[str, Any], info: Info
 ) -> dict[str, Any]:
     """Whole state, of rank 0 or of every rank, cut to what the optimizer holds here."""
-    info.full_state_dict = False
-    local = _get_optim_state_dict(model, (optim,), info)
-    info.full_state_dict = True
-    devices = dict.fromkeys(
-        leaf.device for leaf in tree_leaves(local) if torch.is_tensor(leaf) and leaf.dim() > 0
-    )
-    if len(devices) > 1:
-        raise ValueError("Device mismatch")
-    if not devices:
-        raise AssertionError("Expected device to be set")
-    (device,) = devices
-    flat, paths = _flatten_state_dict(osd)
-    flat_local, local_paths = _flatten_state_dict(local)
+    with before_broadcast(info.broadcast_from_rank0):
+        info.full_state_dict = False
+        local = _get_optim_state_dict(model, (optim,), info)
+        info.full_state_dict = True
+        devices = dict.fromkeys(
+            leaf.device for leaf in tree_leaves(local) if torch.is_tensor(leaf) and leaf.dim() > 0
+        )
+        if len(devices) > 1:
+            raise ValueError("Device mismatch")
+        if not devices:
+            raise AssertionError("Expected device to be set")
+        (device,) = devices
+        flat, paths = _flatten_state_dict(osd)
+        flat_local, local_paths = _flatten_state_dict(local)
     if info.broadcast_from_rank0:
         _broadcast_state_dict(flat, flat_local, device=device)
     else:

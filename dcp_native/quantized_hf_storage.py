@@ -13,14 +13,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from ._hf_quant import QuantReads, Scales, why_not
-from ._hf_reader import HuggingFaceStorageReader, done, hooks_of, not_native_reason
+from ._hf_reader import HuggingFaceStorageReader, hooks_of, not_native_reason
+from ._hf_reads import HFReads
 from ._mirror import rest_of_torchs
-from ._report import logger
 from ._stock import quantized_hf_storage as _torch
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]
 
-_STOCK_HOOKS = {
+STOCK_HOOKS = {
     **hooks_of(_torch.QuantizedHuggingFaceStorageReader),
     **{
         name: getattr(_torch.QuantizedHuggingFaceStorageReader, name)
@@ -46,6 +46,12 @@ class QuantizedHuggingFaceStorageReader(
     CPU memory of ``target_dtype``.  What is quantised in another way is left to torch.
     """
 
+    _TORCH = _torch.QuantizedHuggingFaceStorageReader
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what ``plan`` names and hand it to ``planner``, as torch's; done when it returns."""
+        return HuggingFaceStorageReader.read_data(self, plan, planner)
+
     def read_metadata(self) -> Metadata:
         """As torch's; but chunks of ``_blocks`` have the size of what they stand for.
 
@@ -61,18 +67,13 @@ class QuantizedHuggingFaceStorageReader(
                     metadata.storage_data[MetadataIndex(fqn, start)] = info
         return metadata
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what ``plan`` names and hand it to ``planner``, as torch's; done when it returns."""
-        reason = not_native_reason(self, _STOCK_HOOKS)
-        reads = None
-        if reason is None:
-            reads = QuantReads(self, self._scales_of)
-            reason = reads.prepare(plan) or why_not(self.target_dtype)
-        if reads is None or reason is not None:
-            logger.debug("quantised files are read by torch's implementation, because %s", reason)
-            return _torch.QuantizedHuggingFaceStorageReader.read_data(self, plan, planner)
-        reads.run(plan, planner)
-        return done()
+    def _reads_for(self, plan: LoadPlan) -> HFReads | str:
+        """What reads a plan natively, or why torch has to."""
+        reason = not_native_reason(self, STOCK_HOOKS) or why_not(self.target_dtype)
+        if reason is not None:
+            return reason
+        reads = QuantReads(self, self._scales_of)
+        return reads.prepare(plan) or reads
 
     def _scales_of(self, item: ReadItem, path: str) -> Scales | None:
         """Where the scales of an item lie, by torch's rules; None when it is not quantised."""

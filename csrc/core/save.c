@@ -50,6 +50,7 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->independent = params->independent;
     save->to_lowest_rank = params->to_lowest_rank;
     save->planned_outside = params->planned_outside;
+    save->elsewhere = params->elsewhere;
     save->sync = params->sync;
     save->share_metadata = params->share_metadata;
     save->direct = params->direct;
@@ -220,6 +221,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     const struct dcp_installed_plan *installed = group->installed;
     struct dcp_vote ballot = {
         .outside = save->planned_outside,
+        .elsewhere = save->elsewhere,
         .reuse = ok && installed != NULL && !save->planned_outside &&
                  dcp_hash128_equal(installed->fingerprint, save->fingerprint) &&
                  (!save->info.is_coordinator || dcp_save_fits_again(save)),
@@ -252,6 +254,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         save->info.call_agrees = ballot.call_agrees;
         save->info.incremental = ballot.has_base;
         save->info.planned_outside = *ret_verdict == DCP_VERDICT_OUTSIDE;
+        save->info.elsewhere = *ret_verdict == DCP_VERDICT_ELSEWHERE;
         save->coordinator_names_hash = ballot.names_hash;
         save->coordinator_held_plan = ballot.held_plan;
     }
@@ -303,7 +306,7 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
         }
         save->info.plan_ns = dcp_now_ns() - start_ns;
     }
-    if (rc != 0) {
+    if (rc != 0 || save->info.elsewhere) {
         dcp_save_abandon(save);
         return rc;
     }

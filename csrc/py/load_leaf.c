@@ -54,28 +54,29 @@ size_is_equal(const struct load_builder *b, const struct dcp_tensor_view *view)
     return true;
 }
 
-/* A tensor that describes its own shards (torch 2.14) has the size it says. */
+/* Whether the value is a tensor that describes its own shards, where torch knows such (2.14): 1
+ * with its global shape as a new torch.Size; 0; -1.  The attribute is asked for before the
+ * protocol, whose own check costs more than all else of a leaf. */
 static int
-check_described_size(const struct load_builder *b, PyObject *value, bool *ret_done)
+described_size(const struct load_builder *b, PyObject *value, PyObject **ret_size)
 {
+    const struct native_state *state = b->state;
     PyObject *shape;
-    int rc = b->state->checkpointable_type == NULL
-                 ? 0
-                 : PyObject_IsInstance(value, b->state->checkpointable_type);
+    int rc =
+        state->checkpointable_type == NULL ? 0 : PyObject_IsInstance(value, state->tensor_type);
 
-    *ret_done = rc != 0;
+    if (rc > 0) {
+        rc = native_optional_attr(value, state->name_global_shape, &shape);
+    }
     if (rc <= 0) {
         return rc;
     }
-    shape = PyObject_GetAttr(value, b->state->name_global_shape);
-    rc = -1;
-    if (shape != NULL) {
-        Py_SETREF(shape, PyObject_CallOneArg(b->state->size_type, shape));
+    rc = PyObject_IsInstance(value, state->checkpointable_type);
+    if (rc > 0) {
+        *ret_size = PyObject_CallOneArg(state->size_type, shape);
+        rc = *ret_size != NULL ? 1 : -1;
     }
-    if (shape != NULL) {
-        rc = compare_size(b, shape);
-        Py_DECREF(shape);
-    }
+    Py_DECREF(shape);
     return rc;
 }
 
@@ -83,14 +84,14 @@ static int
 check_size(const struct load_builder *b, PyObject *value, const struct dcp_tensor_view *view)
 {
     PyObject *size, *current;
-    bool done = false;
-    int rc;
+    int rc = described_size(b, value, &current);
 
-    if (view != NULL && b->state->checkpointable_type == NULL && size_is_equal(b, view)) {
-        return 0;
+    if (rc > 0) {
+        rc = compare_size(b, current);
+        Py_DECREF(current);
+        return rc;
     }
-    rc = check_described_size(b, value, &done);
-    if (rc != 0 || done) {
+    if (rc < 0 || (view != NULL && size_is_equal(b, view))) {
         return rc;
     }
     rc = native_optional_attr(value, b->state->name_size, &size);

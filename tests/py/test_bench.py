@@ -378,3 +378,37 @@ def test_full_state_dict_benchmark_compares_every_result(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "full.json").read_text())
     assert len(result["rows"]) == 8 and result["wrong"] == []
+
+
+def test_hugging_face_benchmark_compares_everything_and_leaves_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    status, result = run_figures("hugging_face", tmp_path, "--dir", disk)
+    assert (status, result["wrong"]) == (0, [])
+    assert not any(disk.iterdir())
+    what = "\n".join(row["what"] for row in result["rows"])
+    for case in ("rows", "columns"):
+        for figure in (
+            f"HF export, {case}, ",
+            f"HF export, {case}: extra memory of a rank",
+            f"HF consolidation, {case}",
+            f"HF load, {case}, cold",
+            f"HF load, {case}, hot",
+        ):
+            assert figure in what, figure
+    assert "HF dequantisation" in what
+
+
+def test_a_load_of_other_values_is_reported_as_wrong(tmp_path):
+    sabotage = """
+import dcp_native
+stock = dcp_native.load
+def shifted(state_dict, **more):
+    stock(state_dict, **more)
+    next(iter(state_dict.values())).to_local().add_(1)
+dcp_native.load = shifted
+"""
+    arguments = ("--dir", tmp_path / "disk", "--only", "load")
+    environment = sabotaged(tmp_path, sabotage)
+    status, result = run_figures("hugging_face", tmp_path, *arguments, environment=environment)
+    assert status == 1
+    assert result["wrong"][0] == "load, rows, cold, ours: layers.0.q.weight"

@@ -210,6 +210,36 @@ def test_a_wrong_target_size_is_torchs_error(tmp_path):
 # ---- damage ----
 
 
+class Replaces(DefaultLoadPlanner):
+    """Puts another export's file in place of one when its tensors are asked for."""
+
+    def __init__(self, new: Path, old: Path) -> None:
+        super().__init__()
+        self.new, self.old, self.committed = new, old, []
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        if self.new.exists():
+            self.new.replace(self.old)
+        return super().resolve_tensor(read_item)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.committed.append(read_item.dest_index.fqn)
+
+
+def test_a_file_that_is_replaced_during_a_load_is_named(tmp_path):
+    """Headers of one export and bytes of another give values of neither."""
+    old, new = tmp_path / "model-00001-of-00001.safetensors", tmp_path / "new"
+    save_file({"a": torch.ones(4, 5), "b": torch.zeros(5, 4)}, old)
+    save_file({"a": torch.zeros(4, 5), "b": torch.ones(5, 4)}, new)
+    target = {"a": torch.zeros(4, 5), "b": torch.ones(5, 4)}
+    planner = Replaces(new, old)
+    with pytest.raises(dcp.CheckpointException, match=r"00001\.safetensors was replaced while"):
+        dcp.load(target, planner=planner, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+    assert planner.committed == []
+    dcp.load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+    assert_equal(target, {"a": torch.zeros(4, 5), "b": torch.ones(5, 4)})
+
+
 def test_a_file_that_was_cut_short_is_named(tmp_path):
     plain(tmp_path)
     file = tmp_path / "model-00001-of-00002.safetensors"
@@ -303,3 +333,52 @@ def test_mutated_headers_are_accepted_as_by_the_package():
         both += ours is not None
         theirs_alone += ours is None and theirs is not None
     assert both > 2000 and theirs_alone < 20
+
+
+def load_reported(path: Path, **options: Any) -> dict[str, Any]:
+    target = {"w": torch.zeros(300, 41)}
+    dcp.load(target, storage_reader=HuggingFaceStorageReader(str(path)), **options)
+    assert_equal(target, {"w": elements((300, 41), torch.float32)})
+    return dcp.last_report()
+
+
+def test_the_report_of_a_load_says_that_the_reader_is_native(tmp_path):
+    plain(tmp_path)
+    dcp.configure(allow_unsafe_objects=False)  # nothing is unpickled
+    report = load_reported(tmp_path)
+    assert (report["path"], report["reader"], report["reason"]) == ("native", "native", None)
+    assert report["planner"].startswith("torch: safetensors")
+    assert report["wanted_bytes"] == 300 * 41 * 4 <= report["read_bytes"]
+    assert (report["failed"], report["verify"], report["files_count"]) == (False, False, 1)
+
+
+def test_the_report_of_a_failed_load_names_the_tensors(tmp_path):
+    plain(tmp_path)
+
+    class Stops(DefaultLoadPlanner):
+        def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+            raise OSError("full")
+
+    target = {"w": torch.zeros(300, 41)}
+    with pytest.raises(dcp.LoadException) as caught:
+        dcp.load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path)), planner=Stops())
+    report = dcp.last_report()
+    assert report["failed"] and report["partly"] == ["w"] == list(caught.value.partly)
+    assert report["reader"] == "native" and report["planner"].startswith("python: ")
+
+
+def test_checksums_that_the_files_do_not_have_are_refused(tmp_path):
+    plain(tmp_path)
+    with pytest.raises(dcp.CheckpointException, match="safetensors files carry no checksums"):
+        load_reported(tmp_path, verify="strict")
+
+
+def test_a_reader_with_a_hook_of_its_own_is_reported_as_not_native(tmp_path, monkeypatch):
+    plain(tmp_path)
+    own = torch_hf.HuggingFaceStorageReader._process_read_request
+    monkeypatch.setattr(
+        HuggingFaceStorageReader, "_process_read_request",
+        lambda self, *args: own(self, *args),
+    )  # fmt: skip
+    report = load_reported(tmp_path)
+    assert report["path"] == "torch" and "_process_read_request" in report["reader"]

@@ -35,6 +35,7 @@ MODULES = {
     "cases_hf_reader": (2, 3),
     "cases_format_utils": (2,),
     "cases_hf_writer": (2, 3),
+    "cases_checkpointable": (2, 3),
 }
 
 

@@ -622,3 +622,50 @@ def test_a_record_as_long_as_the_declared_one_is_told_from_it(tmp_path, planner,
             sd = {"w": torch.zeros(count, dtype=target)}
             module.load(sd, checkpoint_id=path, planner=None if planner is None else planner())
             assert torch.equal(sd["w"], saved.to(target))
+
+
+class Weight(torch.nn.Parameter):
+    """A parameter of a library's own."""
+
+
+class BufferOfParameters(dcp.DefaultSavePlanner):
+    """Gives all its tensors in one buffer, as parameters."""
+
+    def set_up_planner(self, *args, **kwargs):
+        super().set_up_planner(*args, **kwargs)
+        self.buffer = torch.empty(64)
+
+    def resolve_data(self, write_item):
+        data = super().resolve_data(write_item)
+        scratch = self.buffer[: data.numel()].view(data.shape).copy_(data)
+        return Weight(scratch, requires_grad=False)
+
+
+class BufferInTheState(dcp.DefaultSavePlanner):
+    """Its buffer is a leaf of the state dict, and saved before it is used."""
+
+    def resolve_data(self, write_item):
+        data = super().resolve_data(write_item)
+        if write_item.index.fqn.startswith("nested"):
+            return self.state_dict["aa_buffer"][: data.numel()].view(data.shape).copy_(data)
+        return data
+
+
+@pytest.mark.parametrize("planner", [BufferOfParameters, BufferInTheState])
+def test_a_buffer_that_is_used_again_is_copied_whatever_it_is(tmp_path, planner):
+    sd = {"aa_buffer": torch.zeros(64), "nested": {"a": value("a", (5, 4)), "b": value("b", (7,))}}
+    dcp.save(sd, checkpoint_id=tmp_path, planner=planner())
+    target = {"nested": like(sd["nested"])}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert_equal(target["nested"], sd["nested"])
+
+
+def test_memory_of_the_leaf_itself_is_not_copied():
+    from dcp_native._python_planner import _private, _storages
+
+    sd = {"m": {"w": (w := torch.ones(4)), "l": [torch.ones(3)]}, "p": torch.nn.Parameter(w[:2])}
+    own = _storages(sd, None)
+    assert set(own) == {"m.w", "m.l.0", "p"}
+    for name, tensor in {"m.w": w, "m.l.0": sd["m"]["l"][0], "p": sd["p"]}.items():
+        assert _private(tensor, own[name]).data_ptr() == tensor.data_ptr()
+    assert _private(w, own["m.l.0"]).data_ptr() != w.data_ptr()

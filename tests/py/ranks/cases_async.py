@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -129,6 +130,71 @@ def case_an_interrupt_behind_the_last_collective_reaches_the_others_over_the_sto
         dcp.load(target, checkpoint_id=ctx.dir)
         assert_equal(target, before, step)
     dcp.async_save(before, checkpoint_id=ctx.dir).result(timeout=60)
+
+
+class Interrupted:
+    """A native save of which one step raises KeyboardInterrupt once it is done."""
+
+    def __init__(self, native, step):
+        self.native, self.step = native, step
+
+    def __getattr__(self, name):
+        step = getattr(self.native, name)
+        if name != self.step:
+            return step
+
+        def call(*args):
+            step(*args)
+            raise KeyboardInterrupt
+
+        return call
+
+
+def case_an_interrupt_before_ranks_have_met_or_behind_a_planner_reaches_the_others(ctx):
+    class Planner(dcp.DefaultSavePlanner):
+        """No hook of its own."""
+
+    before = state(ctx, "before")
+    dcp.save(before, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    original = NativeSave.agree
+    for step, planner, base in (
+        ("agree", None, None),
+        ("agree", None, ctx.dir),
+        ("settle", Planner(), None),
+    ):
+        group = dist.new_group()  # its ranks have not met
+
+        def interrupted(save, step=step):
+            save._native = native = Interrupted(save._native, step)
+            if save._planning is not None:
+                save._planning._native = native.native
+            try:
+                original(save)
+            finally:
+                save._native = native.native
+
+        NativeSave.agree = interrupted if ctx.rank == 1 else original
+        future = None
+        try:
+            future = dcp.async_save(
+                state(ctx, "x"), checkpoint_id=ctx.dir / "c", planner=planner, base=base,
+                process_group=group,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            assert ctx.rank == 1
+        finally:
+            NativeSave.agree = original
+        if future is not None:
+            with contextlib.suppress(dcp.CheckpointException):
+                future.result(timeout=20)
+                raise AssertionError("it was saved")
+        _uploads.wait_for_uploads()
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)  # nothing of ours is left in the way
+        assert total.item() == ctx.size**2, step
+        dcp.async_save(before, checkpoint_id=ctx.dir, process_group=group).result(timeout=60)
 
 
 def writers_of_this_process():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import weakref
 from typing import Any
@@ -113,7 +114,13 @@ def same(got: Any, want: Any, where: str = "") -> None:
 
 
 def meshes(ctx) -> list[DeviceMesh]:
-    return [mesh_of(ctx.size)] + ([mesh_of(2, 2)] if ctx.size == 4 else [])
+    return _meshes(ctx.size)
+
+
+@functools.cache
+def _meshes(size: int) -> list[DeviceMesh]:
+    """Once: every two-dimensional mesh makes groups, and a gloo group has three threads."""
+    return [mesh_of(size)] + ([mesh_of(2, 2)] if size == 4 else [])
 
 
 def placements_of(rng: random.Random, mesh: DeviceMesh, shape: tuple[int, ...]) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import pickle
@@ -611,7 +612,8 @@ def test_a_record_as_long_as_the_declared_one_is_told_from_it(tmp_path, planner,
     class Misnaming(dcp.DefaultSavePlanner):
         def create_global_plan(self, all_plans):
             plans, metadata = super().create_global_plan(all_plans)
-            metadata.state_dict_metadata["w"].properties.dtype = declared
+            entry = metadata.state_dict_metadata["w"]
+            entry.properties = dataclasses.replace(entry.properties, dtype=declared)
             return plans, metadata
 
     for declared in (torch.int8, torch.bool):

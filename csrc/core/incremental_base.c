@@ -147,6 +147,9 @@ is_same_tensor(const struct dcp_metadata *md, const struct dcp_md_entry *entry,
     if (item->kind == DCP_ITEM_BYTES) {
         return entry->kind == DCP_ITEM_BYTES;
     }
+    if (md->planned_outside && !dcp_record_length_tells(item->dtype)) {
+        return false; /* bytes alike may be elements of another dtype there */
+    }
     return entry->kind == DCP_ITEM_TENSOR && entry->dtype == item->dtype &&
            entry->ndim == item->ndim &&
            (item->ndim == 0 || memcmp(md->dims + entry->size, dcp_item_global_size(plan, item),

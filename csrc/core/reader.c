@@ -293,7 +293,7 @@ want_tensor(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
                                      .sizes = md->dims + chunk->dims + entry->ndim,
                                      .payload_bytes = payload};
     uint64_t head = dcp_record_head_bytes(payload);
-    bool ours = dcp_read_lengths_tell(reader, reader->file) &&
+    bool ours = dcp_read_length_tells(reader, reader->file, entry->dtype) &&
                 chunk->length_bytes == head + payload + dcp_record_tail_bytes(&shape);
     if (!ours) {
         return chunk->length_bytes <= DCP_READ_WHOLE_RECORD_BYTES ? want_record(reader, item, err)

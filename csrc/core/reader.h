@@ -210,12 +210,14 @@ int dcp_read_fail(const struct dcp_reader *reader, const struct dcp_read_file *f
                   const struct dcp_read_item *item, int code, uint64_t offset_bytes,
                   const char *what, struct dcp_error *err);
 
-/* Whether a record can be known by its length: it is ours, and what the metadata says of it is what
- * was written. */
+/* Whether a tensor's record can be known by its length: it is ours, and of the dtype that the
+ * metadata names, or none of another one is as long. */
 static inline bool
-dcp_read_lengths_tell(const struct dcp_reader *reader, const struct dcp_read_file *file)
+dcp_read_length_tells(const struct dcp_reader *reader, const struct dcp_read_file *file,
+                      uint8_t dtype)
 {
-    return reader->plan->md->is_native && !file->header.planned_outside;
+    return reader->plan->md->is_native &&
+           (!file->header.planned_outside || dcp_record_length_tells(dtype));
 }
 
 static inline const struct dcp_md_entry *

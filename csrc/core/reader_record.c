@@ -205,10 +205,10 @@ is_own_record(const struct dcp_reader *reader, const struct dcp_read_file *file,
               const struct dcp_read_item *item, const struct dcp_read_box *box,
               const uint8_t *record, uint64_t len_bytes)
 {
-    if (!dcp_read_lengths_tell(reader, file)) {
+    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
+    if (!dcp_read_length_tells(reader, file, entry->dtype)) {
         return false;
     }
-    const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
     const struct dcp_md_chunk *chunk = &reader->plan->md->chunks[item->chunk];
     struct dcp_tensor_shape shape = {.dtype = entry->dtype,
                                      .ndim = entry->ndim,

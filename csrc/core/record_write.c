@@ -128,6 +128,22 @@ dcp_record_tail_bytes(const struct dcp_tensor_shape *shape)
     return tail.tail_bytes;
 }
 
+bool
+dcp_record_length_tells(uint8_t dtype)
+{
+    static const uint64_t one = 1;
+    struct dcp_tensor_shape shape = {
+        .dtype = dtype, .ndim = 1, .sizes = &one, .payload_bytes = dcp_dtype_bytes(dtype)};
+    uint64_t tail_bytes = dcp_record_tail_bytes(&shape);
+    bool tells = true;
+    for (uint8_t other = 1; other < DCP_DTYPE_QINT8; other++) {
+        shape.dtype = other;
+        tells = tells && (other == dtype || dcp_dtype_bytes(other) != shape.payload_bytes ||
+                          dcp_record_tail_bytes(&shape) != tail_bytes);
+    }
+    return tells;
+}
+
 void
 dcp_record_put_head(struct dcp_buf *buf, uint64_t payload_bytes)
 {

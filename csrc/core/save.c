@@ -207,8 +207,7 @@ dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan)
     dcp_plan_clean_up(&save->plan);
     save->plan = *plan;
     memset(plan, 0, sizeof *plan);
-    /* A hash of bytes does not say what they are: no later save may link to such records. */
-    save->plan.content_hash = save->content_hash && !save->plan.planned_outside;
+    save->plan.content_hash = save->content_hash;
     save->names_hash = dcp_plan_names_hash(&save->plan);
     save->fingerprint = dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
 }

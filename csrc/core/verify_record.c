@@ -100,10 +100,13 @@ may_be_own(const struct record *r, struct dcp_tensor_shape *ret_shape)
     uint32_t item_bytes = dcp_dtype_bytes(entry->dtype);
     uint64_t elements;
     const uint64_t *sizes = r->v->md->dims + r->chunk->dims + entry->ndim;
-    if (!r->v->md->is_native || r->file->header.planned_outside || entry->kind != DCP_ITEM_TENSOR ||
-        item_bytes == 0 || dcp_volume_overflows(sizes, entry->ndim, &elements) ||
+    if (!r->v->md->is_native || entry->kind != DCP_ITEM_TENSOR || item_bytes == 0 ||
+        dcp_volume_overflows(sizes, entry->ndim, &elements) ||
         elements > DCP_MAX_PAYLOAD_BYTES / item_bytes) {
         return false;
+    }
+    if (r->file->header.planned_outside && !dcp_record_length_tells(entry->dtype)) {
+        return false; /* it may be of another dtype, and then is as good as any zip */
     }
     *ret_shape = (struct dcp_tensor_shape){.dtype = entry->dtype,
                                            .ndim = entry->ndim,

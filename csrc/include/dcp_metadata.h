@@ -113,7 +113,8 @@ struct dcp_metadata {
     uint32_t files_count;
     bool owned;
     bool is_native; /* written by us: footer present and valid */
-    /* Written by us for a planner of the program's own: what it says of a record need not be so. */
+    /* Written by us for a planner of the program's own: dtypes of records need not be as it says.
+     */
     bool planned_outside;
     bool is_raw;      /* chunks are payloads alone, row major, with no record around them */
     uint64_t tail_at; /* where dcp_metadata_read_tail can begin; 0: only the whole helps */

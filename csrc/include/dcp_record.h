@@ -33,6 +33,9 @@ struct dcp_tensor_shape {
 uint64_t dcp_record_head_bytes(uint64_t payload_bytes);
 uint64_t dcp_record_tail_bytes(const struct dcp_tensor_shape *shape);
 
+/* False: records of another dtype are as long as those of this one (uint8, int8, bool). */
+bool dcp_record_length_tells(uint8_t dtype);
+
 /* Exactly dcp_record_head_bytes / dcp_record_tail_bytes bytes.  `block_crcs` holds one CRC per
  * started DCP_BLOCK_BYTES; it is read only when payload_bytes > DCP_BLOCK_BYTES. */
 void dcp_record_put_head(struct dcp_buf *buf, uint64_t payload_bytes);
@@ -99,8 +102,8 @@ struct dcp_file_header {
     uint64_t length_bytes; /* of the whole file */
     uint64_t table_offset_bytes;
     uint64_t table_bytes;
-    /* A flag: a planner of the program's own gave the records.  What the metadata says of one tells
-     * nothing of its bytes, and the block table lists ready-made ones too. */
+    /* A flag: a planner of the program's own gave the records.  The metadata may name another
+     * dtype, and the block table lists ready-made ones too. */
     bool planned_outside;
     /* Of the hash table, which a flag of the header announces: at the end of the block table,
      * rounded up to 8, up to the end of the file.  0 bytes and the end of the file without one. */

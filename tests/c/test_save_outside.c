@@ -199,7 +199,6 @@ save_one(struct dcp_group *group, struct job *job, int number, uint32_t rank)
         .meta = {.checkpoint_id = SAVE_DIR, .version = "1.0.0"},
         .call_hash = 5,
         .sync = true,
-        .content_hash = true,
         /* One rank's planner is enough. */
         .planned_outside = rank == ASKING_RANK,
     };
@@ -259,7 +258,6 @@ save_found(const struct io_memory *fs)
         CHECK_OK(dcp_file_parse_header(bytes, &header, &err), &err);
         CHECK(memcmp(&header.save_id, &id, sizeof id) == 0);
         CHECK(header.planned_outside && header.table_bytes > 0);
-        CHECK_EQ(header.hash_bytes, 0); /* no later save may link to such records */
         int number = (bytes[DCP_FILE_HEADER_BYTES] - (int)rank) / 16;
         for (int b = 0; b < OBJECT_BYTES; b++) {
             CHECK_EQ(bytes[DCP_FILE_HEADER_BYTES + b], 16 * number + (int)rank);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import pickle
@@ -608,13 +609,16 @@ def test_a_record_as_long_as_the_declared_one_is_told_from_it(tmp_path, planner,
     """Those of uint8, int8 and bool are."""
     saved = (torch.arange(count) % 251).to(torch.uint8)
 
-    class Other(dcp.DefaultSavePlanner):
-        def transform_object(self, write_item, object):
-            return saved
+    class Misnaming(dcp.DefaultSavePlanner):
+        def create_global_plan(self, all_plans):
+            plans, metadata = super().create_global_plan(all_plans)
+            entry = metadata.state_dict_metadata["w"]
+            entry.properties = dataclasses.replace(entry.properties, dtype=declared)
+            return plans, metadata
 
     for declared in (torch.int8, torch.bool):
         path = tmp_path / str(declared)
-        dcp.save({"w": torch.zeros(count, dtype=declared)}, checkpoint_id=path, planner=Other())
+        dcp.save({"w": saved}, checkpoint_id=path, planner=Misnaming())
         assert dcp.verify(path)
         for module in (torch_dcp, dcp):
             sd = {"w": torch.zeros(count, dtype=target)}

@@ -133,7 +133,7 @@ def test_publishing_that_fails_half_way_keeps_the_new_export(tmp_path):
     with pytest.raises(dcp.CheckpointException, match=r"begin with \.dcp_native-export-"):
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp_path), mapping))
     found = {}
-    for path in tmp_path.glob(".dcp_native-export-*.safetensors"):
+    for path in tmp_path.glob(".dcp_native-export-*.safetensors.part"):
         found.update(read(tmp_path, path.name))
     same(found, tensors)
 
@@ -145,7 +145,7 @@ def test_what_could_not_be_published_is_not_removed_by_those_who_asked(tmp_path,
         raise KeyboardInterrupt
 
     def parts():
-        return len(list(tmp_path.glob("out*/.dcp_native-export-*.safetensors")))
+        return len(list(tmp_path.glob("out*/.dcp_native-export-*.safetensors.part")))
 
     monkeypatch.setattr(_native, "export_publish", fail)
     with pytest.raises(BaseException):  # noqa: B017

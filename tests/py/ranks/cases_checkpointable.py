@@ -64,7 +64,7 @@ def case_a_shard_that_every_rank_has_is_saved_once(ctx):
     metadata = [m.save(state(ctx), checkpoint_id=ctx.dir / m.__name__) for m in (dcp, torch_dcp)]
     if ctx.rank == 0:
         ours, theirs = (m.state_dict_metadata for m in metadata)
-        assert list(ours) == list(theirs)
+        assert set(ours) == set(theirs)  # in an order that follows from who saves what
         for key, count in (("w", ROWS), ("same", 2), ("zero", 1)):
             cuts = [sorted((c.offsets, c.sizes) for c in of[key].chunks) for of in (ours, theirs)]
             assert cuts[0] == cuts[1] and len(cuts[0]) == count, (key, cuts)

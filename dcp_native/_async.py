@@ -8,6 +8,7 @@ another key.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
 
@@ -23,9 +24,10 @@ from torch.distributed.checkpoint.state_dict_saver import (
 
 from . import _roles
 from ._config import config
+from ._elsewhere import SaveElsewhere
 from ._failures import forget_frames
 from ._report import logger
-from ._save import NativeSave
+from ._save import NativeSave, SavesElsewhere
 from ._staging import choose_stager, completion_of, run_stager
 from ._uploads import (
     SaveFuture,
@@ -56,7 +58,8 @@ def start(
     *,
     in_process: bool,
     stager: AsyncStager | None,
-) -> SaveFuture | AsyncSaveResponse:
+    by_torch: Callable[[STATE_DICT_TYPE], Future | AsyncSaveResponse],
+) -> Future | AsyncSaveResponse:
     """Plan and stage now, write and commit in the background.
 
     Collective up to here.  An exception of a Stateful's ``state_dict()`` and an interrupt are
@@ -66,6 +69,8 @@ def start(
         process_group: None: this process saves alone.
         in_process: the writer process writes.
         stager: None, one that stages as we do, or one of the user's own.
+        by_torch: what is called and returned, with the state dict of which no ``state_dict()`` is
+            left to call, where another rank's writer is the program's own.
     """
     upload = Upload(save, SaveFuture(save), process_group)
     own = None
@@ -76,7 +81,7 @@ def start(
         upload.stager = own
         _make_room(upload)
         _borrow(upload, in_process and own is None)
-        state_dict = _stateful_to_state_dict(state_dict)
+        given = state_dict = _stateful_to_state_dict(state_dict)
         if own is not None and save.error is None:
             state_dict, staging = _stage_by(own, save, state_dict)
     except BaseException as error:
@@ -87,8 +92,12 @@ def start(
         save.agree()
         save.meet()
         save.compare()
+    except SavesElsewhere:
+        upload.give_back()
+        return by_torch(given)
     except BaseException as error:  # CheckpointException is no Exception
         interrupt = save.interrupt()
+        save.meet_late()
         if not save.agreed():
             _break_off(upload, error)
             if error is interrupt or isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -108,6 +117,22 @@ def start(
     if interrupt is not None:
         raise interrupt  # nobody may ever look at the future
     return _response(upload.future, staging)
+
+
+def start_elsewhere(
+    save: SaveElsewhere,
+    state_dict: STATE_DICT_TYPE,
+    stager: AsyncStager | None,
+    by_torch: Callable[[STATE_DICT_TYPE], Future | AsyncSaveResponse],
+) -> Future | AsyncSaveResponse:
+    """``start`` on a rank whose writer is the program's own."""
+    state_dict = save.resolve(state_dict)
+    try:
+        save.agree()
+    except CheckpointException as error:
+        staging = _done() if _stages_asynchronously(stager) else None
+        return _response(_failed(SaveFuture(None), error), staging)
+    return by_torch(state_dict)
 
 
 def _break_off(upload: Upload, error: BaseException) -> None:
@@ -172,6 +197,7 @@ def warm_up(
         process = None if config().survive_trainer else upload.process
         reason = save.warm_up(state_dict, shared=in_process, process=process)
     except BaseException as error:
+        save.meet_late()
         if not save.agreed():  # else there is nothing left in which the others wait
             save.leave(error)
         raise

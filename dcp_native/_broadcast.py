@@ -30,8 +30,8 @@ class _Said:
 
     error: str | None
     wanted: list[str]
-    held: dict[str, tuple[torch.Size, torch.dtype]]
-    """By the coordinator: the tensors of the file."""
+    held: dict[str, tuple[torch.Size, torch.dtype] | None]
+    """By the coordinator: the tensors of the file; None for one that can not be broadcast."""
 
 
 class BroadcastingTorchSaveReader(_torch.BroadcastingTorchSaveReader):
@@ -67,7 +67,7 @@ class BroadcastingTorchSaveReader(_torch.BroadcastingTorchSaveReader):
         except Exception as error:
             said.error = f"{type(error).__name__}: {error}"
         said.held = {
-            fqn: (value.size(), value.dtype)
+            fqn: (value.size(), value.dtype) if _is_plain(value) else None
             for fqn, value in state_dict.items()
             if isinstance(value, torch.Tensor)
         }
@@ -108,7 +108,8 @@ class BroadcastingTorchSaveReader(_torch.BroadcastingTorchSaveReader):
         piece = None
         if self.is_coordinator:
             assert source is not None  # _raise_first has seen it
-            piece = (source.detach()[rows] if source.ndim > 0 else source.detach()).contiguous()
+            piece = source.detach()[rows] if source.ndim > 0 else source.detach()
+            piece = piece.resolve_conj().resolve_neg().contiguous()
             if not (dist.is_available() and dist.is_initialized()):
                 return piece
         device = dist.distributed_c10d._get_pg_default_device()
@@ -119,6 +120,16 @@ class BroadcastingTorchSaveReader(_torch.BroadcastingTorchSaveReader):
             # As bytes: not every backend knows every dtype.
             dist.broadcast(piece.reshape(-1).view(torch.uint8), src=self.coordinator_rank)
         return piece
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all ranks can hold it as so many bytes."""
+    return (
+        tensor.is_cpu
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_nested)
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
 
 
 def _offsets(item: ReadItem) -> tuple[int, ...]:
@@ -224,7 +235,7 @@ def _raise_first(
     everyone: list[_Said],
     path: Any,
     wanted: list[str],
-    held: dict[str, tuple[torch.Size, torch.dtype]],
+    held: dict[str, tuple[torch.Size, torch.dtype] | None],
 ) -> None:
     """The same on every rank, so that none waits for another."""
     for rank, each in enumerate(everyone):
@@ -232,3 +243,8 @@ def _raise_first(
             raise RuntimeError(f"rank {rank}: {each.error}")
     if missing := [fqn for fqn in wanted if fqn not in held]:
         raise RuntimeError(f"{path} has no tensor {missing[0]!r} ({len(missing)} are missing)")
+    if strange := [fqn for fqn in wanted if held[fqn] is None]:
+        raise RuntimeError(
+            f"{path}: {strange[0]!r} is sparse, quantised, nested or of a subclass: only plain "
+            f"tensors can be broadcast ({len(strange)} are not)"
+        )

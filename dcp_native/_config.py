@@ -69,7 +69,7 @@ class Config:
             committed by the writer processes when the trainers die.  All ranks must agree on it.
             While trainers live they decide: where one dies alone the others wait for it until the
             deadline and give the save up, unless the coordinator's process has committed it.
-        native: False sends every call through torch's own implementation.
+        native: False, on all ranks alike, sends every call through torch's own implementation.
     """
 
     verify: bool | Literal["strict"] = True

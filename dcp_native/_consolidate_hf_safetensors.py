@@ -10,11 +10,12 @@ there before.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,9 +82,22 @@ class _Shards:
             if fqn in self.sizes
         }
 
-    def read(self) -> None:
-        """Headers of all safetensors files of the directory, checked."""
-        for name in sorted(n for n in os.listdir(self.path) if n.endswith(SUFFIX)):
+    def read(self, wanted: Collection[str], only: Collection[str] | None = None) -> None:
+        """Headers of the safetensors files of the directory, checked.
+
+        Args:
+            wanted: names of tensors, of which there must be one.
+            only: the files to read, in place of all; they must be there.
+        """
+        names = [name for name in os.listdir(self.path) if name.endswith(SUFFIX)]
+        if only is not None and (missing := sorted(set(only).difference(names))):
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"{len(missing)} files that ranks wrote are not to be seen by the rank that joins "
+                "them; save into a directory that all ranks share",
+                os.path.join(self.path, missing[0]),
+            )
+        for name in sorted(names if only is None else only):
             file = os.path.join(self.path, name)
             tensors, texts, _, _ = _native.read_safetensors_header(file)
             info = _saved_offsets(file, texts)
@@ -93,6 +107,11 @@ class _Shards:
                 chunk = (len(self.names), begin, (*offsets, *shape))
                 self.chunks.setdefault(fqn, []).append(chunk)
             self.names.append(name)
+        if self.sizes.keys().isdisjoint(wanted):
+            raise ValueError(
+                f"{self.path}: no file has any of the {len(wanted)} tensors that are to be "
+                "consolidated; nothing was changed"
+            )
 
     def _add(self, file: str, fqn: str, dtype: str, ends: list[int]) -> None:
         known = self.sizes.setdefault(fqn, ends)
@@ -185,18 +204,13 @@ def _join(shards: _Shards, layout: Layout, output_dir: str, token: str, wanted: 
 
 def _publish(layout: Layout, output_dir: str, token: str, order: Mapping[str, int]) -> None:
     names = [file.name for file in layout.files]
-    temporary = [part_name(token, name) for name in names]
-    try:
-        _native.export_publish(
-            output_dir,
-            temporary,
-            names,
-            FULL_PATTERN,
-            **publication(layout.index(order), token),
-        )
-    except BaseException:
-        _native.export_discard(output_dir, temporary)
-        raise
+    _native.export_publish(  # removes what it can not publish, while there is another export
+        output_dir,
+        [part_name(token, name) for name in names],
+        names,
+        FULL_PATTERN,
+        **publication(layout.index(order), token),
+    )
 
 
 def consolidate_safetensors_files(
@@ -217,13 +231,24 @@ def consolidate_safetensors_files(
             the device; memory is 48 MiB, whatever the tensors' sizes.
 
     Raises:
-        ValueError: a file was not saved by DCP, or its shards contradict each other.
+        ValueError: a file was not saved by DCP, or its shards contradict each other, or there is
+            nothing to join; ``output_dir`` is left as it is.
         NativeError: a file is damaged, or shards of a tensor are missing (dcp_code HOLE).
     """
+    consolidate(input_dir, output_dir, fqn_to_index_mapping)
+
+
+def consolidate(
+    input_dir: str,
+    output_dir: str,
+    fqn_to_index_mapping: dict[str, int],
+    only: Collection[str] | None = None,
+) -> None:
+    """The same; ``only`` names the files to join, where others may be left of earlier saves."""
     start = time.monotonic()
     output_dir = os.fspath(output_dir)
     shards = _Shards(os.fspath(input_dir))
-    shards.read()
+    shards.read(fqn_to_index_mapping, only)
     layout = _lay_out(shards, fqn_to_index_mapping)
     token = new_token()
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -253,9 +278,9 @@ def consolidate_safetensors_files_on_every_rank(
         return
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
     output_dir = os.fspath(output_dir)
-    token = _agree(partial(_begin, output_dir) if rank == 0 else _nothing, process_group)[0]
     shards = _Shards(os.fspath(input_dir))
-    _agree(shards.read, process_group)
+    _agree(partial(shards.read, fqn_to_index_mapping), process_group)
+    token = _agree(partial(_begin, output_dir) if rank == 0 else _nothing, process_group)[0]
     layout = _lay_out(shards, fqn_to_index_mapping)
     names = full_names(layout.places, fqn_to_index_mapping)
     mine = {name for fqn, name in names.items() if fqn_to_index_mapping[fqn] % size == rank}

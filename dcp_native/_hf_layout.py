@@ -61,8 +61,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
-"""What safetensors calls torch's types; the package's own table for torch has these."""
+"""What safetensors calls torch's types, one element of torch's to one of the file's."""
 ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -138,6 +139,11 @@ def shape_of(fqn: str, dtype: torch.dtype, size: Iterable[int]) -> Shape:
 
 
 def _head(tensors: Mapping[str, tuple[Shape, int]], texts: Mapping[str, str], name: str) -> bytes:
+    if DEFAULT_EXTRA_METADATA_KEY in tensors:
+        raise ValueError(
+            f"{name}: safetensors keeps the name {DEFAULT_EXTRA_METADATA_KEY} for itself; rename "
+            "the tensor"
+        )
     header: dict[str, object] = {DEFAULT_EXTRA_METADATA_KEY: {**texts, FORMAT_KEY: FORMAT_VALUE}}
     for fqn, (shape, begin) in tensors.items():
         header[fqn] = {
@@ -214,8 +220,9 @@ def new_token() -> str:
 
 
 def part_name(token: str, name: str) -> str:
-    """What a file of an export is called until it is published."""
-    return f"{PREFIX}{token}-{name}"
+    """What a file of an export is called until it is published: nothing that ends as the files do
+    that readers look for."""
+    return f"{PREFIX}{token}-{name}.part"
 
 
 def parts(files: Iterable[ExportFile], token: str) -> list[tuple[str, int, bytes]]:

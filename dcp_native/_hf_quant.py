@@ -196,6 +196,7 @@ class QuantReads(HFReads):
                 self._path, tuple(files), tuple(reads), None, verify=0, direct=direct, raw=True
             )
             self.stats.update(stats)
+            self._check_files(quant.scales.path for _, quant in quantised)
         return wanted
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from . import _native
-from ._plan_reads import PlanReads
+from ._plan_reads import PlanReads, _Item
 
 _HEADER_THREADS = 8
 """Headers that are read at a time: it is the latency of storage that they wait for."""
@@ -58,6 +58,7 @@ class Header(NamedTuple):
     path: str
     tensors: dict[str, HeaderTensor]  # by name, ascending
     texts: dict[str, str]  # ``__metadata__``
+    identity: tuple[int, ...] | None  # of the file, before its header was read
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The tensor's dtype.
@@ -86,14 +87,27 @@ def read_headers(paths: Iterable[str]) -> dict[str, Header]:
 
 
 def _read_header(path: str) -> Header:
+    identity = _identity(path)
     tensors, texts, _, _ = _native.read_safetensors_header(path)
-    return Header(path, {name: HeaderTensor(*rest) for name, *rest in tensors}, texts or {})
+    places = {name: HeaderTensor(*rest) for name, *rest in tensors}
+    return Header(path, places, texts or {}, identity)
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """What another file under the name, or the same one rewritten, has not; None: there is none."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class HFReads(PlanReads):
     """Reads plans from safetensors files: of every tensor only the rows that are wanted.
 
-    Headers are read anew: where a tensor lies is a matter of the file as it is now.
+    Headers are read anew: where a tensor lies is a matter of the file as it is now.  They are read
+    by name and so are the bytes, again for every window: that it was one file all the time is
+    checked after each, before anything of it is committed.
     """
 
     def __init__(self, reader: FileSystemReader) -> None:
@@ -117,6 +131,17 @@ class HFReads(PlanReads):
         self._headers.update(
             read_headers(dict.fromkeys(p for p in paths if p not in self._headers))
         )
+
+    def _read(self, window: list[_Item]) -> None:
+        super()._read(window)
+        found = super()._info
+        self._check_files(found(item.item.storage_index).relative_path for item in window)
+
+    def _check_files(self, paths: Iterable[str]) -> None:
+        """What was read now is of the files whose headers were read."""
+        for path in dict.fromkeys(paths):
+            if _identity(path) != self._headers[path].identity:
+                raise RuntimeError(f"{path} was replaced while it was read; load again")
 
     def _info(self, index: MetadataIndex) -> _StorageInfo:
         storage: Any = super()._info(index)

@@ -4,9 +4,10 @@ Wherever a module of torch's holds a function or class that we have our own of (
 put in its place: in the module that defines it, and in those of torch's that imported it.  So
 attributes of modules that were imported before lead to us, and so does every import after it.
 
-Two bindings stay torch's.  A module whose own classes derive from a class keeps it, for such code
-calls ``Base.__init__(self)``.  And modules that are not torch's are not touched: what they bound by
-``from ... import`` before is warned of.
+Three bindings stay what they are.  A module whose own classes derive from a class keeps it, for
+such code calls ``Base.__init__(self)``.  Modules that are not torch's are not touched: what they
+bound by ``from ... import`` before is warned of.  And so is what others have put in torch's
+modules, say a wrapper around ``save``: it goes on to call torch's.
 
 Torch's modules that we mirror are imported first, all of them; one that another thread is importing
 is waited for.  So none is left to be patched later, and classes of torch's never derive from ours.
@@ -30,11 +31,12 @@ import torch.distributed.checkpoint
 from ._config import _as_bool
 from ._fork import fork_safe
 from ._mirror import mirrored, ours_of
-from ._stock import PACKAGE, UNINSTALL, originals, stock
+from ._stock import PACKAGE, UNINSTALL, is_foreign, originals, stock
 
 __all__ = ["install", "install_if_asked", "uninstall"]
 
 VARIABLE = "DCP_NATIVE_INSTALL"
+_OURS = __name__.rpartition(".")[0]
 
 _lock = fork_safe(threading.RLock)
 
@@ -58,23 +60,30 @@ def install() -> None:
 
     Holds for ``import torch.distributed.checkpoint as dcp``, before or after, and for every
     ``from torch.distributed.checkpoint... import`` after it.  A module that bound names by
-    ``from ... import`` before keeps torch's: a warning lists those modules and names, each once.
+    ``from ... import`` before keeps torch's: a warning lists those modules and names, each once;
+    another one what others have put in place of torch's functions, which stays too.
     Calling it again does no harm.  The environment variable ``DCP_NATIVE_INSTALL=1`` does the same
     when a program first imports ``torch.distributed.checkpoint``, without any change to it.
     """
     with _lock():
         replaced = _replacements()
         originals.update((id(ours), torchs) for torchs, ours in replaced.values())
-        stale = _patch(replaced)
+        stale, others = (keys - _warned for keys in _patch(replaced))
         setattr(torch.distributed.checkpoint, UNINSTALL, uninstall)
-        stale = {key for key in stale if key not in _warned}
-        _warned.update(stale)
+        _warned.update(stale, others)
     if stale:
         warnings.warn(
             f"dcp_native.install() came after {_listed(stale)}: these names stay torch's own "
             "there. Call install() before the modules are imported, or let them import "
             "torch.distributed.checkpoint and use its attributes, or set the environment "
             f"variable {VARIABLE}=1 instead.",
+            stacklevel=2,
+        )
+    if others:
+        warnings.warn(
+            f"dcp_native.install() found that others have replaced {_listed(others)}: what they "
+            "put there is left as it is, and goes on to call torch's own. Call install() before "
+            "them.",
             stacklevel=2,
         )
 
@@ -139,20 +148,38 @@ def _replacements() -> dict[int, tuple[Any, Any]]:
     return replaced
 
 
-def _patch(replaced: dict[int, tuple[Any, Any]]) -> set[tuple[str, str]]:
-    """Put ours in place in torch's modules; (module, name) of what other modules hold."""
-    stale = set()
+def _names() -> set[str]:
+    """Names of torch's that ours stand for."""
+    return {
+        name
+        for module in mirrored()
+        for name, value in vars(importlib.import_module(f"{_OURS}.{module}")).items()
+        if getattr(value, "__module__", None) == f"{_OURS}.{module}"
+        and hasattr(stock(module), name)
+    }
+
+
+def _patch(replaced: dict[int, tuple[Any, Any]]) -> tuple[set[tuple[str, str]], ...]:
+    """Put ours in place in torch's modules.
+
+    Returns:
+        (module, name) where modules that are not torch's hold torch's; where those of torch's hold
+        what others put there.
+    """
+    stale, others, names = set(), set(), _names()
     for module, namespace in _namespaces(torchs=True):
         for name, value in list(namespace.items()):
             torchs, ours = replaced.get(id(value), (None, None))
             if ours is not None and value is torchs and not _derives(module, namespace, torchs):
                 _patches[module, name] = Patch(module, namespace, name, torchs, ours)
                 namespace[name] = ours
+            elif name in names and module.startswith(PACKAGE) and is_foreign(value):
+                others.add((module, name))
     for module, namespace in _namespaces(torchs=False):
         for name, value in list(namespace.items()):
             if id(value) in replaced:
                 stale.add((module, name))
-    return stale
+    return stale, others
 
 
 def _derives(module: str, namespace: dict[str, Any], base: Any) -> bool:
@@ -173,7 +200,7 @@ def _namespaces(*, torchs: bool) -> list[tuple[str, dict[str, Any]]]:
     found: dict[int, tuple[str, dict[str, Any]]] = {}
     for name, module in list(sys.modules.items()):
         package = name.partition(".")[0]
-        if (package == "torch") is not torchs or package == __name__.partition(".")[0]:
+        if (package == "torch") is not torchs or package == _OURS:
             continue
         with contextlib.suppress(AttributeError):  # a lazy module must not be loaded by this look
             namespace = object.__getattribute__(module, "__dict__")

@@ -39,12 +39,22 @@ class UnsupportedCheckpoint(Exception):
     """
 
 
+class LoadsElsewhere(Exception):
+    """A rank has a planner or reader of the program's own: every rank raises this from ``run``."""
+
+
 class NativeLoad:
-    """A load by stock roles.  Each step that fails here still takes part in the next agreement."""
+    """A load by stock roles.  Each step that fails here still takes part in the next agreement.
+
+    Args:
+        reader: None on a rank whose roles are not all stock: it takes part in the first agreement,
+            which tells the others to leave the native path with it.
+        top_is_copy: the caller has another top-level dict than ``run`` gets.
+    """
 
     def __init__(
         self,
-        reader: FileSystemReader,
+        reader: FileSystemReader | None,
         planner: LoadPlanner | None,
         group: _native.Group,
         keys: KeyFilter | None = None,
@@ -52,8 +62,9 @@ class NativeLoad:
         top_is_copy: bool = False,
     ) -> None:
         self.reader = reader
+        self.path = "" if reader is None else os.fspath(reader.path)
         self.group = group
-        self.top_is_copy = top_is_copy  # the caller has another top-level dict than run() gets
+        self.top_is_copy = top_is_copy
         self.keys = keys
         self.verify = config().verify if verify is None else verify
         self.flatten = getattr(planner, "flatten_state_dict", True)
@@ -72,7 +83,7 @@ class NativeLoad:
             try:
                 self._run(native, state_dict)
                 return
-            except UnsupportedCheckpoint:
+            except (UnsupportedCheckpoint, LoadsElsewhere):
                 raise
             except BaseException as error:
                 self._leave(native, error)
@@ -99,13 +110,14 @@ class NativeLoad:
         set_report({**self._report(None), "failed": True, "error": "it did not start"})
         return _native.Load(
             self.group,
-            os.fspath(self.reader.path),
+            self.path,
             rank=self.group.rank,
-            call_hash=hash64("load", os.fspath(self.reader.path)),
+            call_hash=hash64("load", self.path),
             verify=VERIFY[self.verify],
             strict_coverage=settings.strict_coverage,
             direct=DIRECT_IO[settings.direct_io],
             read_once=READ_ONCE[settings.read_once],
+            elsewhere=self.reader is None,
         )
 
     def _leave(self, native: _native.Load, error: BaseException) -> None:
@@ -161,7 +173,11 @@ class NativeLoad:
             "failed": False,
             "error": None,
             "verify": self.verify,
-            **{key: value for key, value in facts.items() if key != "unsupported"},
+            **{
+                key: value
+                for key, value in facts.items()
+                if key not in ("unsupported", "elsewhere")
+            },
         }
 
     def _fail(self, native: _native.Load, error: BaseException) -> NoReturn:
@@ -183,6 +199,8 @@ class NativeLoad:
         self.by_python = _UNTOUCHED
         self.may_be_replaced = False  # until the last agreement says so
         self._agree("plan", native, native.open)
+        if native.info()["elsewhere"]:
+            raise LoadsElsewhere("the planner or the reader of another rank is not native")
         try:
             self._check_policy(native.info())
             self._plan(native, state_dict)
@@ -232,7 +250,7 @@ class NativeLoad:
         elif info["unsupported"] is not None:  # which names the file
             raise refusal(info["unsupported"])
         elif info["foreign"] is not None:
-            raise refusal(f"the metadata of {self.reader.path}: {info['foreign']}")
+            raise refusal(f"the metadata of {self.path}: {info['foreign']}")
 
     def _agree(self, step: str, native: _native.Load, collective: Any) -> None:
         try:

@@ -89,6 +89,7 @@ class PlanReads:
         self._window_bytes = 0
         self._may_allocate = True  # the planner, when it resolves
         self._memory = _Memory()
+        self._late_targets = False  # an item of the window is copied to who knows where
         self._left: Counter[str] = Counter()  # by name, items that are not done
         self._touched: set[str] = set()
 
@@ -138,31 +139,52 @@ class PlanReads:
             self._flush(planner)
         if item.dtype is not None:
             self._resolve(item, planner)
+            if item.dtype is None:  # read whole after all
+                held = bytes_count = max(item.info.length, 0)
+        elif item.item.type is not LoadItemType.BYTE_IO:
+            self._late_targets = True
         self._window.append(item)
         self._window_bytes += held if item.source is None else bytes_count
 
     def _resolve(self, item: _Item, planner: LoadPlanner) -> None:
-        """Ask for the target; choose what the reader fills: it, or a tensor to be copied to it."""
+        """Ask for the target; choose what the reader fills: it, or a tensor to be copied to it.
+
+        An item that is copied must have been before memory of its target is filled for another.
+        """
         target = planner.resolve_tensor(item.item).detach()
-        _check_size(item.item, target, torch.Size(item.lengths))
         item.target = target
+        if target.size() != torch.Size(item.lengths):
+            if self._raw:
+                _check_size(item.item, target, torch.Size(item.lengths))
+            item.dtype = None  # the metadata may be wrong: the record decides
+            self._copies_to(target)
+            return
         if target.numel() == 0:
             return
         memory = _native.tensor_memory(target, item.dtype)
         if memory is not None:
-            if not self._memory.add(*memory, target):  # of an item before: that one first
+            # Of an item before: that one first.
+            if self._late_targets or not self._memory.add(*memory, target):
                 self._flush(planner)
                 self._memory.add(*memory, target)
             return
+        self._copies_to(target)
         source = torch.empty(item.lengths, dtype=item.dtype, device="cpu")
         if _native.tensor_memory(source, item.dtype) is None:  # under a mode that fakes tensors
             item.dtype = None
         else:
             item.source = source
 
+    def _copies_to(self, target: torch.Tensor) -> None:
+        if type(target) is not torch.Tensor or target.layout is not torch.strided:
+            self._late_targets = True
+        elif target.device.type == "cpu":
+            self._memory.cover(target)
+
     def _flush(self, planner: LoadPlanner) -> None:
         window, self._window, self._window_bytes = self._window, [], 0
         self._memory = _Memory()
+        self._late_targets = False
         self._read(window)
         for item in window:
             self._touched.add(item.item.dest_index.fqn)
@@ -338,19 +360,38 @@ class _Memory:
 
     def add(self, start: int, end: int, row_major: bool, tensor: torch.Tensor) -> bool:
         """Whether it is free, and is counted as taken from now on."""
-        first = bisect.bisect_right(self._starts, start)
-        if first > 0 and self._regions[first - 1][0] > start:
-            first -= 1
-        last = bisect.bisect_left(self._starts, end)
+        first, last = self._overlapping(start, end)
         strides = None if row_major else tensor.stride()
         starts = {start}
         for _, others, taken in self._regions[first:last]:
             if strides is None or others != strides or start in taken:
                 return False
             starts |= taken
+        self._merge(first, last, (start, end), strides, starts)
+        return True
+
+    def cover(self, tensor: torch.Tensor) -> None:
+        """Nothing between its first and last element is free from now on, whoever has it."""
+        if tensor.numel() == 0:
+            return
+        start = tensor.data_ptr()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last_element = sum((extent - 1) * stride for extent, stride in steps)
+        end = start + (last_element + 1) * tensor.element_size()
+        self._merge(*self._overlapping(start, end), (start, end), None, {start})
+
+    def _overlapping(self, start: int, end: int) -> tuple[int, int]:
+        first = bisect.bisect_right(self._starts, start)
+        if first > 0 and self._regions[first - 1][0] > start:
+            first -= 1
+        return first, bisect.bisect_left(self._starts, end)
+
+    def _merge(
+        self, first: int, last: int, span: _Numbers, strides: _Numbers | None, starts: set[int]
+    ) -> None:
+        start, end = span
         if first < last:
             start = min(start, self._starts[first])
             end = max(end, self._regions[last - 1][0])
         self._starts[first:last] = [start]
         self._regions[first:last] = [(end, strides, starts)]
-        return True

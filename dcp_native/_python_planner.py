@@ -14,7 +14,7 @@ import io
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +26,18 @@ from torch.distributed.checkpoint.filesystem import (
     _StorageInfo,
     _StoragePrefix,
 )
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    STATE_DICT_TYPE,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 from . import _native
 
-__all__ = ["PythonPlanning"]
+__all__ = ["PythonPlanning", "set_up_planner"]
 
 _Row = tuple[MetadataIndex, _StorageInfo]
 
@@ -70,19 +75,7 @@ class PythonPlanning:
         """``set_up_planner`` and ``create_local_plan``."""
         planner, writer = self._planner, self._writer
         self._given = state_dict
-        storage_meta = writer.storage_meta()
-        if "storage_meta" not in inspect.signature(planner.set_up_planner).parameters:
-            warnings.warn(
-                "The function definition for SavePlanner.set_up_planner has been updated to "
-                "include the storage_meta argument. Please update your implementation to include "
-                "this parameter.",
-                stacklevel=2,
-            )
-            planner.set_up_planner(state_dict, self._decides)  # type: ignore[arg-type]
-        else:
-            planner.set_up_planner(
-                state_dict=state_dict, storage_meta=storage_meta, is_coordinator=self._decides
-            )
+        set_up_planner(planner, state_dict, writer.storage_meta(), self._decides)
         writer.set_up_storage_writer(
             self._decides, rank=self._rank, use_collectives=self._use_collectives
         )
@@ -106,12 +99,12 @@ class PythonPlanning:
         if self._writer.single_file_per_rank:  # torch's writer asks for bytes first
             items.sort(key=lambda item: item.type != WriteItemType.BYTE_IO)
         empty: set[int] = set()
-        own = _storages((self._given, getattr(self._planner, "state_dict", None)))
+        own = _storages(self._given, getattr(self._planner, "state_dict", None))
 
         def resolve(item: WriteItem) -> Any:
             data = self._planner.resolve_data(item)
             if item.type != WriteItemType.BYTE_IO:
-                return _private(_mistakable(data, item), own)
+                return _private(_mistakable(data, item), own.get(item.index.fqn, ()))
             if not isinstance(data, io.BytesIO):
                 raise AssertionError("Data must be io.BytesIO for BYTE_IO write items")
             if data.getbuffer().nbytes == 0:
@@ -163,7 +156,7 @@ class PythonPlanning:
             Torch's name of the step that settles it, the same on all ranks.
         """
         if self._size == 1:  # nothing is sent, so nothing has to be pickled
-            plans = self._try(fail, self._global_step, [self._local_plan])
+            plans = self._try(fail, lambda: self._global_step([self._own_plan(state_dict)]))
             if plans is not None:
                 self._try(fail, lambda: self._complete([self._finish(plans[0])]))
             return "plan" if plans is None else "write"
@@ -187,10 +180,13 @@ class PythonPlanning:
             fail(error)
             return None
 
+    def _own_plan(self, state_dict: STATE_DICT_TYPE) -> SavePlan:
+        self.make_local_plan(state_dict)
+        assert self._local_plan is not None
+        return self._local_plan
+
     def _send_plan(self, state_dict: STATE_DICT_TYPE) -> bytes:
-        if self._local_plan is None:  # another rank's planner asked for this
-            self.make_local_plan(state_dict)
-        return pickle.dumps(self._local_plan)
+        return pickle.dumps(self._own_plan(state_dict))
 
     def _make_parts(self, plans: list[bytes]) -> tuple[bytes, ...]:
         return tuple(map(pickle.dumps, self._global_step([pickle.loads(plan) for plan in plans])))
@@ -202,19 +198,38 @@ class PythonPlanning:
         self._complete(pickle.loads(rows) for rows in gathered)
 
 
-def _leaves(value: Any) -> Iterable[torch.Tensor]:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        if isinstance(value, DTensor):
-            yield value._local_tensor
-        elif isinstance(value, ShardedTensor):
-            yield from (shard.tensor for shard in value.local_shards())
-        elif isinstance(value, torch.Tensor):
-            yield value
+def set_up_planner(
+    planner: SavePlanner,
+    state_dict: STATE_DICT_TYPE,
+    storage_meta: StorageMeta | None,
+    is_coordinator: bool,
+) -> None:
+    """The hook, with the arguments that it takes."""
+    if "storage_meta" in inspect.signature(planner.set_up_planner).parameters:
+        planner.set_up_planner(
+            state_dict=state_dict, storage_meta=storage_meta, is_coordinator=is_coordinator
+        )
         return
-    for one in value:
-        yield from _leaves(one)
+    warnings.warn(
+        "The function definition for SavePlanner.set_up_planner has been updated to "
+        "include the storage_meta argument. Please update your implementation to include "
+        "this parameter.",
+        stacklevel=3,
+    )
+    planner.set_up_planner(state_dict, is_coordinator)  # type: ignore[arg-type]
+
+
+def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, torch.Tensor]]:
+    """Tensors of a state dict, by the names that torch's flattening gives them."""
+    if isinstance(value, DTensor):
+        yield name, value._local_tensor
+    elif isinstance(value, ShardedTensor):
+        yield from ((name, shard.tensor) for shard in value.local_shards())
+    elif isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(one, f"{name}.{key}" if name else str(key))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -227,8 +242,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _storages(values: Any) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in _leaves(values) if _is_plain(t)}
+def _storages(*state_dicts: Any) -> dict[str, set[int]]:
+    """Where the memory of each name lies."""
+    storages: dict[str, set[int]] = {}
+    for state_dict in state_dicts:
+        for name, tensor in _leaves(state_dict):
+            if _is_plain(tensor):
+                storages.setdefault(name, set()).add(tensor.untyped_storage().data_ptr())
+    return storages
 
 
 def _mistakable(data: Any, item: WriteItem) -> Any:
@@ -247,13 +268,13 @@ def _mistakable(data: Any, item: WriteItem) -> Any:
     return record
 
 
-def _private(data: Any, own: set[int]) -> Any:
+def _private(data: Any, own: Container[int]) -> Any:
     """``data``, in memory that stays as it is until the next item was asked for and longer: that of
-    the state dict, or a copy.  Planners may convert every tensor in one buffer."""
-    if (
-        not isinstance(data, torch.Tensor)
-        or not _is_plain(data)
-        or data.untyped_storage().data_ptr() in own
-    ):
+    the leaf of its name, or a copy.  Planners may convert every tensor in one buffer, which may be
+    another leaf."""
+    if not isinstance(data, torch.Tensor):
         return data
-    return data.detach().clone()
+    data = data.detach()  # of a subclass of Parameter: a plain tensor
+    if not _is_plain(data) or data.untyped_storage().data_ptr() in own:
+        return data
+    return data.clone()

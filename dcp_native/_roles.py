@@ -174,7 +174,12 @@ def load_planner_reason(planner: Any) -> str | None:
 
 
 def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str | None:
-    """None when the ranks can talk over the group's CPU backend, else why not."""
+    """None when the ranks can talk over the group's CPU backend, else why not.
+
+    The same on all ranks: this is what they can not agree on.
+    """
+    if not config().native:
+        return "config.native is off"
     if no_dist or not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group or dist.distributed_c10d._get_default_group()

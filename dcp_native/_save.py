@@ -50,6 +50,11 @@ def _warn_of_priority() -> None:
     )
 
 
+class SavesElsewhere(Exception):
+    """A rank has a writer of the program's own: every rank raises this where they agree, with
+    nothing left behind, and saves by torch's implementation."""
+
+
 class NativeSave:
     """A save by stock roles.  Each step that fails here still takes part in the next agreement."""
 
@@ -100,7 +105,7 @@ class NativeSave:
             sync_files=writer.sync_files,
             broadcast_metadata=config().broadcast_metadata and kind == "save",
             direct=DIRECT_IO[config().direct_io],
-            base=self.base,
+            base=None if in_python else self.base,
             link_mode=LINK_MODE[config().incremental_links],
             content_hash=config().content_hash,
             io_uring=IO_URING[config().io_uring],
@@ -128,16 +133,16 @@ class NativeSave:
     def plan(self, state_dict: STATE_DICT_TYPE) -> None:
         """Open and claim the directory, make this rank's plan of ``state_dict``.
 
-        Nothing where something has failed already: a claim would fence older saves.
+        A planner of the program's own is not asked before the ranks agree to go by its plan: its
+        hooks run once in a save.  Nothing where something has failed already: a claim would fence
+        older saves.
         """
         writer = self.writer
         if self.error is not None:
             return
         self._state_dict = state_dict
         try:
-            if self._planning is not None:
-                self._planning.make_local_plan(state_dict)
-            else:
+            if self._planning is None:
                 writer.set_up_storage_writer(
                     self.group.rank == self.group.coordinator_rank,
                     rank=self.group.rank,
@@ -152,6 +157,7 @@ class NativeSave:
             if self._planning is None:
                 self._add(state_dict)
             elif not self.use_collectives:
+                self._planning.make_local_plan(state_dict)
                 self._planning.decide_alone()
         except BaseException as error:
             self.fail(error)
@@ -193,6 +199,14 @@ class NativeSave:
         """Collective, once per group: which ranks share a host, and can watch each other."""
         if self.use_collectives and self.group.size > 1:
             self._native.meet()
+
+    def meet_late(self) -> None:
+        """After an interrupt: the others may wait in ``meet``, if they have gone that far."""
+        if self._native.planned():
+            try:
+                self.meet()
+            except BaseException as error:
+                self.fail(error)
 
     def stage(self, *, shared: bool, survive: bool) -> str:
         """Build this rank's files in memory, so that the caller may go on.
@@ -309,7 +323,10 @@ class NativeSave:
         except BaseException as error:
             raise_alone("plan", self.group.rank, error, self._native.interrupt())
         raise_failures("plan", failures, self.group.rank, self.error, self._native.interrupt())
-        if not self._native.info()["call_agrees"]:
+        info = self._native.info()
+        if info["elsewhere"]:
+            raise SavesElsewhere("the writer of another rank is not native")
+        if not info["call_agrees"]:
             warnings.warn(
                 "the ranks of this save were called differently: checkpoint id, kind of save, "
                 "use_collectives, overwrite, base and config.broadcast_metadata must agree. This "
@@ -317,7 +334,7 @@ class NativeSave:
                 "coordinator's directory is committed.",
                 stacklevel=6,
             )
-        if self._native.info()["planned_outside"]:
+        if info["planned_outside"]:
             self._agree_in_python()
 
     def _agree_in_python(self) -> None:
@@ -328,7 +345,6 @@ class NativeSave:
             step = self._planning.decide(self._state_dict, self.fail)
             failures = self._native.settle(as_record(self.error))
         except BaseException as error:
-            self._native.leave(as_record(error))  # an interrupt between the calls
             raise_alone("plan", self.group.rank, error, self._native.interrupt())
         raise_failures(step, failures, self.group.rank, self.error, self._native.interrupt())
 
@@ -372,7 +388,7 @@ class NativeSave:
 
     def result(self, **facts: Any) -> Metadata:
         """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
-        info = self._native.info()
+        info = self.info()
         roles = role_report(None, self._planner_reason, info["planned_outside"])
         set_report({"kind": self.kind, "path": "native", "reason": None, **roles, **info, **facts})
         self._warn_if_nothing_was_trained(info)
@@ -401,7 +417,9 @@ class NativeSave:
 
     def info(self) -> dict[str, Any]:
         """Facts of the native save."""
-        return self._native.info()
+        info = self._native.info()
+        del info["elsewhere"]  # of a save that ended there
+        return info
 
     def agreed(self) -> bool:
         """Whether every rank is past planning: a background save has no collective left."""

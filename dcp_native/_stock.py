@@ -6,6 +6,8 @@ gives a view of torch's module in which every function and class is torch's, for
 replaces them in the module itself.  All code of ours that calls torch's implementation takes it
 from here, for the module's name may lead back to us.
 
+So too where somebody had wrapped a function before: ours replace what torch made, not the wrapper.
+
 What torch's function calls by its module's names is what install() put there; that ends, because
 whatever ours hands to torch comes back with the reason why it was handed there.
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch.distributed.checkpoint
 
-__all__ = ["PACKAGE", "UNINSTALL", "StockModule", "originals", "stock"]
+__all__ = ["PACKAGE", "UNINSTALL", "StockModule", "is_foreign", "originals", "stock"]
 
 PACKAGE = "torch.distributed.checkpoint"
 UNINSTALL = "_dcp_native_uninstall"
@@ -30,6 +32,8 @@ originals: dict[int, Any] = {}
 
 _views: dict[str, StockModule] = {}
 
+_KNOWN = ("torch", "dcp_native", "typing_extensions")
+
 
 class StockModule:
     """One of torch's modules: functions and classes as torch made them, the rest as it now is."""
@@ -39,7 +43,7 @@ class StockModule:
         self._module = module
         self._kept = {
             name: originals.get(id(value), value)
-            for name, value in list(vars(module).items())
+            for name, value in ((n, _unwrapped(v)) for n, v in list(vars(module).items()))
             if isinstance(value, (type, FunctionType))
         }
 
@@ -50,6 +54,33 @@ class StockModule:
 
     def __dir__(self) -> list[str]:
         return dir(self._module)
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether a function, class or callable object was made by neither torch nor us.
+
+    By where it was made: a wrapper says of itself that it is what it wraps.  Decorators of the
+    standard library, and typing_extensions' ``deprecated``, are torch's own choice.
+    """
+    if type(value) is FunctionType:
+        maker = value.__globals__.get("__name__", "")
+    elif isinstance(value, type):
+        maker = value.__module__
+    else:
+        maker = type(value).__module__ if callable(value) else PACKAGE
+    package = str(maker).partition(".")[0]
+    return package not in _KNOWN and package not in sys.stdlib_module_names
+
+
+def _unwrapped(value: Any) -> Any:
+    """``value``, or what torch made, where others have wrapped it and say so."""
+    inner = value
+    while is_foreign(inner):
+        try:
+            inner = inner.__wrapped__
+        except AttributeError:
+            return value
+    return inner
 
 
 def stock(name: str) -> StockModule:

@@ -20,7 +20,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -226,8 +226,10 @@ def is_file_to_write(path: Any) -> bool:
     return not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
 
 
-def load_mapped(path: str | os.PathLike) -> tuple[Any, tuple[int, int]]:
+def load_mapped(path: str | os.PathLike | IO[bytes]) -> tuple[Any, tuple[int, int]]:
     """``torch.load`` of a file by the safe loader where it can, its tensors mapped from the file.
+
+    A file that is open, or a stream in memory, is loaded whole.
 
     Objects that only unsafe unpickling can load are loaded by it, as torch's own functions do,
     unless ``config.allow_unsafe_objects`` is off.
@@ -239,19 +241,23 @@ def load_mapped(path: str | os.PathLike) -> tuple[Any, tuple[int, int]]:
     Raises:
         pickle.UnpicklingError: it needs arbitrary code and ``config.allow_unsafe_objects`` is off.
     """
-    mapped = _can_be_mapped(path)
-    before = _mappings_of(path)
+    stream = None if isinstance(path, (str, os.PathLike)) else path
+    begin = None if stream is None else stream.tell()
+    mapped = stream is None and _can_be_mapped(path)
+    before = _mappings_of(path) if mapped else set()
     try:
         loaded = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         if not config().allow_unsafe_objects:
             raise pickle.UnpicklingError(
-                f"{os.fspath(path)} holds objects that only unsafe unpickling can load, and "
+                f"{path} holds objects that only unsafe unpickling can load, and "
                 f"config.allow_unsafe_objects is off: {error}"
             ) from error
     else:
-        made = _mappings_of(path) - before
-        return loaded, made.pop() if mapped and len(made) == 1 else (0, 0)
+        made = _mappings_of(path) - before if mapped else set()
+        return loaded, made.pop() if len(made) == 1 else (0, 0)
+    if stream is not None:
+        stream.seek(begin)
     return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False), (0, 0)
 
 

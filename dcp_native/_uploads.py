@@ -67,9 +67,9 @@ class SaveFuture(Future):
     rank's.
     """
 
-    def __init__(self, save: NativeSave) -> None:
+    def __init__(self, save: NativeSave | None) -> None:
         super().__init__()
-        self._save: NativeSave | None = save
+        self._save = save
         self._report: dict[str, Any] = {}
         self._done_bytes = 0
         self.set_running_or_notify_cancel()

@@ -12,7 +12,7 @@ import argparse
 import bisect
 import enum
 import os
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
@@ -220,7 +220,7 @@ def _is_rows(what: TensorStorageMetadata) -> bool:
 
 
 def torch_save_to_dcp(
-    torch_save_path: str | os.PathLike,
+    torch_save_path: str | os.PathLike | IO[bytes],
     dcp_checkpoint_dir: str | os.PathLike,
 ) -> None:
     """Save what a torch.save file holds as a checkpoint; mirrors torch's function of this name.
@@ -230,7 +230,7 @@ def torch_save_to_dcp(
     the checkpoint's, which knows none: no accelerator is needed.
 
     Args:
-        torch_save_path: the file.
+        torch_save_path: the file, or a stream that can be read and sought in.
         dcp_checkpoint_dir: the checkpoint's directory; one that is there is replaced.
 
     Raises:

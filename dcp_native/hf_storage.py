@@ -33,7 +33,7 @@ from torch.futures import Future
 
 from . import _native
 from ._config import DIRECT_IO, config, io_priority
-from ._consolidate_hf_safetensors import consolidate_safetensors_files
+from ._consolidate_hf_safetensors import consolidate
 from ._hf_layout import (
     FULL_PATTERN,
     GLOBAL_SHAPE_KEY,
@@ -80,14 +80,23 @@ class _Order:
     places: dict[str, Place] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass
+class _Gone:
+    """In place of a rank's results: its files were removed, by a rank that failed or by another
+    export.  Only in the second case does the coordinator get to see it."""
+
+    error: _native.NativeError
+
+
 class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
     """Writes Hugging Face checkpoints; torch's class with its constructor and attributes.
 
     With ``enable_consolidation`` (or without ``save_distributed``) the final files are written in
     one pass.  An export replaces the one before it in the directory: ``model-*-of-*`` files of
     another number of files go too.  A failed or killed save leaves the old export as it was, unless
-    it is killed between the renames at the very end: then there is no index.  Never does an index,
-    or the set of ``model-*`` files, mix two exports.
+    it ends between the renames at the very end: then there is no index, and what has no final name
+    yet is left under a temporary one.  Never does an index, or the set of ``model-*`` files, mix
+    two exports.
 
     Memory: 32 MiB of buffers per rank, whatever the tensors' sizes.
     """
@@ -122,6 +131,7 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        self._order = self._layout = None  # of a save that failed
         reason = self._reason()
         if reason is not None:
             logger.debug("Hugging Face save: torch's own implementation runs, because %s", reason)
@@ -140,7 +150,6 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         path.mkdir(parents=True, exist_ok=True)
         name = f"{self._probe_prefix(self.rank or 0)}{new_token()}"
         (path / name).touch(exist_ok=False)
-        self._probe = name
         return dataclasses.replace(plan, storage_data={_PROBE_KEY: name})
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -149,6 +158,10 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
             return super().prepare_global_plan(plans)
         shared = self._is_shared(plans)
         plans = _whole_plans(plans)
+        if not any(plan.items for plan in plans):
+            raise ValueError(
+                f"there is no tensor to save; what {self._output_path} holds is left as it is"
+            )
         order = _Order(new_token(), self._output_path, shared)
         if shared:
             _native.export_sweep(order.path)
@@ -176,11 +189,16 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         order = (plan.storage_data or {}).get(_ORDER_KEY)
         if order is None:
             return super().write_data(plan, planner)
-        probe = getattr(self, "_probe", None)
-        if probe is not None and not order.shared:
-            _native.export_discard(self._output_path, [probe])
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(self._write(order, plan, planner) if plan.items else [])
+        if not order.shared:
+            self._sweep_own(order, plan)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(self._write(order, plan, planner) if plan.items else [])
+        except _native.NativeError as error:
+            if error.dcp_code != "SUPERSEDED":
+                raise
+            # No cause of its own: a rank that failed says why, and then nobody looks at this.
+            future.set_result([_Gone(error)])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -188,19 +206,21 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         self._order = self._layout = None
         if order is None:
             return super().finish(metadata, results)
+        written = [result for of_rank in results for result in of_rank]
+        if gone := next((result for result in written if isinstance(result, _Gone)), None):
+            raise gone.error
+        names = {result.storage_data.relative_path for result in written}
         if layout is not None:
             index = layout.index(self.fqn_to_index_mapping)
             self._publish(order, [file.name for file in layout.files], index)
         elif order.shared:
-            names = {wr.storage_data.relative_path for wr_list in results for wr in wr_list}
             self._publish(order, sorted(names), None)
         elif self.enable_consolidation:
-            consolidate_safetensors_files(
-                input_dir=str(self.path),
-                output_dir=self._output_path,
-                fqn_to_index_mapping=self.fqn_to_index_mapping
-                or dict.fromkeys(metadata.state_dict_metadata, 1),
-                num_threads=self.thread_count_consolidation,
+            consolidate(
+                str(self.path),
+                self._output_path,
+                self.fqn_to_index_mapping or dict.fromkeys(metadata.state_dict_metadata, 1),
+                only=names,
             )
 
     # ---- planning ----
@@ -218,7 +238,8 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         present = set(os.listdir(self._output_path))
         for rank, plan in enumerate(plans):
             said = plan.storage_data if isinstance(plan.storage_data, dict) else {}
-            probe = said.get(_PROBE_KEY)
+            # Taken out: a planner may keep the plan, with this mapping, for the saves to come.
+            probe = said.pop(_PROBE_KEY, None)
             prefix = self._probe_prefix(rank)
             if probe is None and any(name.startswith(prefix) for name in present):
                 continue
@@ -247,6 +268,21 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         return dataclasses.replace(order, places={fqn: layout.places[fqn] for fqn in fqns})
 
     # ---- writing ----
+
+    def _sweep_own(self, order: _Order, plan: SavePlan) -> None:
+        """Remove this rank's probes, and what its earlier saves left when they were killed.
+
+        Others' files stay: where not all ranks share a directory, some may, and be at work.
+        """
+        probe, mine = self._probe_prefix(self.rank or 0), "model-"
+        if self.save_distributed:
+            mine = f"shard-{plan.storage_data['shard_index']:05d}-"
+        names = os.listdir(self._output_path)
+        _native.export_discard(self._output_path, [n for n in names if n.startswith(probe)])
+        if plan.items and os.path.isdir(order.path):
+            began = [n for n in os.listdir(order.path) if n.startswith(PREFIX)]
+            left = [n for n in began if n.removeprefix(PREFIX).partition("-")[2].startswith(mine)]
+            _native.export_discard(order.path, left)
 
     def _write(self, order: _Order, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         if order.files is None:
@@ -278,12 +314,12 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
                     io_priority=io_priority(config().writer_io_class),
                     limit_bytes_s=config().write_limit_bytes_s,
                 )
-            if layout is not None and self.save_distributed and not order.shared:
-                self._publish(order, [name for name, _ in files], None, plan)
         except BaseException:
             # Other ranks go on writing to what has no name any more, and hear of it after.
             _native.export_discard(order.path, names)
             raise
+        if is_shard and not order.shared:
+            self._publish(order, [name for name, _ in files], None, plan)
         return [self._result(item, order, files, is_shard) for item in plan.items]
 
     def _shard_layout(self, plan: SavePlan) -> Layout:
@@ -331,19 +367,14 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         pattern = FULL_PATTERN if index is not None else SHARD_PATTERN
         if plan is not None:
             pattern = pattern.replace("#####", f"{plan.storage_data['shard_index']:05d}", 1)
-        try:
-            _native.export_publish(
-                order.path,
-                [part_name(order.token, name) for name in names],
-                names,
-                pattern,
-                sync=self.sync_files,
-                **({} if index is None else publication(index, order.token)),
-            )
-        except BaseException:
-            left = [part_name(order.token, name) for name in names]
-            _native.export_discard(order.path, left)
-            raise
+        _native.export_publish(  # removes what it can not publish, while there is another export
+            order.path,
+            [part_name(order.token, name) for name in names],
+            names,
+            pattern,
+            sync=self.sync_files,
+            **({} if index is None else publication(index, order.token)),
+        )
 
 
 def _tensor_data(item: WriteItem) -> Any:

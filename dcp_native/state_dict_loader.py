@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
-from . import _roles
+from . import _native, _roles
 from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
-from ._load import NativeLoad, UnsupportedCheckpoint
+from ._load import LoadsElsewhere, NativeLoad, UnsupportedCheckpoint
 from ._mirror import rest_of_torchs
 from ._mixed_load import MixedLoad
 from ._report import LISTED_NAMES, logger, note_path, set_report
@@ -163,29 +163,24 @@ def _tell(
 ) -> None:
     """Let the other ranks of a load fail by name while this one raises ``error``."""
     read_reason = _roles.reader_reason(reader)
-    plan_reason = _plan_reason(reader, planner, process_group, no_dist)
-    if read_reason or plan_reason:
-        set_report(_failed(_report(read_reason, planner, plan_reason), error))
-        if isinstance(error, Exception):
-            with contextlib.suppress(CheckpointException):
-                _refuse(error, process_group, coordinator_rank, no_dist)
-    else:
-        group = group_for(process_group, no_dist, 0 if no_dist else coordinator_rank)
-        NativeLoad(reader, planner, group).tell(error)
+    plan_reason = _roles.load_planner_reason(planner) or _roles.files_reason(reader)
+    group_reason = _roles.group_reason(process_group, no_dist)
+    elsewhere = bool(read_reason or plan_reason)
+    if group_reason is None:
+        group = _group(process_group, coordinator_rank, no_dist)
+        NativeLoad(None if elsewhere else cast(Any, reader), planner, group).tell(error)
+    elif isinstance(error, Exception):
+        with contextlib.suppress(CheckpointException):
+            _refuse(error, process_group, coordinator_rank, no_dist)
+    if elsewhere or group_reason:
+        set_report(_failed(_report(read_reason, planner, plan_reason or group_reason), error))
 
 
-def _plan_reason(
-    reader: StorageReader,
-    planner: LoadPlanner | None,
-    process_group: dist.ProcessGroup | None,
-    no_dist: bool,
-) -> str | None:
-    """Why torch's implementation has to plan a load that is read natively; None: it need not."""
-    return (
-        _roles.load_planner_reason(planner)
-        or _roles.files_reason(reader)
-        or _roles.group_reason(process_group, no_dist)
-    )
+def _group(
+    process_group: dist.ProcessGroup | None, coordinator_rank: int, no_dist: bool
+) -> _native.Group:
+    alone = no_dist or not (dist.is_available() and dist.is_initialized())
+    return group_for(process_group, alone, 0 if alone else coordinator_rank)
 
 
 def _load_state_dict(
@@ -208,17 +203,22 @@ def _load_state_dict(
         _tell(error, storage_reader, planner, process_group, coordinator_rank, no_dist)
         raise
     read_reason = _roles.reader_reason(storage_reader)
-    plan_reason = _plan_reason(storage_reader, planner, process_group, no_dist)
-    if not (read_reason or plan_reason):
-        alone = no_dist or not (dist.is_available() and dist.is_initialized())
-        group = group_for(process_group, alone, 0 if alone else coordinator_rank)
+    plan_reason = _roles.load_planner_reason(planner) or _roles.files_reason(storage_reader)
+    group_reason = _roles.group_reason(process_group, no_dist)
+    if group_reason is None:
+        group = _group(process_group, coordinator_rank, no_dist)
+        reader = None if read_reason or plan_reason else cast(Any, storage_reader)
         try:
-            NativeLoad(storage_reader, planner, group, keys, verify, top_is_copy).run(state_dict)
+            NativeLoad(reader, planner, group, keys, verify, top_is_copy).run(state_dict)
             note_path("load", None)
             return
-        except UnsupportedCheckpoint as error:  # raised on every rank or on none
-            plan_reason = str(error)
-    report = _report(read_reason, planner, plan_reason)
+        except (UnsupportedCheckpoint, LoadsElsewhere) as error:  # on every rank or on none
+            plan_reason = plan_reason or (None if read_reason else str(error))
+        except BaseException as error:
+            if reader is None:
+                set_report(_failed(_report(read_reason, planner, plan_reason), error))
+            raise
+    report = _report(read_reason, planner, plan_reason or group_reason)
     logger.debug("load: %(path)s path; planner: %(planner)s; reader: %(reader)s", report)
     set_report(report)
     load = None

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
 from . import _async, _roles
+from ._elsewhere import SaveElsewhere
 from ._groups import group_for
 from ._mirror import rest_of_torchs
 from ._report import logger, note_path, role_report
-from ._save import NativeSave
+from ._save import NativeSave, SavesElsewhere
 from ._stock import state_dict_saver as _torch
 from ._uploads import wait_for_uploads
 
@@ -44,6 +45,7 @@ __all__ = [
     "warm_up",
 ]
 
+_NOT_ALL_NATIVE = "the writer of another rank is not native"
 _NO_DIST_TEXT = (
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to save "
     "in a single process."
@@ -185,8 +187,11 @@ def _async_save(
     in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
     writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
     reason = _roles.writer_reason(writer)
-    base = _tell_roles("async_save", reason, writer, planner, base)
-    if reason is not None:
+    _tell_roles("async_save", reason, writer, planner, base)
+
+    def by_torch(state_dict: STATE_DICT_TYPE) -> Future | AsyncSaveResponse:
+        if reason is None:
+            _tell_roles("async_save", _NOT_ALL_NATIVE, writer, planner, base)
         return _torch.async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
@@ -198,15 +203,20 @@ def _async_save(
             no_dist=no_dist,
             use_collectives=use_collectives,
         )
+
+    native = None
+    if _roles.group_reason(group, group is None) is None:
+        native = group_for(group, group is None, 0 if group is None else coordinator_rank)
+    if reason is not None:
+        if native is None or native.size == 1 or not use_collectives:
+            return by_torch(state_dict)
+        return _async.start_elsewhere(SaveElsewhere(native), state_dict, async_stager, by_torch)
     save_ = NativeSave(
-        writer,
-        planner,
-        group_for(group, group is None, 0 if group is None else coordinator_rank),
-        use_collectives=use_collectives,
-        kind="async_save",
-        base=base,
+        writer, planner, native, use_collectives=use_collectives, kind="async_save", base=base
     )
-    return _async.start(save_, state_dict, group, in_process=in_process, stager=async_stager)
+    return _async.start(
+        save_, state_dict, group, in_process=in_process, stager=async_stager, by_torch=by_torch
+    )
 
 
 def _group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -242,14 +252,21 @@ def warm_up(
     group = None if no_dist else _group_of(process_group)
     writer = storage_writer if storage_writer is not None else FileSystemWriter(".")
     reason = _roles.writer_reason(writer) or _roles.save_planner_reason(planner)
-    if reason is not None:
+    if reason is not None and _roles.group_reason(group, group is None) is not None:
         logger.debug("warm_up: nothing to do, because %s", reason)
         return
-    save_ = NativeSave(
-        writer, planner, group_for(group, group is None), use_collectives=True, kind="warm_up"
-    )
-    in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
-    _async.warm_up(save_, state_dict, group, in_process=in_process)
+    native = group_for(group, group is None)
+    try:
+        if reason is not None:
+            other = SaveElsewhere(native)
+            other.resolve(state_dict)
+            other.agree()
+            raise SavesElsewhere(reason)
+        save_ = NativeSave(writer, planner, native, use_collectives=True, kind="warm_up")
+        in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
+        _async.warm_up(save_, state_dict, group, in_process=in_process)
+    except SavesElsewhere as error:  # on every rank or on none
+        logger.debug("warm_up: nothing to do, because %s", error)
 
 
 def _tell_roles(
@@ -258,9 +275,9 @@ def _tell_roles(
     writer: StorageWriter,
     planner: SavePlanner | None,
     base: str | os.PathLike | None,
-) -> str | os.PathLike | None:
-    """Log which role runs where.  The base, if it is of use: where Python plans or torch writes a
-    full save loses nothing; that it is one must not go unnoticed."""
+) -> None:
+    """Log which role runs where.  Where Python plans or torch writes a base is not used, and a full
+    save loses nothing; that it is one must not go unnoticed."""
     planner_reason = _roles.save_planner_reason(planner)
     roles = role_report(reason, planner_reason)
     if reason is not None and _roles.exports_natively(writer):
@@ -273,8 +290,6 @@ def _tell_roles(
             "base=%s is not used and everything is written: %s", os.fspath(base),
             f"torch's own implementation runs, because {reason}" if reason else planner_reason,
         )  # fmt: skip
-        return None
-    return base
 
 
 def _save_state_dict(
@@ -313,36 +328,47 @@ def _save(
     mapped: tuple[int, int] = (0, 0),
 ) -> Metadata:
     """``mapped``: addresses of memory that is a file's, mapped, and that nobody has written to."""
-    reason = _roles.writer_reason(writer) or _roles.group_reason(process_group, no_dist)
-    base = _tell_roles("save", reason, writer, planner, base)
-    if reason is not None:
-        return _torch._save_state_dict(
-            _stateful_to_state_dict(state_dict) if call_stateful else state_dict,
-            writer,
-            process_group,
-            coordinator_rank,
-            no_dist,
-            planner,
-            use_collectives,
-        )
-    alone = no_dist or not (dist.is_available() and dist.is_initialized())
-    group = group_for(process_group, alone, 0 if alone else coordinator_rank)
-    save_ = NativeSave(
-        writer, planner, group, use_collectives=use_collectives, kind="save", base=base,
-        mapped=mapped,
-    )  # fmt: skip
-    try:
-        wait_for_uploads()
-        if call_stateful:
-            state_dict = _stateful_to_state_dict(state_dict)
-        save_.plan(state_dict)
-        save_.agree()
-        save_.compare()
-        save_.write()
-        return save_.finish()
-    except BaseException as error:  # of state_dict(), or an interrupt between the steps
-        save_.leave(error)
-        raise
+    writer_reason = _roles.writer_reason(writer)
+    group_reason = _roles.group_reason(process_group, no_dist)
+    reason = writer_reason or group_reason
+    _tell_roles("save", reason, writer, planner, base)
+    if group_reason is not None:
+        state_dict = _stateful_to_state_dict(state_dict) if call_stateful else state_dict
+    else:
+        alone = no_dist or not (dist.is_available() and dist.is_initialized())
+        group = group_for(process_group, alone, 0 if alone else coordinator_rank)
+        if writer_reason is not None:
+            other = SaveElsewhere(group, use_collectives)
+            state_dict = other.resolve(state_dict) if call_stateful else state_dict
+            if not use_collectives:
+                return other.save_alone(state_dict, writer, planner)
+            other.agree()
+        else:
+            save_ = NativeSave(
+                writer, planner, group, use_collectives=use_collectives, kind="save", base=base,
+                mapped=mapped,
+            )  # fmt: skip
+            try:
+                wait_for_uploads()
+                if call_stateful:
+                    state_dict = _stateful_to_state_dict(state_dict)
+                return _run(save_, state_dict)
+            except SavesElsewhere:
+                _tell_roles("save", _NOT_ALL_NATIVE, writer, planner, base)
+            except BaseException as error:  # of state_dict(), or an interrupt between the steps
+                save_.leave(error)
+                raise
+    return _torch._save_state_dict(
+        state_dict, writer, process_group, coordinator_rank, no_dist, planner, use_collectives
+    )
+
+
+def _run(save: NativeSave, state_dict: STATE_DICT_TYPE) -> Metadata:
+    save.plan(state_dict)
+    save.agree()
+    save.compare()
+    save.write()
+    return save.finish()
 
 
 __getattr__, __dir__ = rest_of_torchs(__name__)

@@ -8,7 +8,8 @@
  * loader.  Files are opened, and believed, as a load does it (reader_file.c).
  *
  * Invariants: pieces are taken in the order in which they were pushed; a slot is filled anew only
- * when none of its pieces is left; a piece holds a reference to its file.
+ * when none of its pieces is left; a piece holds a reference to its file, of which at most
+ * OPEN_MOST_FILES are open: fewer pieces than that are in flight, so one of them can be closed.
  * Threads: the calling thread looks ahead and takes pieces, the pump's thread reads them.
  */
 #include "archive_read.h"
@@ -25,8 +26,10 @@
 #define LEAST_PIECE_BYTES (256u << 10)
 /* Below this a thread costs more than it reads ahead. */
 #define ALONE_MOST_BYTES (1u << 20)
-/* Files that stay open: jobs have a limit of 1024 descriptors as a rule, and others need them. */
+/* Files that are open at a time, with one or two descriptors each: jobs have a limit of 1024 as a
+ * rule, and others need them. */
 #define OPEN_MOST_FILES 64
+_Static_assert(OPEN_MOST_FILES <= DCP_PUMP_JOBS, "pieces in flight are fewer than jobs");
 
 /* A chunk and where its rows begin, to be sorted. */
 struct row_chunk {
@@ -35,13 +38,14 @@ struct row_chunk {
 
 /* ---- files ---- */
 
+/* Closes one that no piece needs. */
 static void
 close_one(struct archive_reader *self)
 {
     for (;;) {
         struct dcp_read_file **file = &self->files[self->next_closed];
         self->next_closed = (self->next_closed + 1) % self->md.files_count;
-        if (*file != NULL) {
+        if (*file != NULL && (*file)->users == 1) {
             dcp_read_file_release(&self->reader, *file);
             *file = NULL;
             self->open_count--;
@@ -50,7 +54,7 @@ close_one(struct archive_reader *self)
     }
 }
 
-/* Lends the file: whoever keeps it counts himself. */
+/* Lends the file, until the next call: whoever keeps it counts himself. */
 static int
 file_of(struct archive_reader *self, uint32_t index, struct dcp_read_file **ret_file,
         struct dcp_error *err)
@@ -156,7 +160,9 @@ look_at_record(struct archive_reader *self, const struct dcp_md_entry *entry, ui
     }
     dcp_error_clear(&why);
     rc = dcp_read_file_parse(&self->reader, file, chunk, &view, &why);
-    if (rc == DCP_E_UNSUPPORTED || (rc == 0 && !view.contiguous)) {
+    if (rc == DCP_E_UNSUPPORTED ||
+        (rc == 0 && (!view.contiguous || view.dtype != entry->dtype || view.ndim != entry->ndim ||
+                     memcmp(view.sizes, sizes, entry->ndim * sizeof *sizes) != 0))) {
         *ret_plain = false;
         return 0;
     }
@@ -165,16 +171,8 @@ look_at_record(struct archive_reader *self, const struct dcp_md_entry *entry, ui
                    ? wrong_record(self, entry, file, chunk, rc, why.message, err)
                    : dcp_error_set(err, rc, why.sys_errno, why.path, "%s", why.message);
     }
-    if (view.dtype != entry->dtype || view.ndim != entry->ndim ||
-        memcmp(view.sizes, sizes, entry->ndim * sizeof *sizes) != 0) {
-        return wrong_record(self, entry, file, chunk, DCP_E_CORRUPT,
-                            "the record holds a tensor of another shape or dtype than the "
-                            "metadata says",
-                            err);
-    }
-    file->users++;
     self->payloads[self->payloads_count++] = (struct archive_payload){
-        .file = file,
+        .file = chunk->file,
         .offset_bytes = chunk->offset_bytes + view.payload_offset_bytes,
         .bytes = view.payload_bytes,
         .crc = view.payload_crc,
@@ -187,9 +185,6 @@ look_at_record(struct archive_reader *self, const struct dcp_md_entry *entry, ui
 static void
 forget_payloads(struct archive_reader *self)
 {
-    for (uint64_t i = self->payload_at; i < self->payloads_count; i++) {
-        dcp_read_file_release(&self->reader, self->payloads[i].file);
-    }
     self->payloads_count = self->payload_at = self->payload_bytes = 0;
 }
 
@@ -251,7 +246,7 @@ read_piece(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *
 {
     const struct archive_reader *self = ctx;
     const struct archive_piece *piece = job->file;
-    const struct dcp_read_file *file = piece->payload.file;
+    const struct dcp_read_file *file = piece->file;
     if (failed) {
         return 0;
     }
@@ -287,15 +282,20 @@ slot_with_room(struct archive_reader *self, uint64_t want_bytes, uint64_t *ret_a
     return true;
 }
 
-/* Has the next part of the payloads read; false when there is no room. */
-static bool
-push_piece(struct archive_reader *self)
+/* Has the next part of the payloads read; *ret_pushed false when there is no room. */
+static int
+push_piece(struct archive_reader *self, bool *ret_pushed, struct dcp_error *err)
 {
     struct archive_payload *payload = &self->payloads[self->payload_at];
-    struct dcp_read_file *file = payload->file;
     uint64_t left = payload->bytes - self->payload_bytes, at;
-    if (self->pushed - self->popped == DCP_PUMP_JOBS || !slot_with_room(self, left, &at)) {
-        return false;
+    struct dcp_read_file *file;
+    if (self->pushed - self->popped == OPEN_MOST_FILES - 1 || !slot_with_room(self, left, &at)) {
+        *ret_pushed = false;
+        return 0;
+    }
+    int rc = file_of(self, payload->file, &file, err);
+    if (rc != 0) {
+        return rc;
     }
     uint64_t from = payload->offset_bytes + self->payload_bytes;
     bool direct = file->direct_fd >= 0 && left >= LEAST_PIECE_BYTES;
@@ -306,6 +306,7 @@ push_piece(struct archive_reader *self)
     }
     struct archive_piece *piece = &self->pieces[self->pushed % DCP_PUMP_JOBS];
     *piece = (struct archive_piece){.payload = *payload,
+                                    .file = file,
                                     .entry = self->ahead - 1,
                                     .from_bytes = from,
                                     .len_bytes = len,
@@ -320,7 +321,6 @@ push_piece(struct archive_reader *self)
     self->slots[self->slot].used_bytes = at + lead + len;
     self->payload_bytes += len;
     if (piece->last) {
-        dcp_read_file_release(&self->reader, file);
         self->payload_at++;
         self->payload_bytes = 0;
     }
@@ -329,27 +329,28 @@ push_piece(struct archive_reader *self)
     self->reader.stats.hot_bytes += file->hot ? len : 0;
     struct dcp_job job = {.file = piece};
     piece->job = dcp_pump_push(&self->pump, &job);
-    return true;
+    *ret_pushed = true;
+    return 0;
 }
 
 /* Looks and reads as far ahead as there is room. */
 static int
 run_ahead(struct archive_reader *self, struct dcp_error *err)
 {
+    bool pushed = true;
+    int rc = 0;
     for (;;) {
-        while (self->payload_at < self->payloads_count) {
-            if (!push_piece(self)) {
-                return 0;
-            }
+        while (rc == 0 && pushed && self->payload_at < self->payloads_count) {
+            rc = push_piece(self, &pushed, err);
+        }
+        if (rc != 0 || !pushed) {
+            return rc;
         }
         forget_payloads(self);
         if (self->ahead == self->params->entries_count) {
             return 0;
         }
-        int rc = look_ahead(self, err);
-        if (rc != 0) {
-            return rc;
-        }
+        rc = look_ahead(self, err);
     }
 }
 
@@ -360,7 +361,7 @@ take_back(struct archive_reader *self)
     if (self->taken) {
         const struct archive_piece *piece = &self->pieces[self->popped++ % DCP_PUMP_JOBS];
         self->slots[piece->slot].pieces--;
-        dcp_read_file_release(&self->reader, piece->payload.file);
+        dcp_read_file_release(&self->reader, piece->file);
         self->taken = false;
     }
 }
@@ -494,11 +495,11 @@ archive_read_mismatch(const struct archive_reader *self, const struct archive_pi
     const struct dcp_archive_entry *entry = &self->params->entries[piece->entry];
     const struct archive_payload *payload = &piece->payload;
     bool first = err != NULL && err->code == 0;
-    int code = dcp_error_set(err, DCP_E_CHECKSUM, 0, payload->file->path,
+    int code = dcp_error_set(err, DCP_E_CHECKSUM, 0, piece->file->path,
                              "reading %.*s from %s failed: its bytes have CRC %08x, its record "
                              "says %08x; the file is damaged",
                              (int)dcp_min_u64(entry->fqn.len, 256), (const char *)entry->fqn.data,
-                             payload->file->path, crc, payload->crc);
+                             piece->file->path, crc, payload->crc);
     if (first) {
         err->offset_bytes = payload->offset_bytes;
     }

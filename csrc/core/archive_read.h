@@ -19,16 +19,17 @@ enum archive_way {
 
 /* The payload of one record. */
 struct archive_payload {
-    struct dcp_read_file *file; /* holds a reference */
-    uint64_t offset_bytes;      /* in the file */
+    uint64_t offset_bytes; /* in the file */
     uint64_t bytes;
+    uint32_t file; /* index in the metadata */
     uint32_t crc;
     bool has_crc;
 };
 
 /* A part of a payload that is read in one go. */
 struct archive_piece {
-    struct archive_payload payload; /* that it is part of; `file` is a reference of its own */
+    struct archive_payload payload; /* that it is part of */
+    struct dcp_read_file *file;     /* holds a reference */
     uint64_t entry;
     uint64_t from_bytes, len_bytes; /* in the file */
     bool first, last;               /* of the payload */

@@ -11,6 +11,10 @@
  *
  * Each step is made durable before the next, where its order matters after a power cut.
  *
+ * Up to the first of the old names that goes, publishing can fail or be cancelled: then the new
+ * files go.  From there on nothing of this export is removed, whatever happens: it may be the only
+ * one there is.
+ *
  * Threads: none of its own.
  */
 #include <errno.h>
@@ -191,6 +195,15 @@ dcp_export_create(const struct dcp_io *io, const char *dir_path,
 
 /* ---- publishing ---- */
 
+static int
+fail_gone(const struct dcp_export_dir *dir, const char *name, struct dcp_error *err)
+{
+    return dcp_error_set(err, DCP_E_SUPERSEDED, ENOENT, name,
+                         "publishing %s/%s failed: it is gone; another export into the directory "
+                         "took over",
+                         dir->path, name);
+}
+
 /* Everything of a file is durable: the heads, and what a rank wrote that shares a descriptor with
  * nobody. */
 static int
@@ -202,10 +215,7 @@ sync_file(const struct dcp_export_dir *dir, const char *name, struct dcp_error *
         fd = io->open_at(io->ctx, dir->fd, name, O_WRONLY, 0);
     } while (fd == -EINTR);
     if (fd == -ENOENT) {
-        return dcp_error_set(err, DCP_E_SUPERSEDED, ENOENT, name,
-                             "publishing %s/%s failed: it is gone; another export into the "
-                             "directory took over",
-                             dir->path, name);
+        return fail_gone(dir, name, err);
     }
     if (fd < 0) {
         return dcp_export_fail(dir, name, -fd, "opening", err);
@@ -240,28 +250,85 @@ rename_name(const struct dcp_export_dir *dir, const char *from, const char *to,
     return rc == 0 ? 0 : dcp_export_fail(dir, from, -rc, "giving its final name to", err);
 }
 
+/* All of this export is there and durable. */
+static int
+prepare(const struct dcp_export_dir *dir, const struct dcp_export_publication *publication,
+        struct dcp_error *err)
+{
+    int rc = publication->index_name != NULL ? write_index(dir, publication, err) : 0;
+    for (uint32_t i = 0; rc == 0 && publication->sync && i < publication->names_count; i++) {
+        rc = sync_file(dir, publication->names[i].from, err);
+    }
+    return rc == 0 && publication->sync ? sync_dir(dir, err) : rc;
+}
+
+/* The last look before the former export goes: an export that began meanwhile has swept this one.
+ */
+static int
+check_there(const struct dcp_export_dir *dir, const struct dcp_export_publication *publication,
+            struct dcp_error *err)
+{
+    const struct dcp_engine_options options = {.cancel = publication->cancel};
+    for (uint32_t i = 0; i < publication->names_count; i++) {
+        if (!dcp_io_exists(dir->io, dir->fd, publication->names[i].from)) {
+            return fail_gone(dir, publication->names[i].from, err);
+        }
+    }
+    if (publication->index_name != NULL &&
+        !dcp_io_exists(dir->io, dir->fd, publication->index_tmp_name)) {
+        return fail_gone(dir, publication->index_tmp_name, err);
+    }
+    return dcp_export_check_cancel(&options, err);
+}
+
+static void
+discard(const struct dcp_export_dir *dir, const struct dcp_export_publication *publication)
+{
+    for (uint32_t i = 0; i < publication->names_count; i++) {
+        (void)unlink_name(dir, publication->names[i].from, NULL);
+    }
+    if (publication->index_name != NULL) {
+        (void)unlink_name(dir, publication->index_tmp_name, NULL);
+    }
+}
+
 /* Files of the former export; none that the publication only replaces by itself. */
 static int
 remove_former(const struct dcp_export_dir *dir, const struct dcp_export_publication *publication,
-              struct dcp_error *err)
+              const struct names *former, struct dcp_error *err)
 {
-    struct names names = {.pattern = publication->replaced_pattern};
-    int rc = list_names(dir, &names, err);
-    const char *first = next_name(&names, NULL);
+    const char *first = next_name(former, NULL);
     bool only_itself =
-        first == NULL || (publication->names_count == 1 && next_name(&names, first) == NULL &&
+        first == NULL || (publication->names_count == 1 && next_name(former, first) == NULL &&
                           strcmp(first, publication->names[0].to) == 0);
-    if (rc == 0 && !only_itself) {
-        if (publication->index_name != NULL) {
-            rc = unlink_name(dir, publication->index_name, err);
-            rc = rc == 0 && publication->sync ? sync_dir(dir, err) : rc;
-        }
-        for (const char *name = NULL; rc == 0 && (name = next_name(&names, name)) != NULL;) {
-            rc = unlink_name(dir, name, err);
-        }
+    int rc = 0;
+    if (only_itself) {
+        return 0;
+    }
+    if (publication->index_name != NULL) {
+        rc = unlink_name(dir, publication->index_name, err);
         rc = rc == 0 && publication->sync ? sync_dir(dir, err) : rc;
     }
-    dcp_buf_clean_up(&names.buf);
+    for (const char *name = NULL; rc == 0 && (name = next_name(former, name)) != NULL;) {
+        rc = unlink_name(dir, name, err);
+    }
+    return rc == 0 && publication->sync ? sync_dir(dir, err) : rc;
+}
+
+/* From the former export to this one. */
+static int
+take_over(const struct dcp_export_dir *dir, const struct dcp_export_publication *publication,
+          const struct names *former, struct dcp_error *err)
+{
+    int rc = remove_former(dir, publication, former, err);
+    for (uint32_t i = 0; rc == 0 && i < publication->names_count; i++) {
+        rc = rename_name(dir, publication->names[i].from, publication->names[i].to, err);
+    }
+    rc = rc == 0 && publication->sync ? sync_dir(dir, err) : rc;
+    if (rc == 0 && publication->index_name != NULL) {
+        rc = rename_name(dir, publication->index_tmp_name, publication->index_name, err);
+        rc = rc == 0 && publication->sync ? sync_dir(dir, err) : rc;
+    }
     return rc;
 }
 
@@ -269,27 +336,31 @@ int
 dcp_export_publish(const struct dcp_io *io, const char *dir_path,
                    const struct dcp_export_publication *publication, struct dcp_error *err)
 {
+    struct names former = {.pattern = publication->replaced_pattern};
     struct dcp_export_dir dir;
+    struct dcp_error why;
     int rc = dcp_export_dir_open(&dir, io, dir_path, err);
     if (rc != 0) {
         return rc;
     }
-    if (publication->index_name != NULL) {
-        rc = write_index(&dir, publication, err);
+    rc = prepare(&dir, publication, err);
+    rc = rc == 0 ? list_names(&dir, &former, err) : rc;
+    rc = rc == 0 ? check_there(&dir, publication, err) : rc;
+    if (rc != 0) {
+        discard(&dir, publication);
+        goto done;
     }
-    for (uint32_t i = 0; rc == 0 && publication->sync && i < publication->names_count; i++) {
-        rc = sync_file(&dir, publication->names[i].from, err);
+    dcp_error_clear(&why);
+    rc = take_over(&dir, publication, &former, &why);
+    if (rc != 0) {
+        rc = dcp_error_set(err, rc, why.sys_errno, why.path,
+                           "%s; the former export may be gone, so this one was not removed: its "
+                           "files without their final names are those in %s that begin with %s; "
+                           "save again",
+                           why.message, dir_path, DCP_EXPORT_PREFIX);
     }
-    rc = rc == 0 && publication->sync ? sync_dir(&dir, err) : rc;
-    rc = rc == 0 ? remove_former(&dir, publication, err) : rc;
-    for (uint32_t i = 0; rc == 0 && i < publication->names_count; i++) {
-        rc = rename_name(&dir, publication->names[i].from, publication->names[i].to, err);
-    }
-    rc = rc == 0 && publication->sync ? sync_dir(&dir, err) : rc;
-    if (rc == 0 && publication->index_name != NULL) {
-        rc = rename_name(&dir, publication->index_tmp_name, publication->index_name, err);
-        rc = rc == 0 && publication->sync ? sync_dir(&dir, err) : rc;
-    }
+done:
+    dcp_buf_clean_up(&former.buf);
     dcp_export_dir_close(&dir);
     return rc;
 }

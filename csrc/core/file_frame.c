@@ -27,6 +27,7 @@ enum {
     TABLE_HEADER_BYTES = 40,
     TABLE_ENTRY_BYTES = 24,
     FLAG_HASH_TABLE = 1 << 0,
+    FLAG_PLANNED_OUTSIDE = 1 << 1,
 };
 
 /* The first byte is no text and no start of a zip or a pickle. */
@@ -84,7 +85,9 @@ dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header)
     at = le_put32(le_put32(at, DCP_FILE_VERSION), 0);
     at = le_put32(at, header->rank);
     at = le_put_bytes(at, header->save_id.bytes, sizeof header->save_id.bytes);
-    at = le_put32(le_put32(at, header->n), header->hash_bytes > 0 ? FLAG_HASH_TABLE : 0);
+    at = le_put32(le_put32(at, header->n),
+                  (header->hash_bytes > 0 ? FLAG_HASH_TABLE : 0u) |
+                      (header->planned_outside ? FLAG_PLANNED_OUTSIDE : 0u));
     at = le_put64(at, header->length_bytes);
     at = le_put64(at, header->table_offset_bytes);
     at = le_put64(at, header->table_bytes);
@@ -94,16 +97,17 @@ dcp_file_put_header(struct dcp_buf *buf, const struct dcp_file_header *header)
 
 /* Nobody may make a reader allocate more than the records before a table can fill: every block of
  * it is a mebibyte in front of it, but for the last of each payload, and no record is shorter than
- * the end of a zip. */
+ * the end of a zip; those that a program made have a byte, and all may be listed. */
 static bool
 tables_fit(const struct dcp_file_header *header)
 {
     uint64_t blocks = header->table_offset_bytes / DCP_BLOCK_BYTES + 1;
-    uint64_t records = header->table_offset_bytes / ZIP_END_BYTES + 1;
-    return header->table_bytes <=
-               dcp_block_table_bytes((uint32_t)dcp_min_u64(blocks, UINT32_MAX), 2 * blocks) &&
-           header->hash_bytes <=
-               dcp_hash_table_bytes((uint32_t)dcp_min_u64(records, DCP_MAX_ITEMS_PER_RANK));
+    uint64_t least_bytes = header->planned_outside ? 1 : ZIP_END_BYTES;
+    uint32_t records =
+        (uint32_t)dcp_min_u64(header->table_offset_bytes / least_bytes + 1, DCP_MAX_ITEMS_PER_RANK);
+    uint32_t listed = header->planned_outside ? records : (uint32_t)dcp_min_u64(blocks, UINT32_MAX);
+    return header->table_bytes <= dcp_block_table_bytes(listed, blocks + listed) &&
+           header->hash_bytes <= dcp_hash_table_bytes(records);
 }
 
 int
@@ -128,6 +132,7 @@ dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret, struct 
            sizeof header.save_id.bytes);
     header.n = dcp_cursor_u32(&c);
     uint32_t flags = dcp_cursor_u32(&c);
+    header.planned_outside = (flags & FLAG_PLANNED_OUTSIDE) != 0;
     header.length_bytes = dcp_cursor_u64(&c);
     header.table_offset_bytes = dcp_cursor_u64(&c);
     header.table_bytes = dcp_cursor_u64(&c);

@@ -205,7 +205,7 @@ place_file(const struct dcp_plan *plan, struct dcp_layout *layout, struct dcp_pl
                                  "file %u of rank %u would be longer than 2^62 bytes", file->index,
                                  plan->rank);
         }
-        if (plan->items[record->item].slot_bytes == 0 && record->payload_bytes > DCP_BLOCK_BYTES) {
+        if (dcp_layout_lists(plan, record)) {
             entries++;
             blocks += (record->payload_bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
         }

@@ -40,6 +40,7 @@ struct dcp_load {
     bool by_group;       /* every rank asks for it, and has one image of the metadata */
     bool group_entered;  /* the agreement on what the group reads together */
     atomic_bool reading; /* in dcp_load_read, maybe on a thread that was left there */
+    bool elsewhere;      /* of this rank; once opened: of some rank */
     bool planned;        /* the agreement on planning was entered */
     bool echo;           /* reading ended because another rank's did */
     int dirfd;           /* -1 when the directory could not be opened */
@@ -72,6 +73,7 @@ dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
     load->rank = params->rank;
     load->verify = params->verify;
     load->verify_all = params->verify_all;
+    load->elsewhere = params->elsewhere;
     load->direct = params->direct;
     load->shm = params->read_once == DCP_READ_ONCE_OFF ? NULL : params->shm;
     load->dirfd = load->io->open_dir(load->io->ctx, load->dir_path);
@@ -257,6 +259,7 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_s
         .call = load->call_hash ^ (load->verify ? 1 + load->verify_all : 0),
         .is_coordinator = group->comm.rank == group->coordinator,
         .has_base = load->lanes != NULL,
+        .elsewhere = load->elsewhere,
     };
     int rc = dcp_group_check(group, err);
 
@@ -304,10 +307,9 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
     int rc;
 
     dcp_error_clear(&local);
-    if (group->comm.rank == group->coordinator &&
+    if (group->comm.rank == group->coordinator && mine == NULL && !load->elsewhere &&
         (read_image(load, ".metadata", &load->image, &local) != 0 ||
-         make_message(load, &local) != 0) &&
-        mine == NULL) {
+         make_message(load, &local) != 0)) {
         reading = dcp_failure_from_error(&local, group->comm.rank);
         mine = &reading;
     }
@@ -318,6 +320,11 @@ dcp_load_open(struct dcp_load *load, const struct dcp_failure *mine, int *ret_lo
             return dcp_error_set(err, DCP_E_PEER, 0, NULL, "%zu rank(s) failed",
                                  ret_failures->count);
         }
+    }
+    load->elsewhere = rc == 0 && verdict == DCP_VERDICT_ELSEWHERE;
+    if (load->elsewhere) {
+        *ret_local_code = 0;
+        return 0;
     }
     if (rc == 0) {
         rc = share_image(load, err);
@@ -352,6 +359,12 @@ bool
 dcp_load_rank_local(const struct dcp_load *load)
 {
     return load->rank_local;
+}
+
+bool
+dcp_load_is_elsewhere(const struct dcp_load *load)
+{
+    return load->elsewhere;
 }
 
 /* A rank that fails between the agreement on planning and reading: the others read without it, and

@@ -1,7 +1,7 @@
 /*
  * metadata_footer.c: the last 64 bytes of a `.metadata` of ours.
  *
- *     magic 8 | version u32 | accepted_count u32 | pickle_bytes u64 | index_bytes u64 |
+ *     magic 8 | version u16 | flags u16 | accepted_count u32 | pickle_bytes u64 | index_bytes u64 |
  *     pickle_crc u32 | index_crc u32 | save id 16 | accepted_crc u32 | crc u32 of the 60 bytes
  *     before
  *
@@ -19,7 +19,11 @@
 
 #include "dcp_crc32.h"
 
-enum { FOOTER_VERSION = 2, CRC_AT = DCP_METADATA_FOOTER_BYTES - 4 };
+enum {
+    FOOTER_VERSION = 2,
+    FLAG_PLANNED_OUTSIDE = 1 << 0,
+    CRC_AT = DCP_METADATA_FOOTER_BYTES - 4,
+};
 
 static const uint8_t magic[8] = {0x89, 'D', 'C', 'P', 'N', 'M', 'D', '\n'};
 
@@ -28,7 +32,8 @@ dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *f
 {
     size_t start = buf->len;
     dcp_buf_put(buf, magic, sizeof magic);
-    dcp_buf_put_u32(buf, FOOTER_VERSION);
+    dcp_buf_put_u16(buf, FOOTER_VERSION);
+    dcp_buf_put_u16(buf, footer->planned_outside ? FLAG_PLANNED_OUTSIDE : 0);
     dcp_buf_put_u32(buf, footer->accepted_count);
     dcp_buf_put_u64(buf, footer->pickle_bytes);
     dcp_buf_put_u64(buf, footer->index_bytes);
@@ -56,7 +61,7 @@ parse(const uint8_t *image, size_t len, bool has_pickle, struct dcp_metadata_foo
     }
     struct dcp_cursor c = {.data = bytes, .len = DCP_METADATA_FOOTER_BYTES, .pos = sizeof magic};
     struct dcp_metadata_footer footer;
-    uint32_t version = dcp_cursor_u32(&c);
+    uint32_t version = dcp_cursor_u16(&c), flags = dcp_cursor_u16(&c);
     footer.accepted_count = dcp_cursor_u32(&c);
     footer.pickle_bytes = dcp_cursor_u64(&c);
     footer.index_bytes = dcp_cursor_u64(&c);
@@ -66,6 +71,7 @@ parse(const uint8_t *image, size_t len, bool has_pickle, struct dcp_metadata_foo
     footer.accepted_crc = dcp_cursor_u32(&c);
     uint32_t crc = dcp_cursor_u32(&c);
     if (c.failed || save_id == NULL || version != FOOTER_VERSION ||
+        (flags & ~(uint32_t)FLAG_PLANNED_OUTSIDE) != 0 ||
         footer.accepted_count > DCP_MAX_ACCEPTED_SAVES ||
         (footer.accepted_count == 0 && footer.accepted_crc != 0) ||
         crc != dcp_crc32(0, bytes, CRC_AT)) {
@@ -78,6 +84,7 @@ parse(const uint8_t *image, size_t len, bool has_pickle, struct dcp_metadata_foo
         return false;
     }
     memcpy(footer.save_id.bytes, save_id, sizeof footer.save_id.bytes);
+    footer.planned_outside = flags != 0;
     *ret = footer;
     return true;
 }

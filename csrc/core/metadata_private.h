@@ -95,6 +95,7 @@ struct dcp_metadata_footer {
     uint32_t accepted_count; /* save ids between index and footer */
     uint32_t accepted_crc;   /* of them; 0 when there are none */
     struct dcp_save_id save_id;
+    bool planned_outside;
 };
 
 void dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *footer);

@@ -100,6 +100,7 @@ finish_native(const uint8_t *tail, const struct dcp_metadata_footer *footer,
               struct dcp_metadata *md, struct dcp_metadata *ret, struct dcp_error *err)
 {
     md->is_native = true;
+    md->planned_outside = footer->planned_outside;
     md->save_id = footer->save_id;
     int rc = read_accepted(tail, footer, md, err);
     if (rc != 0) {

@@ -51,6 +51,7 @@ dcp_metadata_wrap(const struct dcp_span *pickle, const struct dcp_save_id *save_
         .pickle_crc = dcp_crc32(0, buf->data + start, index_at - start),
         .index_crc = dcp_crc32(0, buf->data + index_at, buf->len - index_at),
         .save_id = *save_id,
+        .planned_outside = true,
     };
     dcp_metadata_footer_put(buf, &footer);
     rc = dcp_buf_check(buf, err);

@@ -392,8 +392,9 @@ dcp_plan_fingerprint_named(const struct dcp_plan *plan, const struct dcp_hash128
     struct hasher h;
     h.salt = salt;
     h.len = 0;
-    uint32_t head[] = {plan->rank,      plan->thread_count, plan->single_file_per_rank,
-                       plan->has_paths, plan->content_hash, plan->items_count};
+    uint32_t head[] = {plan->rank,       plan->thread_count, plan->single_file_per_rank,
+                       plan->has_paths,  plan->content_hash, plan->planned_outside,
+                       plan->items_count};
     hasher_add(&h, head, sizeof head);
     hasher_add(&h, names_hash, sizeof *names_hash);
     hasher_add(&h, plan->items, plan->items_count * sizeof *plan->items);

@@ -295,6 +295,7 @@ take_head(struct decoder *d, struct head *ret_head)
     d->plan->single_file_per_rank = (flags & FLAG_SINGLE_FILE) != 0;
     d->plan->has_paths = (flags & FLAG_HAS_PATHS) != 0;
     d->plan->content_hash = (flags & FLAG_CONTENT_HASH) != 0;
+    d->plan->planned_outside = (flags & FLAG_PLANNED_OUTSIDE) != 0;
     *ret_head = head;
     return 0;
 }

@@ -193,7 +193,8 @@ put_head(struct dcp_buf *buf, const struct dcp_plan *plan, unsigned more_flags,
 {
     unsigned flags = more_flags | (plan->single_file_per_rank ? FLAG_SINGLE_FILE : 0u) |
                      (plan->has_paths ? FLAG_HAS_PATHS : 0u) |
-                     (plan->content_hash ? FLAG_CONTENT_HASH : 0u);
+                     (plan->content_hash ? FLAG_CONTENT_HASH : 0u) |
+                     (plan->planned_outside ? FLAG_PLANNED_OUTSIDE : 0u);
     dcp_buf_put(buf, DCP_PLAN_MAGIC, MAGIC_BYTES);
     dcp_buf_put_u8(buf, VERSION);
     dcp_buf_put_u8(buf, (uint8_t)flags);

@@ -43,9 +43,11 @@ enum flag_bits {
     FLAG_SINGLE_FILE = 1 << 0,
     FLAG_HAS_PATHS = 1 << 1,
     FLAG_CONTENT_HASH = 1 << 2,
+    FLAG_PLANNED_OUTSIDE = 1 << 3,
     /* Counted from the top: what the image is like.  From the bottom: what the plan is like. */
     FLAG_NAMELESS = 1 << 7,
-    FLAG_ALL = FLAG_SINGLE_FILE | FLAG_HAS_PATHS | FLAG_CONTENT_HASH | FLAG_NAMELESS,
+    FLAG_ALL = FLAG_SINGLE_FILE | FLAG_HAS_PATHS | FLAG_CONTENT_HASH | FLAG_PLANNED_OUTSIDE |
+               FLAG_NAMELESS,
 };
 
 enum path_mode { PATH_NONE = 0, PATH_CUT = 1, PATH_RAW = 2 };

@@ -255,10 +255,16 @@ want_parsed(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
         return want_record(reader, item, err);
     }
     part->payload_offset_bytes = chunk->offset_bytes + view.payload_offset_bytes;
-    part->check_whole = reader->options->verify && view.has_crc &&
+    const struct dcp_block_entry *blocks = NULL;
+    if (reader->file->header.planned_outside && view.contiguous) {
+        rc = dcp_read_file_blocks(reader, reader->file, part->payload_offset_bytes,
+                                  view.payload_bytes, &blocks, err);
+    }
+    part->block_crcs = blocks != NULL ? blocks->block_crcs : NULL;
+    part->check_whole = blocks == NULL && reader->options->verify && view.has_crc &&
                         part->box.wanted_bytes == part->box.payload_bytes;
     part->whole_crc = view.payload_crc;
-    return want_part(reader, part, err);
+    return rc == 0 ? want_part(reader, part, err) : rc;
 }
 
 /* How a tensor's record is read. */
@@ -287,8 +293,8 @@ want_tensor(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_er
                                      .sizes = md->dims + chunk->dims + entry->ndim,
                                      .payload_bytes = payload};
     uint64_t head = dcp_record_head_bytes(payload);
-    bool ours =
-        md->is_native && chunk->length_bytes == head + payload + dcp_record_tail_bytes(&shape);
+    bool ours = dcp_read_lengths_tell(reader, reader->file) &&
+                chunk->length_bytes == head + payload + dcp_record_tail_bytes(&shape);
     if (!ours) {
         return chunk->length_bytes <= DCP_READ_WHOLE_RECORD_BYTES ? want_record(reader, item, err)
                                                                   : want_parsed(reader, part, err);
@@ -339,7 +345,12 @@ visit_item(struct dcp_reader *reader, const struct dcp_read_item *item, struct d
                              "by the metadata its record is empty", err);
     }
     if (opaque) {
-        return want_record(reader, item, err);
+        const struct dcp_block_entry *listed;
+        bool ask = reader->options->verify && reader->file->header.planned_outside;
+        int rc = ask ? dcp_read_file_blocks(reader, reader->file, chunk->offset_bytes,
+                                            chunk->length_bytes, &listed, err)
+                     : 0; /* the table stays, for hand_over */
+        return rc == 0 ? want_record(reader, item, err) : rc;
     }
     struct dcp_read_part *part = part_new(item, err);
     if (part == NULL) {

@@ -210,6 +210,14 @@ int dcp_read_fail(const struct dcp_reader *reader, const struct dcp_read_file *f
                   const struct dcp_read_item *item, int code, uint64_t offset_bytes,
                   const char *what, struct dcp_error *err);
 
+/* Whether a record can be known by its length: it is ours, and what the metadata says of it is what
+ * was written. */
+static inline bool
+dcp_read_lengths_tell(const struct dcp_reader *reader, const struct dcp_read_file *file)
+{
+    return reader->plan->md->is_native && !file->header.planned_outside;
+}
+
 static inline const struct dcp_md_entry *
 dcp_read_entry(const struct dcp_reader *reader, const struct dcp_read_item *item)
 {

@@ -156,6 +156,22 @@ deliver_range(struct dcp_reader *reader, const struct dcp_read_file *file,
 
 /* ---- whole records ---- */
 
+/* A whole record against the file's block table, where that lists it, else as the zip it is. */
+static int
+verify_whole(const struct dcp_read_file *file, const struct dcp_read_use *use,
+             const uint8_t *record, struct dcp_error *why)
+{
+    const struct dcp_block_entry *listed =
+        file->header.planned_outside ? dcp_block_table_find(&file->table, use->at_bytes) : NULL;
+    if (listed == NULL || listed->payload_bytes != use->len_bytes) {
+        return dcp_record_verify(record, (size_t)use->len_bytes, why);
+    }
+    return dcp_crc32(0, record, use->len_bytes) == listed->payload_crc
+               ? 0
+               : dcp_error_set(why, DCP_E_CHECKSUM, 0, NULL,
+                               "the checksum of the record does not match: the file is damaged");
+}
+
 static int
 hand_over(struct dcp_reader *reader, const struct dcp_read_file *file,
           const struct dcp_read_use *use, const uint8_t *record, struct dcp_error *err)
@@ -166,7 +182,7 @@ hand_over(struct dcp_reader *reader, const struct dcp_read_file *file,
     if (verify) {
         struct dcp_error why;
         dcp_error_clear(&why);
-        int rc = dcp_record_verify(record, (size_t)use->len_bytes, &why);
+        int rc = verify_whole(file, use, record, &why);
         if (rc != 0) {
             return dcp_read_fail(reader, file, use->item, rc, use->at_bytes, why.message, err);
         }
@@ -185,10 +201,11 @@ hand_over(struct dcp_reader *reader, const struct dcp_read_file *file,
 
 /* What a record of ours must begin with; its length is fixed by its shape. */
 static bool
-is_own_record(const struct dcp_reader *reader, const struct dcp_read_item *item,
-              const struct dcp_read_box *box, const uint8_t *record, uint64_t len_bytes)
+is_own_record(const struct dcp_reader *reader, const struct dcp_read_file *file,
+              const struct dcp_read_item *item, const struct dcp_read_box *box,
+              const uint8_t *record, uint64_t len_bytes)
 {
-    if (!reader->plan->md->is_native) {
+    if (!dcp_read_lengths_tell(reader, file)) {
         return false;
     }
     const struct dcp_md_entry *entry = dcp_read_entry(reader, item);
@@ -308,7 +325,7 @@ deliver_record(struct dcp_reader *reader, const struct dcp_read_file *file,
     if (rc != 0) {
         return rc;
     }
-    if (is_own_record(reader, use->item, &box, record, use->len_bytes)) {
+    if (is_own_record(reader, file, use->item, &box, record, use->len_bytes)) {
         return deliver_own(reader, file, use, &box, record, err);
     }
     return deliver_parsed(reader, file, use, &box, record, err);

@@ -50,6 +50,7 @@ copy_params(struct dcp_save *save, const struct dcp_save_params *params)
     save->independent = params->independent;
     save->to_lowest_rank = params->to_lowest_rank;
     save->planned_outside = params->planned_outside;
+    save->elsewhere = params->elsewhere;
     save->sync = params->sync;
     save->share_metadata = params->share_metadata;
     save->direct = params->direct;
@@ -206,7 +207,8 @@ dcp_save_set_plan(struct dcp_save *save, struct dcp_plan *plan)
     dcp_plan_clean_up(&save->plan);
     save->plan = *plan;
     memset(plan, 0, sizeof *plan);
-    save->plan.content_hash = save->content_hash;
+    /* A hash of bytes does not say what they are: no later save may link to such records. */
+    save->plan.content_hash = save->content_hash && !save->plan.planned_outside;
     save->names_hash = dcp_plan_names_hash(&save->plan);
     save->fingerprint = dcp_plan_fingerprint_named(&save->plan, &save->names_hash, save->plan_salt);
 }
@@ -220,6 +222,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
     const struct dcp_installed_plan *installed = group->installed;
     struct dcp_vote ballot = {
         .outside = save->planned_outside,
+        .elsewhere = save->elsewhere,
         .reuse = ok && installed != NULL && !save->planned_outside &&
                  dcp_hash128_equal(installed->fingerprint, save->fingerprint) &&
                  (!save->info.is_coordinator || dcp_save_fits_again(save)),
@@ -252,6 +255,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         save->info.call_agrees = ballot.call_agrees;
         save->info.incremental = ballot.has_base;
         save->info.planned_outside = *ret_verdict == DCP_VERDICT_OUTSIDE;
+        save->info.elsewhere = *ret_verdict == DCP_VERDICT_ELSEWHERE;
         save->coordinator_names_hash = ballot.names_hash;
         save->coordinator_held_plan = ballot.held_plan;
     }
@@ -303,7 +307,7 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
         }
         save->info.plan_ns = dcp_now_ns() - start_ns;
     }
-    if (rc != 0) {
+    if (rc != 0 || save->info.elsewhere) {
         dcp_save_abandon(save);
         return rc;
     }

@@ -21,7 +21,7 @@ struct dcp_save {
     struct dcp_storage_meta meta; /* points at the copies */
     uint64_t call_hash, plan_salt;
     uint64_t split_bytes;
-    bool independent, to_lowest_rank, planned_outside, sync, share_metadata;
+    bool independent, to_lowest_rank, planned_outside, elsewhere, sync, share_metadata;
     enum dcp_direct direct;
     char *base_path; /* owned; NULL: none */
     enum dcp_link_mode link_mode;

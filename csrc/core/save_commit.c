@@ -110,6 +110,9 @@ dcp_save_finish(struct dcp_save *save, const struct dcp_failure *mine,
     int rc = 0;
 
     dcp_error_clear(&local);
+    if (save->elsewhere) {
+        return dcp_group_settle_failures(save->group, id, mine, ret_failures, err);
+    }
     if (!save->independent) {
         rc = dcp_group_settle_failures(save->group, id, mine, ret_failures, err);
         mine = NULL;

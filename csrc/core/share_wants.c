@@ -53,6 +53,9 @@ dcp_share_payload(const struct dcp_metadata *md, uint32_t entry, uint32_t chunk,
     const struct dcp_md_chunk *c = &md->chunks[chunk];
     uint64_t bytes = e->kind == DCP_ITEM_TENSOR ? dcp_dtype_bytes(e->dtype) : 0;
     uint64_t end;
+    if (md->planned_outside) { /* its records are not known by their lengths */
+        return false;
+    }
     if (bytes == 0 || c->file == DCP_NO_FILE || c->transforms != 0) {
         return false;
     }

@@ -8,7 +8,8 @@
  *
  * All other records (objects, tensors only torch.save can write, stock torch's) are zips: every
  * entry against the CRC of the directory, then the tensor's shape against the metadata.  A writer
- * with CRCs switched off leaves all of them zero; such records count as unverified.
+ * with CRCs switched off leaves all of them zero; such records count as unverified.  Objects that a
+ * planner of the program's own made are any bytes: the file's block table has their CRCs.
  *
  * Records of a block or less are looked at in one piece, larger ones as they stream by.
  *
@@ -99,8 +100,8 @@ may_be_own(const struct record *r, struct dcp_tensor_shape *ret_shape)
     uint32_t item_bytes = dcp_dtype_bytes(entry->dtype);
     uint64_t elements;
     const uint64_t *sizes = r->v->md->dims + r->chunk->dims + entry->ndim;
-    if (!r->v->md->is_native || entry->kind != DCP_ITEM_TENSOR || item_bytes == 0 ||
-        dcp_volume_overflows(sizes, entry->ndim, &elements) ||
+    if (!r->v->md->is_native || r->file->header.planned_outside || entry->kind != DCP_ITEM_TENSOR ||
+        item_bytes == 0 || dcp_volume_overflows(sizes, entry->ndim, &elements) ||
         elements > DCP_MAX_PAYLOAD_BYTES / item_bytes) {
         return false;
     }
@@ -134,20 +135,18 @@ compare_made(const struct record *r, uint64_t offset, const uint8_t **ret_bytes,
     return 0;
 }
 
-/* What the block table says of the payload against what was summed. */
+/* What the block table says of the payload, `len` bytes at `payload_at`, against what was summed.
+ */
 static int
-compare_blocks(const struct record *r, const struct dcp_tensor_shape *shape, uint32_t crc,
-               uint64_t payload_at, struct dcp_error *why)
+compare_blocks(const struct record *r, uint64_t payload_at, uint64_t len, uint32_t crc,
+               struct dcp_error *why)
 {
     const struct dcp_verify_file *file = r->file;
-    if (shape->payload_bytes <= DCP_BLOCK_BYTES || file->table.entries_count == 0) {
-        return 0;
-    }
     const struct dcp_block_entry *entry =
         dcp_block_table_find(&file->table, r->at_bytes + payload_at);
-    if (entry == NULL || entry->payload_bytes != shape->payload_bytes) {
+    if (entry == NULL || entry->payload_bytes != len) {
         return damaged(r, DCP_E_CORRUPT, payload_at,
-                       "the file's block table does not list this tensor", why);
+                       "the file's block table does not list this record", why);
     }
     uint64_t blocks = r->v->crcs.len / sizeof(uint32_t), bad = 0, first = 0;
     for (uint64_t b = 0; b < blocks; b++) {
@@ -160,7 +159,7 @@ compare_blocks(const struct record *r, const struct dcp_tensor_shape *shape, uin
     }
     if (bad > 0) {
         dcp_error_set(why, DCP_E_CHECKSUM, 0, file->path,
-                      "the checksum of %" PRIu64 " of the tensor's %" PRIu64 " blocks of 1 MiB "
+                      "the checksum of %" PRIu64 " of the record's %" PRIu64 " blocks of 1 MiB "
                       "does not match; the first is block %" PRIu64,
                       bad, blocks, first);
         return place(r, payload_at + first * DCP_BLOCK_BYTES, why);
@@ -168,7 +167,7 @@ compare_blocks(const struct record *r, const struct dcp_tensor_shape *shape, uin
     return crc == entry->payload_crc
                ? 0
                : damaged(r, DCP_E_CORRUPT, payload_at,
-                         "the checksum of the tensor in the block table is not that of its blocks",
+                         "the checksum of the record in the block table is not that of its blocks",
                          why);
 }
 
@@ -217,8 +216,8 @@ check_own(const struct record *r, const struct dcp_tensor_shape *shape, bool *re
     }
     dcp_buf_clear(&v->crcs);
     rc = sum_range(r, head_bytes, shape->payload_bytes, &v->crcs, &crc, why);
-    if (rc == 0) {
-        rc = compare_blocks(r, shape, crc, head_bytes, why);
+    if (rc == 0 && shape->payload_bytes > DCP_BLOCK_BYTES && r->file->table.entries_count > 0) {
+        rc = compare_blocks(r, head_bytes, shape->payload_bytes, crc, why);
     }
     if (rc != 0) {
         return rc;
@@ -423,6 +422,22 @@ check_head(struct record *r, const struct dcp_tensor_shape *shape, struct dcp_er
                : damaged(r, DCP_E_CORRUPT, 0, "the head of the tensor's record is damaged", why);
 }
 
+/* ---- any bytes ---- */
+
+/* Of a damaged table there is a problem already, and nothing to compare. */
+static int
+check_listed(const struct record *r, bool *ret_has_crc, struct dcp_error *why)
+{
+    uint32_t crc;
+    *ret_has_crc = r->file->header.table_bytes == 0 || r->file->table.entries_count > 0;
+    if (!*ret_has_crc) {
+        return 0;
+    }
+    dcp_buf_clear(&r->v->crcs);
+    int rc = sum_range(r, 0, r->length_bytes, &r->v->crcs, &crc, why);
+    return rc == 0 ? compare_blocks(r, 0, r->length_bytes, crc, why) : rc;
+}
+
 int
 dcp_verify_record(struct dcp_verifier *v, const struct dcp_verify_file *file,
                   const struct dcp_verify_ref *ref, struct dcp_error *err)
@@ -438,11 +453,14 @@ dcp_verify_record(struct dcp_verifier *v, const struct dcp_verify_file *file,
     int rc = 0;
     r.length_bytes = r.chunk->length_bytes;
     dcp_error_clear(&why);
+    bool is_listed = file->header.planned_outside && r.entry->kind == DCP_ITEM_BYTES;
     bool may_be = may_be_own(&r, &shape);
-    if (may_be) {
+    if (is_listed) {
+        rc = check_listed(&r, &has_crc, &why);
+    } else if (may_be) {
         rc = check_own(&r, &shape, &is_own, &why);
     }
-    if (rc == 0 && !is_own) {
+    if (rc == 0 && !is_own && !is_listed) {
         rc = check_zip(&r, &has_crc, &why);
         if (rc == 0 && may_be) {
             rc = check_head(&r, &shape, &why);

@@ -86,6 +86,11 @@ parse_set(const struct dcp_verifier *v, struct set *set, struct dcp_error *why)
         dcp_error_clear(why);
         rc = dcp_metadata_read(translated->data, translated->len, &set->md, why);
     }
+    if (translated != NULL && rc == 0 &&
+        dcp_metadata_peek_save_id(set->image.data, set->image.len, &set->md.save_id)) {
+        set->md.is_native = true; /* the image was ours, around a planner's pickle */
+        set->md.planned_outside = true;
+    }
     return rc;
 }
 
@@ -163,8 +168,10 @@ collect_refs(struct dcp_verifier *v, struct set *set, struct dcp_error *err)
                                             .entry = (uint32_t)e};
                 continue;
             }
-            if (v->options->part != 0) {
-                continue;
+            bool is_empty = entry->kind == DCP_ITEM_BYTES && chunk->file != DCP_NO_FILE;
+            if (v->options->part != 0 || is_empty) {
+                continue; /* a planner's own object may have no bytes: nothing of it can be damaged
+                           */
             }
             dcp_error_clear(&why);
             dcp_error_set(&why, DCP_E_MISSING, 0, NULL,

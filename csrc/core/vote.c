@@ -20,7 +20,7 @@ enum vote_lane {
     VOTE_VERSION = 0,    /* and ~, as all that must be equal */
     VOTE_PLAN_ID_LO = 2, /* and ~ */
     VOTE_PLAN_ID_HI = 4, /* and ~ */
-    VOTE_REUSE = 6,      /* -1: planned outside, 0: no, 1: yes */
+    VOTE_REUSE = 6,      /* -2: elsewhere, -1: planned outside, 0: no, 1: yes */
     VOTE_OK = 7,         /* 0: failed here, 1: ok, 2: ok and given a base */
     VOTE_CALL = 8,       /* and ~ */
     VOTE_SAVE_ID = 10,   /* two lanes */
@@ -78,7 +78,7 @@ fill_vote(const struct dcp_vote *vote, bool ok, int64_t lanes[DCP_VOTE_LANES])
     put_equal(lanes, VOTE_VERSION, DCP_PROTOCOL_VERSION);
     put_equal(lanes, VOTE_PLAN_ID_LO, vote->plan_id.lo);
     put_equal(lanes, VOTE_PLAN_ID_HI, vote->plan_id.hi);
-    lanes[VOTE_REUSE] = vote->outside ? -1 : vote->reuse;
+    lanes[VOTE_REUSE] = vote->elsewhere ? -2 : vote->outside ? -1 : vote->reuse;
     lanes[VOTE_OK] = !ok ? 0 : vote->has_base ? 2 : 1;
     put_equal(lanes, VOTE_CALL, vote->call);
     if (!vote->is_coordinator) {
@@ -102,6 +102,9 @@ conclude(const int64_t lanes[DCP_VOTE_LANES])
 {
     if (lanes[VOTE_OK] == 0) {
         return DCP_VERDICT_FAILED;
+    }
+    if (lanes[VOTE_REUSE] < -1) {
+        return DCP_VERDICT_ELSEWHERE;
     }
     if (lanes[VOTE_REUSE] < 0) {
         return DCP_VERDICT_OUTSIDE;

@@ -32,12 +32,6 @@ is_raw(const struct dcp_item *item)
     return item->kind != DCP_ITEM_BYTES && item->slot_bytes == 0;
 }
 
-static bool
-has_blocks(const struct dcp_item *item, const struct dcp_placed_record *record)
-{
-    return is_raw(item) && record->payload_bytes > DCP_BLOCK_BYTES;
-}
-
 static uint64_t
 blocks_of(uint64_t payload_bytes)
 {
@@ -61,7 +55,7 @@ file_blocks_init(const struct dcp_writer *writer, const struct dcp_placed_file *
     uint32_t entries = 0;
     for (uint32_t i = 0; i < placed->records_count; i++) {
         const struct dcp_placed_record *record = &writer->layout->records[placed->first_record + i];
-        if (has_blocks(&writer->plan->items[record->item], record)) {
+        if (dcp_layout_lists(writer->plan, record)) {
             entries++;
             crcs += blocks_of(record->payload_bytes);
         }
@@ -183,19 +177,15 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
     if (rc != 0) {
         return rc;
     }
-    if (is_raw(item)) {
-        if (has_blocks(item, record)) {
-            payload.block_crcs = blocks->crcs + blocks->crcs_count;
-            blocks->crcs_count += blocks_of(record->payload_bytes);
-        }
-        rc = write_raw(writer, item, record, &payload, err);
-        if (rc == 0 && payload.block_crcs != NULL) {
-            blocks->entries[blocks->entries_count++] =
-                (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes,
-                                         payload.crc, payload.block_crcs};
-        }
-    } else {
-        rc = write_ready(writer, record, &payload, err);
+    if (dcp_layout_lists(writer->plan, record)) {
+        payload.block_crcs = blocks->crcs + blocks->crcs_count;
+        blocks->crcs_count += blocks_of(record->payload_bytes);
+    }
+    rc = is_raw(item) ? write_raw(writer, item, record, &payload, err)
+                      : write_ready(writer, record, &payload, err);
+    if (rc == 0 && payload.block_crcs != NULL) {
+        blocks->entries[blocks->entries_count++] = (struct dcp_block_entry){
+            record->payload_offset_bytes, record->payload_bytes, payload.crc, payload.block_crcs};
     }
     if (rc == 0) {
         rc = check_position(writer, record->offset_bytes + record->length_bytes, err);
@@ -218,6 +208,7 @@ write_header(struct dcp_writer *writer, const struct dcp_placed_file *placed, st
                                      .length_bytes = placed->length_bytes,
                                      .table_offset_bytes = placed->table_offset_bytes,
                                      .table_bytes = placed->table_bytes,
+                                     .planned_outside = writer->plan->planned_outside,
                                      .hash_offset_bytes = placed->hash_offset_bytes,
                                      .hash_bytes = placed->hash_bytes};
     struct dcp_buf *scratch = &writer->scratch;

@@ -48,13 +48,14 @@ void dcp_comm_sim_destroy(struct dcp_comm_sim *sim);
 
 /* ---- vote (design section 3): one all-reduce, MIN, 16 lanes of int64 ---- */
 
-enum { DCP_VOTE_LANES = 16, DCP_PROTOCOL_VERSION = 3 };
+enum { DCP_VOTE_LANES = 16, DCP_PROTOCOL_VERSION = 4 };
 
 enum dcp_verdict {
-    DCP_VERDICT_FAST = 1,    /* every rank may reuse its installed plan */
-    DCP_VERDICT_SLOW = 2,    /* gather plans */
-    DCP_VERDICT_FAILED = 3,  /* some rank has ok = 0: exchange failures, then raise */
-    DCP_VERDICT_OUTSIDE = 4, /* some rank's plan is made outside of the core: so are all */
+    DCP_VERDICT_FAST = 1,      /* every rank may reuse its installed plan */
+    DCP_VERDICT_SLOW = 2,      /* gather plans */
+    DCP_VERDICT_FAILED = 3,    /* some rank has ok = 0: exchange failures, then raise */
+    DCP_VERDICT_OUTSIDE = 4,   /* some rank's plan is made outside of the core: so are all */
+    DCP_VERDICT_ELSEWHERE = 5, /* some rank's bytes do not pass through the core: so do none */
 };
 
 struct dcp_vote {
@@ -63,6 +64,7 @@ struct dcp_vote {
     bool reuse;                 /* fingerprint equals the one stored with the installed plan */
     bool ok;                    /* nothing failed on this rank */
     bool outside;               /* this rank's plan is made outside of the core */
+    bool elsewhere;             /* this rank's bytes do not pass through the core at all */
     uint64_t call;              /* hash of checkpoint_id, kind of save, options that must agree */
     bool is_coordinator;
     bool has_base; /* in: this rank was given a base; out: every rank was.  Loads: see load.c */

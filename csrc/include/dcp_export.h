@@ -114,11 +114,17 @@ struct dcp_export_publication {
     const char *index_tmp_name; /* with the prefix */
     struct dcp_span index;
     bool sync;
+    atomic_int *cancel; /* looked at before the former export goes, never after; may be NULL */
 };
 
 /* One file that replaces at most itself is renamed over it: old or new, at every instant.  Else the
  * old index goes first, then the old files, then the new ones get their names, then the new index:
- * a crash in between leaves no index, and never files of two exports. */
+ * a crash in between leaves no index, and never files of two exports.
+ *
+ * A failure before the first name of the former export is removed leaves that one as it was and, if
+ * the directory can be opened, nothing of this one.  From that removal on a failure leaves all of
+ * this one, which may be all there is: what could not be published is not the caller's to remove.
+ */
 int dcp_export_publish(const struct dcp_io *io, const char *dir_path,
                        const struct dcp_export_publication *publication,
                        struct dcp_error *err) DCP_MUST_CHECK;

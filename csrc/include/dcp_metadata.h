@@ -112,7 +112,9 @@ struct dcp_metadata {
     struct dcp_md_file *files;
     uint32_t files_count;
     bool owned;
-    bool is_native;   /* written by us: footer present and valid */
+    bool is_native; /* written by us: footer present and valid */
+    /* Written by us for a planner of the program's own: what it says of a record need not be so. */
+    bool planned_outside;
     bool is_raw;      /* chunks are payloads alone, row major, with no record around them */
     uint64_t tail_at; /* where dcp_metadata_read_tail can begin; 0: only the whole helps */
     struct dcp_save_id save_id;   /* of the footer; zero when stock */

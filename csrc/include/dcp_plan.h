@@ -68,7 +68,8 @@ struct dcp_plan {
     bool single_file_per_rank; /* else one file per item */
     bool has_paths;            /* flatten_state_dict: metadata gets planner_data */
     bool content_hash;         /* of the writer: data files get a hash table */
-    struct dcp_name *names;    /* owned array, or the table's */
+    bool planned_outside;   /* what the records are is known to a planner of the program's alone */
+    struct dcp_name *names; /* owned array, or the table's */
     uint32_t names_count, names_cap;
     struct dcp_item *items; /* owned array, state dict order */
     uint32_t items_count, items_cap;
@@ -267,9 +268,7 @@ struct dcp_placed_file {
     uint32_t records_count;
     /* Of the block table, behind the last record, 8-byte aligned; the file's end without one. */
     uint64_t table_offset_bytes;
-    /* 0 when no raw tensor payload of the file is over DCP_BLOCK_BYTES.  Ready-made records are
-     * always read whole, their own CRCs serve: they have no table entry. */
-    uint64_t table_bytes;
+    uint64_t table_bytes; /* 0 when dcp_layout_lists none of the file's records */
     /* Of the hash table, behind the block table, 8-byte aligned; 0 bytes and the file's end without
      * content_hash or without records. */
     uint64_t hash_offset_bytes;
@@ -286,6 +285,16 @@ struct dcp_layout {
     uint64_t total_bytes;   /* of all files */
     uint64_t payload_bytes; /* of all records */
 };
+
+/* Whether the block table has an entry for the record: raw payloads over DCP_BLOCK_BYTES have one.
+ * Ready-made records are always read whole and have CRCs of their own, but not those that a planner
+ * of the program's made as it pleases. */
+static inline bool
+dcp_layout_lists(const struct dcp_plan *plan, const struct dcp_placed_record *record)
+{
+    return plan->items[record->item].slot_bytes == 0 ? record->payload_bytes > DCP_BLOCK_BYTES
+                                                     : plan->planned_outside;
+}
 
 /* Objects first in every file, as torch does; thread_count > 1 spreads objects round robin and
  * tensors, largest first, onto the file with the fewest bytes.  Without single_file_per_rank the

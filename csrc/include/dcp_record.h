@@ -99,6 +99,9 @@ struct dcp_file_header {
     uint64_t length_bytes; /* of the whole file */
     uint64_t table_offset_bytes;
     uint64_t table_bytes;
+    /* A flag: a planner of the program's own gave the records.  What the metadata says of one tells
+     * nothing of its bytes, and the block table lists ready-made ones too. */
+    bool planned_outside;
     /* Of the hash table, which a flag of the header announces: at the end of the block table,
      * rounded up to 8, up to the end of the file.  0 bytes and the end of the file without one. */
     uint64_t hash_offset_bytes;
@@ -113,7 +116,7 @@ int dcp_file_parse_header(const uint8_t *bytes, struct dcp_file_header *ret,
                           struct dcp_error *err) DCP_MUST_CHECK;
 
 /* Block table: for every payload over DCP_BLOCK_BYTES, ascending, where it lies, its CRC and its
- * blocks' CRCs. */
+ * blocks' CRCs; in files of `planned_outside` also for every ready-made record, of any length. */
 struct dcp_block_entry {
     uint64_t payload_offset_bytes; /* in the file */
     uint64_t payload_bytes;

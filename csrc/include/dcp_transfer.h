@@ -71,6 +71,8 @@ struct dcp_save_params {
     bool independent;     /* use_collectives=False: plan and commit alone, one status at the end */
     bool to_lowest_rank;  /* dedup */
     bool planned_outside; /* a planner of the program's own makes this rank's plan */
+    bool elsewhere;       /* a writer of the program's own writes what this rank saves: it takes
+                           * part in dcp_save_agree, or independent in dcp_save_finish, alone */
     bool sync;            /* sync_files */
     bool share_metadata;  /* with the ranks that have no image, if all ask for it */
     enum dcp_direct direct;
@@ -216,6 +218,8 @@ struct dcp_save_info {
     bool is_coordinator;
     /* Once agreed: some rank's plan is made outside of the core, and so are all. */
     bool planned_outside;
+    /* Once agreed: some rank writes elsewhere, and so do all: this save is over, and undone. */
+    bool elsewhere;
     uint64_t planned_bytes; /* payload that this rank is to write, after compare */
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
     uint64_t cut_items; /* kept items of which other ranks keep other rows */
@@ -258,6 +262,7 @@ struct dcp_load_params {
     enum dcp_direct direct;
     enum dcp_read_once read_once;
     const struct dcp_shm *shm; /* for what is read once; NULL: this rank reads for itself */
+    bool elsewhere;            /* a planner or reader of the program's own loads on this rank */
 };
 
 int dcp_load_new(struct dcp_group *group, const struct dcp_load_params *params,
@@ -274,6 +279,8 @@ const struct dcp_metadata *dcp_load_metadata(const struct dcp_load *load);
  * what stands behind its pickle. */
 struct dcp_span dcp_load_metadata_image(const struct dcp_load *load);
 bool dcp_load_rank_local(const struct dcp_load *load);
+/* Once opened: some rank loads elsewhere, and so do all: this load is over. */
+bool dcp_load_is_elsewhere(const struct dcp_load *load);
 
 /* Collective: did everybody get this far?  Return values as dcp_save_agree's. */
 int dcp_load_status(struct dcp_load *load, const struct dcp_failure *mine,

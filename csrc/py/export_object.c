@@ -241,6 +241,7 @@ module_publish(PyObject *module, PyObject *args, PyObject *kwargs)
     job->publication.names = names;
     job->publication.names_count = count;
     job->publication.sync = sync != 0;
+    job->publication.cancel = &job->cancel;
     if (index != NULL) {
         if (PyList_Append(job->held, index) != 0) {
             return give_up(capsule);

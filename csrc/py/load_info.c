@@ -63,9 +63,10 @@ load_info(PyObject *object, PyObject *unused)
     bool unsupported = self->local_code == DCP_E_UNSUPPORTED;
     const char *foreign = dcp_load_metadata(self->load)->foreign;
     PyObject *dict =
-        Py_BuildValue("{szszsOsssK}", "unsupported", unsupported ? self->local_err.message : NULL,
+        Py_BuildValue("{szszsOsOsssK}", "unsupported", unsupported ? self->local_err.message : NULL,
                       "foreign", foreign[0] == 0 ? NULL : foreign, "rank_local",
-                      dcp_load_rank_local(self->load) ? Py_True : Py_False, "share_reason",
+                      dcp_load_rank_local(self->load) ? Py_True : Py_False, "elsewhere",
+                      dcp_load_is_elsewhere(self->load) ? Py_True : Py_False, "share_reason",
                       dcp_load_share_reason(self->load), "progress_bytes",
                       (unsigned long long)atomic_load(&self->progress_bytes));
 

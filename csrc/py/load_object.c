@@ -63,20 +63,21 @@ static PyObject *
 load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"group",           "path",   "rank",      "call_hash", "verify",
-                            "strict_coverage", "direct", "read_once", NULL};
+                            "strict_coverage", "direct", "read_once", "elsewhere", NULL};
     struct module_state *state = module_state_of(type);
     struct dcp_load_params params = {.io = dcp_io_posix(), .shm = dcp_shm_posix()};
     unsigned long long call_hash = 0;
     unsigned int rank = 0;
     int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO, once = DCP_READ_ONCE_HOST;
+    int elsewhere = 0;
     struct dcp_group *group;
     struct load_object *self;
     PyObject *group_arg;
     struct dcp_error err;
 
     if (state == NULL || !PyArg_ParseTupleAndKeywords(
-                             args, kwargs, "Os|$IKipii:Load", names, &group_arg, &params.dir_path,
-                             &rank, &call_hash, &verify, &strict, &direct, &once)) {
+                             args, kwargs, "Os|$IKipiip:Load", names, &group_arg, &params.dir_path,
+                             &rank, &call_hash, &verify, &strict, &direct, &once, &elsewhere)) {
         return NULL;
     }
     if (!Py_IS_TYPE(group_arg, state->group_type)) {
@@ -96,6 +97,7 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     params.verify_all = verify == 2;
     params.direct = (enum dcp_direct)direct;
     params.read_once = (enum dcp_read_once)once;
+    params.elsewhere = elsewhere != 0;
     dcp_error_clear(&err);
     if (dcp_load_new(group, &params, &self->load, &err) != 0) {
         Py_DECREF(self);
@@ -173,7 +175,11 @@ load_open(PyObject *object, PyObject *record)
         PyErr_SetString(PyExc_RuntimeError, "a load is opened once, at its start");
         return NULL;
     }
-    return run_collective(object, step_open, record);
+    PyObject *result = run_collective(object, step_open, record);
+    if (result == Py_None && dcp_load_is_elsewhere(as_load(object)->load)) {
+        as_load(object)->phase = PHASE_OVER;
+    }
+    return result;
 }
 
 PyDoc_STRVAR(targets_doc,
@@ -379,8 +385,9 @@ static PyMethodDef load_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(load_doc, "Load(group, path, *, rank=0, call_hash=0, verify=1, strict_coverage=True, "
-                       "direct=0, read_once=0)\n--\n\nOne load from the directory `path`.");
+PyDoc_STRVAR(load_doc,
+             "Load(group, path, *, rank=0, call_hash=0, verify=1, strict_coverage=True, "
+             "direct=0, read_once=0, elsewhere=False)\n--\n\nOne load from the directory `path`.");
 
 static PyType_Slot load_slots[] = {
     {Py_tp_doc, (void *)load_doc},

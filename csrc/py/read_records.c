@@ -554,6 +554,9 @@ module_save_ids(PyObject *module, PyObject *image)
             dcp_metadata_read((const uint8_t *)bytes, (size_t)len, &md, NULL);
         Py_END_ALLOW_THREADS
     }
+    if (rc == DCP_E_UNSUPPORTED) { /* a planner's pickle: nothing was linked */
+        return PyBytes_FromStringAndSize((const char *)&id, sizeof id);
+    }
     if (rc != 0 || !md.is_native) {
         dcp_metadata_clean_up(&md);
         return PyBytes_FromStringAndSize(NULL, 0);

@@ -133,6 +133,7 @@ save_items_build_given(struct native_state *state, PyObject *write_items, PyObje
     items.plan.rank = options->rank;
     items.plan.thread_count = options->thread_count;
     items.plan.single_file_per_rank = options->single_file_per_rank;
+    items.plan.planned_outside = true;
     for (Py_ssize_t i = 0; rc == 0 && i < PySequence_Fast_GET_SIZE(all); i++) {
         PyObject *item = Py_NewRef(PySequence_Fast_GET_ITEM(all, i));
 

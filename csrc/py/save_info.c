@@ -90,12 +90,13 @@ save_info_as_dict(const struct dcp_save_info *info, uint64_t progress_bytes)
     for (size_t i = 0; i < sizeof info->save_id.bytes; i++) {
         PyOS_snprintf(id + 2 * i, 3, "%02x", info->save_id.bytes[i]);
     }
-    dict = Py_BuildValue("{sssssOsOsOsOsOsz}", "save_id", id, "outcome",
+    dict = Py_BuildValue("{sssssOsOsOsOsOsOsz}", "save_id", id, "outcome",
                          save_outcome_name(info->outcome), "fast", info->fast ? Py_True : Py_False,
                          "call_agrees", info->call_agrees ? Py_True : Py_False, "is_coordinator",
                          info->is_coordinator ? Py_True : Py_False, "incremental",
                          info->incremental ? Py_True : Py_False, "planned_outside",
-                         info->planned_outside ? Py_True : Py_False, "base_reason", reason);
+                         info->planned_outside ? Py_True : Py_False, "elsewhere",
+                         info->elsewhere ? Py_True : Py_False, "base_reason", reason);
     if (dict != NULL &&
         (native_dict_put(dict, "progress_bytes", PyLong_FromUnsignedLongLong(progress_bytes)) !=
              0 ||

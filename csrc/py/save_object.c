@@ -190,7 +190,7 @@ step_agree(void *arg, struct dcp_error *err)
     struct dcp_save_info info;
 
     dcp_save_get_info(self->save, &info);
-    if (rc == 0 && !info.planned_outside) {
+    if (rc == 0 && !info.planned_outside && !info.elsewhere) {
         dcp_save_fit_sources(self->save, self->items.sources);
     }
     return rc;
@@ -207,7 +207,8 @@ save_agree(PyObject *object, PyObject *record)
     result = save_run_collective(object, step_agree, record);
     if (result == Py_None) {
         dcp_save_get_info(self->save, &info);
-        self->phase = self->independent      ? PHASE_AGREED
+        self->phase = info.elsewhere         ? PHASE_OVER
+                      : self->independent    ? PHASE_AGREED
                       : info.planned_outside ? PHASE_GATHERING
                       : info.incremental     ? PHASE_COMPARING
                                              : PHASE_AGREED;
@@ -335,6 +336,19 @@ save_agreed(PyObject *object, PyObject *unused)
     return PyBool_FromLong(as_save(object)->phase == PHASE_AGREED);
 }
 
+PyDoc_STRVAR(planned_doc, "planned()\n--\n\n"
+                          "Whether all ranks have a plan, and what they agree on next is another "
+                          "matter.");
+
+static PyObject *
+save_planned(PyObject *object, PyObject *unused)
+{
+    enum phase phase = as_save(object)->phase;
+
+    (void)unused;
+    return PyBool_FromLong(phase == PHASE_COMPARING || phase == PHASE_AGREED);
+}
+
 PyDoc_STRVAR(interrupt_doc, "interrupt()\n--\n\n"
                             "The first exception of a signal handler during a step, or None.");
 
@@ -390,6 +404,7 @@ static PyMethodDef save_methods[] = {
     {"finish", save_finish, METH_O, finish_doc},
     {"leave", save_leave, METH_O, leave_doc},
     {"agreed", save_agreed, METH_NOARGS, agreed_doc},
+    {"planned", save_planned, METH_NOARGS, planned_doc},
     {"interrupt", save_interrupt, METH_NOARGS, interrupt_doc},
     SAVE_OUTSIDE_METHODS,
     SAVE_UPLOAD_METHODS,
@@ -404,7 +419,8 @@ PyDoc_STRVAR(
     "version=None, identity=None, call_hash=0, plan_salt=0, use_collectives=True, "
     "dedup_save_to_lowest_rank=False, planned_outside=False, split_bytes=0, sync_files=True, "
     "broadcast_metadata=False, direct=0, base=None, link_mode=0, content_hash=False, "
-    "io_uring=0, writer_nice=0, writer_io_priority=0, write_limit_bytes_s=0)\n--\n\n"
+    "io_uring=0, writer_nice=0, writer_io_priority=0, write_limit_bytes_s=0, mapped_from=0, "
+    "mapped_to=0, elsewhere=False)\n--\n\n"
     "One save into the directory `path`.");
 
 static PyType_Slot save_slots[] = {

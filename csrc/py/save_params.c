@@ -32,20 +32,22 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
                             "write_limit_bytes_s",
                             "mapped_from",
                             "mapped_to",
+                            "elsewhere",
                             NULL};
     unsigned long long call_hash = 0, plan_salt = 0, split_bytes = DCP_SPLIT_AUTO;
     unsigned long long limit_bytes_s = 0, mapped_from = 0, mapped_to = 0;
     int is_path = 0, use_collectives = 1, lowest = 0, outside = 0, sync = 1, share = 0;
     int direct = DCP_DIRECT_AUTO, link_mode = DCP_LINK_REFLINK, content_hash = 0;
-    int queue = DCP_QUEUE_AUTO, nice = 0;
+    int queue = DCP_QUEUE_AUTO, nice = 0, elsewhere = 0;
     unsigned io_priority = 0;
 
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "Os|$zpzzzKKpppKppizipiiIKKK:Save", names, ret_group, &params->dir_path,
+            args, kwargs, "Os|$zpzzzKKpppKppizipiiIKKKp:Save", names, ret_group, &params->dir_path,
             &params->meta.checkpoint_id, &is_path, &params->meta.storage_save_id,
             &params->meta.version, &params->identity, &call_hash, &plan_salt, &use_collectives,
             &lowest, &outside, &split_bytes, &sync, &share, &direct, &params->base_path, &link_mode,
-            &content_hash, &queue, &nice, &io_priority, &limit_bytes_s, &mapped_from, &mapped_to)) {
+            &content_hash, &queue, &nice, &io_priority, &limit_bytes_s, &mapped_from, &mapped_to,
+            &elsewhere)) {
         return -1;
     }
     params->io = dcp_io_posix();
@@ -56,6 +58,7 @@ save_params_parse(PyObject *args, PyObject *kwargs, PyObject **ret_group,
     params->independent = use_collectives == 0;
     params->to_lowest_rank = lowest != 0;
     params->planned_outside = outside != 0;
+    params->elsewhere = elsewhere != 0;
     params->sync = sync != 0;
     params->share_metadata = share != 0;
     params->direct = (enum dcp_direct)direct;

@@ -147,18 +147,33 @@ make_record(struct world *world, size_t pickle_bytes, uint64_t *ret_slot)
     return padded.data;
 }
 
-void
-world_add_object(struct world *world, size_t pickle_bytes)
+/* Takes the record. */
+static void
+add_ready(struct world *world, uint8_t *record, uint64_t len)
 {
     char fqn[32];
-    uint64_t slot;
-    uint8_t *record = make_record(world, pickle_bytes, &slot);
     snprintf(fqn, sizeof fqn, "object.%u", world->plan.items_count);
-    maker_object(&world->plan, fqn, slot);
+    maker_object(&world->plan, fqn, len);
     grow_items(world);
     uint32_t item = world->plan.items_count - 1;
     world->records[item] = record;
     world->sources[item].data = record;
+}
+
+void
+world_add_object(struct world *world, size_t pickle_bytes)
+{
+    uint64_t slot;
+    uint8_t *record = make_record(world, pickle_bytes, &slot);
+    add_ready(world, record, slot);
+}
+
+void
+world_add_bytes(struct world *world, size_t len)
+{
+    uint8_t *bytes = dcp_malloc(len + 8);
+    fill_noise(&world->rng, bytes, len);
+    add_ready(world, bytes, len);
 }
 
 uint32_t
@@ -369,6 +384,22 @@ pad_to(struct dcp_buf *buf, size_t base, uint64_t position)
     }
 }
 
+/* What a block table says of a payload; the caller owns its block checksums. */
+static struct dcp_block_entry
+list_payload(const struct dcp_placed_record *record, const uint8_t *payload, uint32_t **ret_crcs)
+{
+    uint64_t blocks = (record->payload_bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
+    uint32_t *crcs = dcp_malloc_array(blocks + 1, sizeof *crcs);
+    for (uint64_t b = 0; b < blocks; b++) {
+        uint64_t from = b * DCP_BLOCK_BYTES;
+        crcs[b] =
+            world_crc32(payload + from, dcp_min_u64(DCP_BLOCK_BYTES, record->payload_bytes - from));
+    }
+    *ret_crcs = crcs;
+    return (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes,
+                                    world_crc32(payload, record->payload_bytes), crcs};
+}
+
 /* Appends a record of raw elements; keeps block checksums for the table in *ret_crcs (caller's) and
  * the hash of the payload. */
 static void
@@ -383,20 +414,10 @@ put_raw(const struct world *world, const struct dcp_placed_record *record, struc
                                      .payload_bytes = record->payload_bytes};
     uint8_t *payload = dcp_malloc(record->payload_bytes + 1);
     world_cut(tensor, dcp_item_offsets(&world->plan, item), shape.sizes, payload);
-    uint64_t blocks = (record->payload_bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES;
-    uint32_t *crcs = dcp_malloc_array(blocks + 1, sizeof *crcs);
-    for (uint64_t b = 0; b < blocks; b++) {
-        uint64_t from = b * DCP_BLOCK_BYTES;
-        crcs[b] =
-            world_crc32(payload + from, dcp_min_u64(DCP_BLOCK_BYTES, record->payload_bytes - from));
-    }
-    uint32_t crc = world_crc32(payload, record->payload_bytes);
+    *ret_entry = list_payload(record, payload, ret_crcs);
     dcp_record_put_head(buf, record->payload_bytes);
     dcp_buf_put(buf, payload, record->payload_bytes);
-    dcp_record_put_tail(buf, &shape, crc, crcs);
-    *ret_entry =
-        (struct dcp_block_entry){record->payload_offset_bytes, record->payload_bytes, crc, crcs};
-    *ret_crcs = crcs;
+    dcp_record_put_tail(buf, &shape, ret_entry->payload_crc, *ret_crcs);
     *ret_hash = dcp_content_hash_of(payload, record->payload_bytes);
     dcp_free(payload);
 }
@@ -411,6 +432,7 @@ world_file_image(const struct world *world, uint32_t index, struct dcp_buf *buf)
                                      .length_bytes = file->length_bytes,
                                      .table_offset_bytes = file->table_offset_bytes,
                                      .table_bytes = file->table_bytes,
+                                     .planned_outside = world->plan.planned_outside,
                                      .hash_offset_bytes = file->hash_offset_bytes,
                                      .hash_bytes = file->hash_bytes};
     size_t base = buf->len;
@@ -428,6 +450,10 @@ world_file_image(const struct world *world, uint32_t index, struct dcp_buf *buf)
             dcp_buf_put(buf, world->records[record->item], record->length_bytes);
             hashes[i].hash =
                 dcp_content_hash_of(world->records[record->item], record->length_bytes);
+            if (world->plan.planned_outside) {
+                entries[entries_count++] =
+                    list_payload(record, world->records[record->item], &crcs[i]);
+            }
             continue;
         }
         put_raw(world, record, buf, &entries[entries_count], &crcs[i], &hashes[i].hash);
@@ -454,8 +480,8 @@ world_file_image(const struct world *world, uint32_t index, struct dcp_buf *buf)
 
 int
 world_write(const struct dcp_io *io, int dirfd, const struct world *world,
-            const struct dcp_engine_options *options, uint32_t *crcs,
-            struct dcp_write_stats *stats, struct dcp_error *err)
+            const struct dcp_engine_options *options, uint32_t *crcs, struct dcp_write_stats *stats,
+            struct dcp_error *err)
 {
     return dcp_writer_run(io, dirfd, "dir", &world->plan, &world->layout, world->sources,
                           &world->save_id, world->n0, options, crcs, stats, err);

@@ -50,6 +50,8 @@ void world_clean_up(struct world *world);
 uint32_t world_add_tensor(struct world *world, int dtype, uint32_t ndim, const uint64_t *size,
                           const uint64_t *parts);
 void world_add_object(struct world *world, size_t pickle_bytes);
+/* An object as a planner of the program's own may write it: `len` bytes, no zip. */
+void world_add_bytes(struct world *world, size_t len);
 /* Lays it out and makes the metadata.  After the last add. */
 void world_finish(struct world *world, uint32_t thread_count, bool file_per_item);
 

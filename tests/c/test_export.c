@@ -16,6 +16,11 @@ struct bench {
     struct io_memory *fs;
     struct dcp_io *io;
     struct dcp_engine_options options;
+    int fail_call;            /* enum io_call */
+    uint64_t fail_publish_at; /* the n-th of them while publishing fails; 0: none */
+    bool fail_after_effect;   /* ... it took effect all the same */
+    bool sweep_publish;       /* another export sweeps the directory while this one publishes */
+    atomic_int cancel;
     struct dcp_error err;
 };
 
@@ -250,6 +255,28 @@ static const char PATTERN[] = "model-#####-of-#####.safetensors";
 static const char INDEX[] = "index";
 enum { FILE_BYTES = 3000 };
 
+static void
+sweep_at_list(struct io_memory_process *process, enum io_call call, const char *name)
+{
+    (void)name;
+    if (call == IO_LIST) {
+        process->before = NULL;
+        CHECK_EQ(dcp_export_sweep(&io_memory_process(process->fs, 1)->io, DIR, NULL), 0);
+    }
+}
+
+static int
+publish(struct bench *bench, const struct dcp_export_publication *publication)
+{
+    struct io_memory_faults *faults = io_memory_faults(bench->fs);
+    faults->fail_call = bench->fail_call;
+    faults->fail_errno = EIO;
+    faults->fail_nth = bench->fail_publish_at;
+    faults->fail_after_effect = bench->fail_after_effect;
+    io_memory_process(bench->fs, 0)->before = bench->sweep_publish ? sweep_at_list : NULL;
+    return dcp_export_publish(bench->io, DIR, publication, &bench->err);
+}
+
 /* Exports `files_count` files full of `generation`; stops where the power goes. */
 static int
 export_generation(struct bench *bench, uint8_t generation, uint32_t files_count)
@@ -278,6 +305,7 @@ export_generation(struct bench *bench, uint8_t generation, uint32_t files_count)
         .index_tmp_name = DCP_EXPORT_PREFIX "index",
         .index = {(const uint8_t *)index, strlen(index)},
         .sync = true,
+        .cancel = &bench->cancel,
     };
     dcp_error_clear(&bench->err);
     int rc = dcp_export_create(bench->io, DIR, NULL, 0, &bench->err);
@@ -286,7 +314,7 @@ export_generation(struct bench *bench, uint8_t generation, uint32_t files_count)
     rc = rc == 0 ? dcp_export_write(bench->io, DIR, files, files_count, pieces, files_count,
                                     &bench->options, NULL, &bench->err)
                  : rc;
-    return rc == 0 ? dcp_export_publish(bench->io, DIR, &publication, &bench->err) : rc;
+    return rc == 0 ? publish(bench, &publication) : rc;
 }
 
 /* 0: there is no index; else the generation that it stands for.  CHECKs that all files under final
@@ -400,6 +428,102 @@ case_an_export_whose_files_another_one_took_says_so(void)
     bench_clean_up(&bench);
 }
 
+/* Whether the names are exactly those of an export of three files and an index. */
+static bool
+only_final_names(const struct bench *bench)
+{
+    size_t count = io_memory_names_count(bench->fs, DIR);
+    for (size_t i = 0; i < count; i++) {
+        if (strncmp(io_memory_name(bench->fs, DIR, i), DCP_EXPORT_PREFIX,
+                    strlen(DCP_EXPORT_PREFIX)) == 0) {
+            return false;
+        }
+    }
+    return count == 4;
+}
+
+/* Files of the generation, whole, whatever their names. */
+static unsigned
+files_of(const struct bench *bench, uint8_t generation)
+{
+    uint8_t wanted[FILE_BYTES];
+    unsigned count = 0;
+    memset(wanted, generation, sizeof wanted);
+    for (size_t i = 0; i < io_memory_names_count(bench->fs, DIR); i++) {
+        size_t len;
+        const uint8_t *bytes =
+            io_memory_file(bench->fs, DIR, io_memory_name(bench->fs, DIR, i), &len);
+        count += len == sizeof wanted && memcmp(bytes, wanted, len) == 0;
+    }
+    return count;
+}
+
+static void
+fail_everywhere(int call, bool after_effect)
+{
+    unsigned kept_old = 0, kept_new = 0;
+    for (uint64_t at = 1;; at++) {
+        struct bench bench;
+        bench_make(&bench, at, true);
+        CHECK_OK(export_generation(&bench, 1, 3), &bench.err);
+        bench.fail_call = call;
+        bench.fail_publish_at = at;
+        bench.fail_after_effect = after_effect;
+        int rc = export_generation(&bench, 2, 2);
+        bool happened = io_memory_faults(bench.fs)->fail_nth == 0;
+        if (generation_found(&bench) == 1) { /* 1: a directory that is not opened is not tidied */
+            CHECK(rc != 0 && (at == 1 || only_final_names(&bench) || files_of(&bench, 2) == 2));
+            kept_old++;
+        } else {
+            CHECK_EQ(files_of(&bench, 2), 2);
+            kept_new += rc != 0;
+            CHECK(rc == 0 || strstr(bench.err.message, DCP_EXPORT_PREFIX) != NULL);
+        }
+        bench.fail_publish_at = io_memory_faults(bench.fs)->fail_nth = 0;
+        CHECK_OK(export_generation(&bench, 3, 3), &bench.err);
+        CHECK(only_final_names(&bench));
+        bench_clean_up(&bench);
+        if (!happened) {
+            break;
+        }
+    }
+    CHECK((kept_old > 5 || call != IO_CALLS) && kept_new > 2);
+}
+
+static void
+case_publishing_that_fails_at_any_call_keeps_the_old_export_or_all_of_the_new(void)
+{
+    fail_everywhere(IO_CALLS, false);
+    fail_everywhere(IO_UNLINK_AT, true);
+    fail_everywhere(IO_RENAME_AT, true);
+}
+
+static void
+case_an_export_that_is_swept_while_it_publishes_leaves_the_old_one(void)
+{
+    struct bench bench;
+    bench_make(&bench, 5, true);
+    CHECK_OK(export_generation(&bench, 1, 3), &bench.err);
+    bench.sweep_publish = true;
+    CHECK_EQ(export_generation(&bench, 2, 2), DCP_E_SUPERSEDED);
+    CHECK_EQ(generation_found(&bench), 1);
+    CHECK(only_final_names(&bench));
+    bench_clean_up(&bench);
+}
+
+static void
+case_publishing_that_is_cancelled_leaves_the_old_export(void)
+{
+    struct bench bench;
+    bench_make(&bench, 5, true);
+    CHECK_OK(export_generation(&bench, 1, 3), &bench.err);
+    bench.cancel = 1;
+    CHECK_EQ(export_generation(&bench, 2, 2), DCP_E_CANCELLED);
+    CHECK_EQ(generation_found(&bench), 1);
+    CHECK(only_final_names(&bench));
+    bench_clean_up(&bench);
+}
+
 CTEST_MAIN(RUN(case_shards_of_any_dim_land_where_they_belong);
            RUN(case_a_piece_outside_of_its_file_is_refused);
            RUN(case_shards_of_any_grid_are_joined);
@@ -407,4 +531,7 @@ CTEST_MAIN(RUN(case_shards_of_any_dim_land_where_they_belong);
            RUN(case_a_crash_leaves_the_old_export_the_new_one_or_no_index);
            RUN(case_one_file_over_itself_is_loadable_at_every_instant);
            RUN(case_a_full_disk_is_met_before_the_data);
-           RUN(case_an_export_whose_files_another_one_took_says_so);)
+           RUN(case_an_export_whose_files_another_one_took_says_so);
+           RUN(case_publishing_that_fails_at_any_call_keeps_the_old_export_or_all_of_the_new);
+           RUN(case_an_export_that_is_swept_while_it_publishes_leaves_the_old_one);
+           RUN(case_publishing_that_is_cancelled_leaves_the_old_export);)

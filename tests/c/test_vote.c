@@ -27,6 +27,9 @@ enum deviation {
     PLANNED_OUTSIDE,
     PLANNED_OUTSIDE_AND_NO_REUSE,
     PLANNED_OUTSIDE_AND_NOT_OK,
+    ELSEWHERE,
+    ELSEWHERE_AND_OUTSIDE,
+    ELSEWHERE_AND_NOT_OK,
     VERSION,
     KILLED,
     DEVIATIONS,
@@ -103,6 +106,17 @@ deviate(enum deviation deviation, struct dcp_vote *vote)
         break;
     case PLANNED_OUTSIDE_AND_NOT_OK:
         vote->outside = true;
+        vote->ok = false;
+        break;
+    case ELSEWHERE:
+        vote->elsewhere = true;
+        break;
+    case ELSEWHERE_AND_OUTSIDE:
+        vote->elsewhere = true;
+        vote->outside = true;
+        break;
+    case ELSEWHERE_AND_NOT_OK:
+        vote->elsewhere = true;
         vote->ok = false;
         break;
     default:
@@ -193,8 +207,13 @@ check_case(const struct vote_case *c)
     case PLANNED_OUTSIDE_AND_NO_REUSE:
         check_verdict(c, 0, DCP_VERDICT_OUTSIDE, true);
         break;
+    case ELSEWHERE:
+    case ELSEWHERE_AND_OUTSIDE:
+        check_verdict(c, 0, DCP_VERDICT_ELSEWHERE, true);
+        break;
     case NOT_OK:
     case PLANNED_OUTSIDE_AND_NOT_OK:
+    case ELSEWHERE_AND_NOT_OK:
         check_verdict(c, 0, DCP_VERDICT_FAILED, true);
         break;
     case CALL:

@@ -17,8 +17,10 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from common import assert_equal
 from conftest import GOLDEN, ROOT
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint import format_utils as torch_utils
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import dcp_native as dcp
 from dcp_native import format_utils, state_dict_saver
@@ -134,6 +136,63 @@ def test_golden_checkpoints_convert_as_torch_converts_them(path, tmp_path):
     assert_equal(ours, theirs)
 
 
+class Casts(DefaultSavePlanner):
+    """Saves less than what it says of it."""
+
+    def transform_object(self, write_item, obj):
+        made = super().transform_object(write_item, obj)
+        return made.to(torch.bfloat16) if isinstance(made, torch.Tensor) else made
+
+
+@pytest.mark.parametrize("saver", [dcp, torch_dcp], ids=["native", "torch"])
+def test_what_a_planner_cast_is_cast_back(saver, tmp_path):
+    state = {"a": torch.randn(300, 70), "n": 3, "b": torch.arange(5.0)}
+    saver.save(state, checkpoint_id=tmp_path / "dcp", planner=Casts())
+    theirs, ours = both_ways(tmp_path / "dcp", tmp_path)
+    assert members(ours) == members(theirs)
+    assert torch.load(ours)["a"].equal(state["a"].bfloat16().float())
+
+
+def in_many_files(path, parts):
+    """One tensor's rows, one file each, as that many ranks save them; returns the tensor."""
+    rows = torch.arange(parts * 30_000.0).reshape(parts, 30_000)
+    dcp.save({str(i): rows[i : i + 1] for i in range(parts)}, checkpoint_id=path)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    whole = metadata.state_dict_metadata["0"]
+    storage = dict(metadata.storage_data)
+    metadata.storage_data = {}
+    whole.size = rows.size()
+    whole.chunks = []
+    for i in range(parts):
+        offsets = torch.Size([i, 0])
+        info = storage[MetadataIndex(str(i), [0, 0])]
+        name = f"__{i}_0.distcp"
+        (path / f"part{i}").write_bytes(
+            (path / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        )
+        whole.chunks.append(ChunkStorageMetadata(offsets, torch.Size([1, 30_000])))
+        metadata.storage_data[MetadataIndex("w", offsets, i)] = type(info)(name, 0, info.length)
+    for file in path.glob("*.distcp"):
+        file.unlink()
+    for i in range(parts):
+        (path / f"part{i}").rename(path / f"__{i}_0.distcp")
+    metadata.state_dict_metadata = {"w": whole}
+    metadata.planner_data = {"w": ("w",)}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    return rows
+
+
+def test_a_tensor_in_more_files_than_may_be_open_is_converted(tmp_path):
+    rows = in_many_files(tmp_path / "dcp", 200)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 90, before[1]))
+    try:
+        dcp_to_torch_save(tmp_path / "dcp", tmp_path / "out.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert torch.load(tmp_path / "out.pt")["w"].equal(rows)
+
+
 def test_files_load_mapped_and_with_calculated_offsets(tmp_path, monkeypatch):
     state = {"a": torch.arange(100000.0), "e": torch.empty(0), "b": torch.ones(3, 5), "n": 1}
     dcp.save(state, checkpoint_id=tmp_path / "dcp")
@@ -191,6 +250,93 @@ def test_old_files_and_unsafe_objects(tmp_path):
     with pytest.raises(CheckpointException, match="allow_unsafe_objects is off"):
         dcp_to_torch_save(tmp_path / "new", tmp_path / "refused.pt")
     assert not (tmp_path / "refused.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "unsafe", "open file"])
+def test_a_stream_is_read(tmp_path, kind):
+    state = {"w": torch.arange(5), "o": Known(3) if kind == "unsafe" else 3}
+    path = tmp_path / "in.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=kind != "old")
+    stream = path.open("rb") if kind == "open file" else io.BytesIO(path.read_bytes())
+    with stream:
+        torch_save_to_dcp(stream, tmp_path / "dcp")
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "out.pt")
+    out = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert out["o"] == state["o"] and torch.equal(out["w"], state["w"])
+
+
+def test_files_are_replaced_by_a_rename_and_missing_directories_named(tmp_path):
+    """[torch-file-replaced]"""
+    dcp.save({"w": torch.arange(5)}, checkpoint_id=tmp_path / "dcp")
+    kept = {}
+    for convert in (torch_utils.dcp_to_torch_save, dcp_to_torch_save):
+        target = tmp_path / "f.pt"
+        target.write_bytes(b"old")
+        with target.open("rb") as reader:
+            convert(tmp_path / "dcp", target)
+            kept[convert] = reader.read() == b"old"
+        target.unlink()
+    assert kept == {torch_utils.dcp_to_torch_save: False, dcp_to_torch_save: True}
+    with pytest.raises(RuntimeError):
+        torch_utils.dcp_to_torch_save(tmp_path / "dcp", tmp_path / "absent" / "f.pt")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        dcp_to_torch_save(tmp_path / "dcp", tmp_path / "absent" / "f.pt")
+
+
+def test_files_are_unpickled_safely_first(tmp_path, monkeypatch):
+    """[torch-file-safe]"""
+    load, ways = torch.load, []
+
+    def watched(*args, **kwargs):
+        ways.append(kwargs["weights_only"])
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
+    for name, value, torchs, ours in (
+        ("safe", {"w": torch.ones(3)}, [False], [True]),
+        ("unsafe", {"w": torch.ones(3), "o": Known(1)}, [False], [True, False]),
+    ):
+        torch.save(value, tmp_path / name)
+        for convert, wanted in (
+            (torch_utils.torch_save_to_dcp, torchs),
+            (torch_save_to_dcp, ours),
+        ):
+            ways.clear()
+            convert(tmp_path / name, tmp_path / "dcp")
+            assert ways == wanted
+    reader = format_utils.BroadcastingTorchSaveReader(tmp_path / "unsafe")
+    ways.clear()
+    target = {"w": torch.zeros(3)}
+    dcp.load(target, storage_reader=reader, planner=format_utils.DynamicMetaLoadPlanner())
+    assert ways == [True, False]
+    dcp.configure(allow_unsafe_objects=False)
+    with pytest.raises(pickle.UnpicklingError, match="allow_unsafe_objects is off"):
+        torch_save_to_dcp(tmp_path / "unsafe", tmp_path / "dcp")
+    with pytest.raises(CheckpointException, match="allow_unsafe_objects is off"):
+        dcp.load(target, storage_reader=reader, planner=format_utils.DynamicMetaLoadPlanner())
+
+
+def test_a_file_of_an_accelerator_needs_none(tmp_path):
+    """[torch-file-device]"""
+    state = {"w": torch.arange(7.0)}
+    torch.save(state, tmp_path / "cpu.pt")
+    # What the pickle says of the storage's device, five letters in place of three.
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pt") as old,
+        zipfile.ZipFile(tmp_path / "f.pt", "w") as new,
+    ):
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith("data.pkl"):
+                assert b"X\x03\0\0\0cpu" in data
+                data = data.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:9")
+            new.writestr(info.filename, data)
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch_utils.torch_save_to_dcp(tmp_path / "f.pt", tmp_path / "theirs")
+    torch_save_to_dcp(tmp_path / "f.pt", tmp_path / "ours")
+    target = {"w": torch.zeros(7)}
+    torch_dcp.load(target, checkpoint_id=tmp_path / "ours")
+    assert_equal(target, state)
 
 
 def test_a_stream_is_written_by_torch(tmp_path):

@@ -210,6 +210,36 @@ def test_a_wrong_target_size_is_torchs_error(tmp_path):
 # ---- damage ----
 
 
+class Replaces(DefaultLoadPlanner):
+    """Puts another export's file in place of one when its tensors are asked for."""
+
+    def __init__(self, new: Path, old: Path) -> None:
+        super().__init__()
+        self.new, self.old, self.committed = new, old, []
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        if self.new.exists():
+            self.new.replace(self.old)
+        return super().resolve_tensor(read_item)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.committed.append(read_item.dest_index.fqn)
+
+
+def test_a_file_that_is_replaced_during_a_load_is_named(tmp_path):
+    """Headers of one export and bytes of another give values of neither."""
+    old, new = tmp_path / "model-00001-of-00001.safetensors", tmp_path / "new"
+    save_file({"a": torch.ones(4, 5), "b": torch.zeros(5, 4)}, old)
+    save_file({"a": torch.zeros(4, 5), "b": torch.ones(5, 4)}, new)
+    target = {"a": torch.zeros(4, 5), "b": torch.ones(5, 4)}
+    planner = Replaces(new, old)
+    with pytest.raises(dcp.CheckpointException, match=r"00001\.safetensors was replaced while"):
+        dcp.load(target, planner=planner, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+    assert planner.committed == []
+    dcp.load(target, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+    assert_equal(target, {"a": torch.zeros(4, 5), "b": torch.ones(5, 4)})
+
+
 def test_a_file_that_was_cut_short_is_named(tmp_path):
     plain(tmp_path)
     file = tmp_path / "model-00001-of-00002.safetensors"

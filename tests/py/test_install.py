@@ -164,6 +164,58 @@ def test_names_bound_before_are_warned_of_once_by_module_and_name():
         _install._warned.difference_update({("a_client", "save"), ("a_client", "mine")})
 
 
+WRAPPED = """
+import functools, sys, warnings
+import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint import state_dict_saver as saver, state_dict_loader as loader
+if sys.argv[1] == "after":
+    import dcp_native
+torchs, called = saver.save, []
+def wrap(function, says_so):
+    def wrapper(*args, **kwargs):
+        called.append(function.__name__)
+        return function(*args, **kwargs)
+    return functools.wraps(function)(wrapper) if says_so else wrapper
+saver.save = on_module = wrap(saver.save, True)  # the package still has torch's
+torch_dcp.load = on_package = wrap(torch_dcp.load, True)
+torch_dcp.async_save = silent = wrap(torch_dcp.async_save, False)
+loader.load_state_dict = silent_too = wrap(loader.load_state_dict, False)
+import dcp_native
+from dcp_native import _stock
+assert _stock.state_dict_saver.save is torchs
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    dcp_native.install()
+    dcp_native.install()
+text, = [str(w.message) for w in caught if "others have replaced" in str(w.message)]
+assert "torch.distributed.checkpoint (async_save, load); " in text, text
+assert "torch.distributed.checkpoint.state_dict_loader (load_state_dict); " in text, text
+assert "torch.distributed.checkpoint.state_dict_saver (save):" in text, text
+assert saver.save is on_module and torch_dcp.load is on_package
+assert torch_dcp.async_save is silent and loader.load_state_dict is silent_too
+assert torch_dcp.save is dcp_native.save and loader.load is dcp_native.load
+dcp_native.uninstall()
+assert torch_dcp.save is torchs and saver.save is on_module and torch_dcp.load is on_package
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_wrappers_of_others_around_torchs_stay_and_are_warned_of(when):
+    """Put there before or after dcp_native is imported."""
+    run(WRAPPED, when)
+
+
+def test_what_was_made_before_can_be_pickled_again_afterwards(tmp_path):
+    """While ours have the names of torch's classes pickle refuses it: docs/install.md."""
+    made_before = bound_before.FileSystemReader(tmp_path)
+    dcp.install()
+    with pytest.raises(pickle.PicklingError, match="not the same object"):
+        pickle.dumps(made_before)
+    pickle.dumps(bound_before.FileSystemReader(tmp_path))
+    dcp.uninstall()
+    assert type(pickle.loads(pickle.dumps(made_before))) is type(made_before)
+
+
 def test_a_lazy_module_is_not_loaded_by_the_search():
     class Lazy(types.ModuleType):
         def __getattribute__(self, name):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import save_file
-from test_hf_reader import Boxes, item_of
+from test_hf_reader import Boxes, Replaces, item_of
 from torch.distributed.checkpoint import quantized_hf_storage as torch_quantized
 from torch.distributed.checkpoint.planner import LoadPlan
 
@@ -216,3 +216,14 @@ def test_scales_that_do_not_cover_the_weight_are_torchs_error(tmp_path):
             torch_dcp.load(
                 {"l.weight": torch.zeros(50, 70)}, storage_reader=cls(path, block_size=16)
             )
+
+
+def test_scales_that_are_replaced_during_a_load_are_named(tmp_path, natively):
+    path = blocks(tmp_path)
+    new = tmp_path / "new"
+    save_file({"l.weight_scale_inv": torch.ones(4, 5)}, new)
+    planner = Replaces(new, tmp_path / "b.safetensors")
+    reader = QuantizedHuggingFaceStorageReader(path, block_size=16)
+    with pytest.raises(dcp.CheckpointException, match=r"b\.safetensors was replaced while"):
+        dcp.load({"l.weight": torch.zeros(50, 70)}, planner=planner, storage_reader=reader)
+    assert planner.committed == []

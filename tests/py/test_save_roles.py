@@ -164,8 +164,8 @@ def test_a_pair_of_roles_saves_what_torch_saves(tmp_path, planner, writer, how, 
     want = loaded(torch_dcp, planner, tmp_path / "t", kept)
     for module in (torch_dcp, dcp):
         assert_equal(loaded(module, planner, tmp_path / "o", kept), want)
-    if writer in NATIVE_WRITERS and planner != "bare":  # whose bytes only itself can check
-        assert dcp.verify(tmp_path / "o", level="structure")
+    if writer in NATIVE_WRITERS:
+        assert dcp.verify(tmp_path / "o")
 
     mine, torchs = calls_of(ours_planner), calls_of(theirs_planner)
     if writer == "threads":
@@ -567,8 +567,103 @@ def test_a_checkpointable_tensor_makes_one_item_per_entry(tmp_path, planner):
     assert seen[0] == seen[1] and len(seen[0]["t"].chunks) == 2
 
 
-def test_a_bare_planner_gets_its_bytes_back(tmp_path):
-    dcp.save({"a": [1, 2], "b": None}, checkpoint_id=tmp_path, planner=Bare())
-    target = {"bare/a": None, "bare/b": None}
-    torch_dcp.load(target, checkpoint_id=tmp_path, planner=RawObjects(flatten_state_dict=False))
-    assert pickle.loads(target["bare/a"]) == [1, 2] and target["bare/b"] == b""
+def bare_target():
+    return {"bare/a": None, "bare/b": None}
+
+
+@pytest.mark.parametrize("how", ["sync", "thread", "process"])
+def test_a_bare_planner_gets_its_bytes_back(tmp_path, how):
+    run(dcp, how, {"a": [1, 2], "b": None}, tmp_path, Bare(), "stock")
+    for module in (torch_dcp, dcp):
+        target = bare_target()
+        module.load(target, checkpoint_id=tmp_path, planner=RawObjects(flatten_state_dict=False))
+        assert pickle.loads(target["bare/a"]) == [1, 2] and target["bare/b"] == b""
+
+
+def test_bytes_of_a_planners_own_are_verified(tmp_path):
+    path = tmp_path / "step"
+    sd = {"a": list(range(300)), "b": None, "w": value("w", (6, 4))}
+    metadata = dcp.save(sd, checkpoint_id=path, planner=Bare())
+    result = dcp.verify(path)
+    assert result and result.unverified_records == 0
+    assert dcp.find_latest(tmp_path, verify="full") == path
+    (info,) = [i for m, i in metadata.storage_data.items() if m.fqn == "bare/a"]
+    file = path / info.relative_path
+    data = bytearray(file.read_bytes())
+    data[info.offset + info.length // 2] ^= 1
+    file.write_bytes(data)
+    assert [p.tensor for p in dcp.verify(path).problems] == ["bare/a"]
+    planner = RawObjects(flatten_state_dict=False)
+    with pytest.raises(dcp.CheckpointException, match="checksum"):
+        dcp.load(bare_target(), checkpoint_id=path, planner=planner)
+    target = bare_target()
+    dcp.load(target, checkpoint_id=path, planner=planner, verify=False)
+    assert len(target["bare/a"]) == info.length
+
+
+@pytest.mark.parametrize("count", [12, 70_000, 1_500_000])
+@pytest.mark.parametrize("target", [torch.float32, torch.bool])
+@pytest.mark.parametrize("planner", [None, RawObjects])
+def test_a_record_as_long_as_the_declared_one_is_told_from_it(tmp_path, planner, target, count):
+    """Those of uint8, int8 and bool are."""
+    saved = (torch.arange(count) % 251).to(torch.uint8)
+
+    class Other(dcp.DefaultSavePlanner):
+        def transform_object(self, write_item, object):
+            return saved
+
+    for declared in (torch.int8, torch.bool):
+        path = tmp_path / str(declared)
+        dcp.save({"w": torch.zeros(count, dtype=declared)}, checkpoint_id=path, planner=Other())
+        assert dcp.verify(path)
+        for module in (torch_dcp, dcp):
+            sd = {"w": torch.zeros(count, dtype=target)}
+            module.load(sd, checkpoint_id=path, planner=None if planner is None else planner())
+            assert torch.equal(sd["w"], saved.to(target))
+
+
+class Weight(torch.nn.Parameter):
+    """A parameter of a library's own."""
+
+
+class BufferOfParameters(dcp.DefaultSavePlanner):
+    """Gives all its tensors in one buffer, as parameters."""
+
+    def set_up_planner(self, *args, **kwargs):
+        super().set_up_planner(*args, **kwargs)
+        self.buffer = torch.empty(64)
+
+    def resolve_data(self, write_item):
+        data = super().resolve_data(write_item)
+        scratch = self.buffer[: data.numel()].view(data.shape).copy_(data)
+        return Weight(scratch, requires_grad=False)
+
+
+class BufferInTheState(dcp.DefaultSavePlanner):
+    """Its buffer is a leaf of the state dict, and saved before it is used."""
+
+    def resolve_data(self, write_item):
+        data = super().resolve_data(write_item)
+        if write_item.index.fqn.startswith("nested"):
+            return self.state_dict["aa_buffer"][: data.numel()].view(data.shape).copy_(data)
+        return data
+
+
+@pytest.mark.parametrize("planner", [BufferOfParameters, BufferInTheState])
+def test_a_buffer_that_is_used_again_is_copied_whatever_it_is(tmp_path, planner):
+    sd = {"aa_buffer": torch.zeros(64), "nested": {"a": value("a", (5, 4)), "b": value("b", (7,))}}
+    dcp.save(sd, checkpoint_id=tmp_path, planner=planner())
+    target = {"nested": like(sd["nested"])}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert_equal(target["nested"], sd["nested"])
+
+
+def test_memory_of_the_leaf_itself_is_not_copied():
+    from dcp_native._python_planner import _private, _storages
+
+    sd = {"m": {"w": (w := torch.ones(4)), "l": [torch.ones(3)]}, "p": torch.nn.Parameter(w[:2])}
+    own = _storages(sd, None)
+    assert set(own) == {"m.w", "m.l.0", "p"}
+    for name, tensor in {"m.w": w, "m.l.0": sd["m"]["l"][0], "p": sd["p"]}.items():
+        assert _private(tensor, own[name]).data_ptr() == tensor.data_ptr()
+    assert _private(w, own["m.l.0"]).data_ptr() != w.data_ptr()

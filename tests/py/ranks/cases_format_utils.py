@@ -53,11 +53,37 @@ def case_one_file_is_broadcast_to_every_sharding(ctx):
         assert_equal(target, {"m": state(ctx)})
 
 
+def case_lazy_tensors_are_broadcast_with_their_values_and_dtype(ctx):
+    """[torch-file-broadcast] Only the coordinator would fail, the others wait for its bytes."""
+    z = torch.complex(value("re", (6, 3)), value("im", (6, 3)))
+    saved = {"conj": z.conj(), "neg": z.conj().imag, "scalar": z.conj()[0, 0]}
+    saved["half"] = value("half", (4,)).half()
+    assert saved["conj"].is_conj() and saved["neg"].is_neg()
+    if ctx.rank == 0:
+        torch.save(saved, ctx.dir / "lazy.pt")
+    ctx.barrier()
+    target = {name: torch.zeros_like(t).clone() for name, t in saved.items()}
+    target["half"] = shard(torch.zeros(4), mesh_of(ctx.size), Shard(0))
+    dcp.load(
+        target,
+        storage_reader=format_utils.BroadcastingTorchSaveReader(ctx.dir / "lazy.pt"),
+        planner=format_utils.DynamicMetaLoadPlanner(),
+    )
+    target["half"] = target["half"].full_tensor().half()
+    for name, tensor in saved.items():
+        assert torch.equal(target[name], tensor), name
+
+
 def case_a_broadcast_that_fails_fails_everywhere(ctx):
     if ctx.rank == 0:
-        torch.save({"w": torch.ones(4)}, ctx.dir / "small.pt")
+        sparse = torch.eye(4).to_sparse()
+        torch.save({"w": torch.ones(4), "sparse": sparse}, ctx.dir / "small.pt")
     ctx.barrier()
-    for target, text in (({"absent": torch.ones(4)}, "absent"), ({"w": torch.ones(5)}, "w: ")):
+    for target, text in (
+        ({"absent": torch.ones(4)}, "absent"),
+        ({"w": torch.ones(5)}, "w: "),
+        ({"w": torch.ones(4), "sparse": torch.ones(4, 4)}, "'sparse' is sparse"),
+    ):
         try:
             dcp.load(
                 target,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
 from common import assert_equal, full, like, mesh_of, shard, value
+from dcp_native._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
     consolidate_safetensors_files_on_every_rank as torch_consolidate,
@@ -20,7 +24,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import Replicate, Shard
 
 import dcp_native as dcp
+from dcp_native import _native
 from dcp_native._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
+from dcp_native._hf_layout import PREFIX
 from dcp_native.hf_storage import HuggingFaceStorageWriter
 
 
@@ -57,6 +63,13 @@ def read_all(path: Path) -> dict[str, torch.Tensor]:
 
 def names(path: Path) -> list[str]:
     return sorted(os.listdir(path)) if path.exists() else []
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def check_export(path: Path, state_dict: dict[str, object]) -> None:
@@ -163,16 +176,23 @@ def case_a_failure_of_one_rank_leaves_the_export_before(context):
     failing = mock.patch(
         "dcp_native.hf_storage._native.export_write", side_effect=OSError(28, "No space left")
     )
+    write = HuggingFaceStorageWriter._write
     last = context.rank == context.size - 1
+
+    def late(self, *arguments):
+        """Begins when the files that the failing rank had are gone."""
+        if not last:
+            wait_until(lambda: not any(name.endswith(".part") for name in names(path)))
+        return write(self, *arguments)
+
+    slow = mock.patch.object(HuggingFaceStorageWriter, "_write", late)
     try:
-        with failing if last else mock.MagicMock():
+        with failing if last else mock.MagicMock(), slow:
             save_one_pass(context, state(context.size, 9))
     except CheckpointException as error:
-        cause, _ = error.failures.pop(context.size - 1)
+        assert set(error.failures) == {context.size - 1}, error
+        cause, _ = error.failures[context.size - 1]
         assert isinstance(cause, OSError) and cause.errno == 28, cause
-        # Ranks that began to write after it find the files gone, and say so.
-        codes = {getattr(echo, "dcp_code", None) for echo, _ in error.failures.values()}
-        assert codes <= {"SUPERSEDED"}, error
     else:
         raise AssertionError("no failure")
     context.barrier()
@@ -200,6 +220,107 @@ def case_consolidation_fails_on_all_ranks_when_a_shard_is_missing(context):
     context.barrier()
     assert names(out) == []
     context.barrier()
+
+
+def case_another_export_that_took_over_is_told_of(context):
+    state_dict = state(context.size)
+    write = HuggingFaceStorageWriter._write
+
+    def taken_over(self, order, *rest):
+        if context.rank == context.size - 1:
+            _native.export_sweep(order.path)
+        return write(self, order, *rest)
+
+    try:
+        with mock.patch.object(HuggingFaceStorageWriter, "_write", taken_over):
+            save_one_pass(context, state_dict)
+    except CheckpointException as error:
+        assert set(error.failures) == {0}, error
+        assert error.failures[0][0].dcp_code == "SUPERSEDED", error
+    else:
+        raise AssertionError("no failure")
+    context.barrier()
+    assert names(context.dir / "export") == []
+    context.barrier()
+
+
+def case_ranks_without_a_shared_directory_join_what_this_save_wrote(context):
+    """Shard files of ranks that are no more, and what a killed save left, do not get in."""
+    state_dict = state(context.size)
+    path = context.dir / "export"
+    stale = path / "sharded" / "shard-00009-model-00001-of-00001.safetensors"
+    other = path / "sharded" / f"{PREFIX}0-shard-00009-model-00001-of-00001.safetensors.part"
+    if context.rank == 0:
+        stale.parent.mkdir(parents=True)
+        info = {"rows": {SAVED_OFFSETS_KEY: [0, 0]}, "alien": {SAVED_OFFSETS_KEY: [0]}}
+        tensors = {"rows": torch.full((517, 600), -1.0), "alien": torch.ones(3)}
+        save_file(tensors, stale, metadata={CUSTOM_METADATA_KEY: json.dumps(info)})
+        other.touch()
+        (path / f"{PREFIX}probe-0-0").touch()
+        for rank in range(context.size):
+            old = f"{PREFIX}0-shard-{rank + 1:05d}-model-00001-of-00001.safetensors.part"
+            (path / "sharded" / old).touch()
+    context.barrier()
+    with mock.patch.object(HuggingFaceStorageWriter, "_is_shared", return_value=False):
+        save_one_pass(context, state_dict)
+    context.barrier()
+    check_export(path, state_dict)
+    hidden = [name for name in names(path / "sharded") if name.startswith(".")]
+    assert hidden == [other.name], hidden
+    context.barrier()
+
+
+def case_nothing_to_consolidate_changes_nothing(context):
+    """[hf-empty]"""
+    state_dict = state(context.size)
+    path, empty = save_one_pass(context, state_dict), context.dir / "empty"
+    empty.mkdir(exist_ok=True)
+    context.barrier()
+    before = names(path)
+    try:
+        consolidate_safetensors_files_on_every_rank(str(empty), str(path), mapping(state_dict))
+    except ValueError as error:
+        assert "nothing was changed" in str(error), error
+    else:
+        raise AssertionError("no failure")
+    context.barrier()
+    assert names(path) == before
+    check_export(path, state_dict)
+    context.barrier()
+
+
+def case_ranks_that_do_not_plan_together_are_refused(context):
+    """[hf-collectives]"""
+    writer = HuggingFaceStorageWriter(str(context.dir / "export"))
+    try:
+        dcp.save({"w": torch.ones(3)}, storage_writer=writer, use_collectives=False)
+    except (ValueError, CheckpointException) as error:
+        assert "use_collectives=True" in str(error), error
+    else:
+        raise AssertionError("no failure")
+    context.barrier()
+    assert not any(n.endswith(".safetensors") for n in names(context.dir / "export"))
+    context.barrier()
+
+
+def case_a_planner_that_keeps_plans_finds_the_directory_shared(context):
+    """The rank whose plan did not change is given a plan made of the one that was kept."""
+    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+    for bump in range(4):
+        state_dict = state(context.size, bump)
+        if bump > 1:  # what one rank leaves out another one writes
+            del state_dict["plain" if bump == 2 else "replicated"]
+        if bump == 1 and context.rank == context.size - 1:
+            state_dict["mine"] = torch.ones(100_000)
+        path = context.dir / "export"
+        writer = HuggingFaceStorageWriter(str(path), save_distributed=True,
+                                          enable_consolidation=True)  # fmt: skip
+        dcp.save(state_dict, storage_writer=writer, planner=planner)
+        assert not (path / "sharded").exists(), bump
+        context.barrier()
+        if bump != 1:
+            check_export(path, state_dict)
+        context.barrier()
 
 
 def case_an_object_is_refused_by_name(context):

@@ -195,3 +195,70 @@ def case_sharded_optimizer_state_loads_through_our_reader(ctx):
     assert "_ReaderWithOffset" in dcp.last_report()["planner"]
     want = torch.cat([value(f"exp{rank}", (3, 4)) for rank in range(ctx.size)])
     assert torch.equal(target["optim.state.w.exp"], want)
+
+
+def case_ranks_that_differ_in_roles_load_together(ctx):
+    saved = state(ctx, Shard(0))
+    dcp.save(saved, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    for who in range(ctx.size):
+        for reader, planner in (
+            (dcp.FileSystemReader, Allocates),
+            (OwnReader, lambda: None),
+            (OwnReader, Plain),
+        ):
+            mine = ctx.rank == who
+            target = like(saved)
+            dcp.load(
+                target,
+                storage_reader=(reader if mine else dcp.FileSystemReader)(ctx.dir),
+                planner=planner() if mine else None,
+            )
+            assert_equal(target, saved, f"{who} {reader} {planner}")
+            report = dcp.last_report()
+            if not mine:
+                assert report["reader"] == "native"
+                assert report["planner"].startswith("torch: ") and "another" in report["planner"]
+        patched = dcp.DefaultLoadPlanner()
+        if ctx.rank == who:
+            patched.load_bytes = type(patched).load_bytes.__get__(patched)
+            patched.commit_tensor = lambda item, tensor: None
+        target = like(saved)
+        dcp.load(target, checkpoint_id=ctx.dir, planner=patched)
+        assert_equal(target, saved)
+    target = like(saved)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, saved)
+    assert dcp.last_report()["planner"] == "native"
+
+
+def case_what_fails_among_ranks_of_different_roles_is_told_on_all(ctx):
+    class Stateful:
+        def state_dict(self):
+            raise Fault("state_dict")
+
+        def load_state_dict(self, state_dict):
+            raise AssertionError
+
+    saved = {"w": value("w", (4,))}
+    dcp.save(saved, checkpoint_id=ctx.dir)
+    ctx.barrier()
+    for failing in range(ctx.size):
+        for custom in range(ctx.size):
+            planner = Plain() if ctx.rank == custom else None
+            target = {**like(saved), "s": Stateful() if ctx.rank == failing else 1}
+            try:
+                with raises_everywhere("plan", failing, Fault):
+                    dcp.load(target, checkpoint_id=ctx.dir, planner=planner)
+            except Fault:
+                assert ctx.rank == failing
+            assert dcp.last_report()["failed"]
+            with raises_everywhere("plan", failing, ValueError, "verify"):
+                verify = "no" if ctx.rank == failing else None
+                try:
+                    dcp.load(like(saved), checkpoint_id=ctx.dir, planner=planner, verify=verify)
+                except ValueError as error:
+                    raise dcp.CheckpointException("plan", {failing: (error, [])}) from error
+    target = like(saved)
+    dcp.load(target, checkpoint_id=ctx.dir)
+    assert_equal(target, saved)

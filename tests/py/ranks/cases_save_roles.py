@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import warnings
 from typing import Any
 
 import torch
@@ -267,3 +268,97 @@ def case_plan_caches_are_filled_as_torch_fills_them(ctx):
     assert seen[0] == seen[1]
     ctx.barrier()
     assert_equal(loaded(dcp, ctx.dir / "dcp_native2", sd), sd)
+
+
+class OwnWriter(torch_dcp.FileSystemWriter):
+    """Not torch's own."""
+
+
+def mixed(ctx: Any, who: int, path: Any) -> Any:
+    return (OwnWriter if ctx.rank == who else dcp.FileSystemWriter)(path)
+
+
+def case_one_rank_with_a_writer_of_its_own_sends_all_to_torch(ctx):
+    sd = state(ctx.rank)
+    for who in (0, ctx.size - 1):
+        for how in ("sync", "thread"):
+            for planner in (None, Recording):
+                path = ctx.dir / f"{who}{how}{planner}"
+                role = planner and with_calls(planner(enable_plan_caching=True))
+                forget()
+                run(dcp, how, sd, mixed(ctx, who, path), role)
+                report = dcp.last_report()
+                assert report["path"] == "torch", report
+                assert ("another rank" in report["writer"]) == (ctx.rank != who), report
+                if role is not None:
+                    made = [name for name, *_ in role.calls.made]
+                    assert made.count("set_up_planner") == made.count("create_local_plan") == 1
+                ctx.barrier()
+                assert not [p for p in path.iterdir() if "claim" in p.name]
+                for module in (torch_dcp, dcp):
+                    assert_equal(loaded(module, path, sd), sd)
+        dcp.save(sd, checkpoint_id=path)
+        assert dcp.last_report()["path"] == "native"
+        assert_equal(loaded(dcp, path, sd), sd)
+
+
+def case_one_rank_with_a_writer_of_its_own_saves_alone(ctx):
+    sd = {"w": value(f"w{ctx.rank}", (9, 4)), "step": ctx.rank}
+    for who in (0, ctx.size - 1):
+        path = ctx.dir / str(who)
+        dcp.save(sd, storage_writer=mixed(ctx, who, path), use_collectives=False)
+        ctx.barrier()
+        for module in (torch_dcp, dcp):
+            assert_equal(loaded(module, path, sd), sd)
+        writer = mixed(ctx, who, path)
+        if ctx.rank == who:
+            writer.write_data = lambda *unused: 1 // 0
+        try:
+            with raises_everywhere("write", who, ZeroDivisionError):
+                dcp.save(sd, storage_writer=writer, use_collectives=False)
+        except ZeroDivisionError:
+            assert ctx.rank == who
+        gather_all("still in step")
+
+
+def case_what_fails_before_a_mixed_save_is_told_on_all(ctx):
+    class Fails:
+        def state_dict(self):
+            raise KeyError("no state")
+
+        def load_state_dict(self, state_dict):
+            raise AssertionError
+
+    for who in (0, ctx.size - 1):
+        for failing in (0, ctx.size - 1):
+            for how in ("sync", "thread"):
+                sd = {"w": value("w", (4,)), "s": Fails() if ctx.rank == failing else 1}
+                try:
+                    with raises_everywhere("plan", failing, KeyError, "no state"):
+                        run(dcp, how, sd, mixed(ctx, who, ctx.dir / "c"), None)
+                except KeyError:
+                    assert ctx.rank == failing
+    assert not (ctx.dir / "c" / ".metadata").exists()
+
+
+def case_ranks_of_different_roles_warm_up_nothing(ctx):
+    sd = state(ctx.rank)
+    mine = ctx.rank == ctx.size - 1
+    dcp.warm_up(sd, planner=Extra() if mine else None)
+    dcp.warm_up(sd, storage_writer=mixed(ctx, 0, ctx.dir / "w"))
+    dcp.warm_up(sd)
+    dcp.save(sd, checkpoint_id=ctx.dir / "c")
+    assert_equal(loaded(dcp, ctx.dir / "c", sd), sd)
+
+
+def case_a_planner_of_one_ranks_own_and_a_base_are_the_same_call(ctx):
+    sd = state(ctx.rank)
+    dcp.save(sd, checkpoint_id=ctx.dir / "base")
+    ctx.barrier()
+    planner = Extra() if ctx.rank == ctx.size - 1 else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the ranks of this save were called differently")
+        dcp.save(sd, checkpoint_id=ctx.dir / "c", planner=planner, base=ctx.dir / "base")
+    assert not dcp.last_report()["incremental"]
+    ctx.barrier()
+    assert_equal(loaded(dcp, ctx.dir / "c", sd), sd)

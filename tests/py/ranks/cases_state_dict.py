@@ -8,11 +8,10 @@ import itertools
 import state_dict_models as m
 import torch
 import torch.distributed as dist
-from common import sizes
+from common import mesh_of, sizes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import state_dict as theirs
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -82,15 +81,15 @@ def compiled_of_ddp(size):
 def fsdp2(size):
     model = layers()
     for module in (model[0].up, model[1][0], model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (size,)))
+        fully_shard(module, mesh=mesh_of(size))
     return model
 
 
 def fsdp2_of_activations(size):
     model = layers()
     model[0] = checkpoint_wrapper(model[0])
-    fully_shard(model[0], mesh=init_device_mesh("cpu", (size,)))
-    return fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    fully_shard(model[0], mesh=mesh_of(size))
+    return fully_shard(model, mesh=mesh_of(size))
 
 
 def fsdp2_compiled(size):
@@ -108,20 +107,19 @@ def fsdp2_with_hooks(size):
 
 
 def hsdp2(size):
-    return fully_shard(layers(), mesh=init_device_mesh("cpu", (1, size), mesh_dim_names=("r", "s")))
+    return fully_shard(layers(), mesh=mesh_of(1, size, names=("r", "s")))
 
 
 def tensor_parallel(size):
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
     model = layers()
     for part in (model[0], model[1][0]):
-        parallelize_module(part, init_device_mesh("cpu", (size,)), plan)
+        parallelize_module(part, mesh_of(size), plan)
     return model
 
 
 def two_d(size):
-    mesh = init_device_mesh("cpu", (1, size) if size < 4 else (2, size // 2),
-                            mesh_dim_names=("dp", "tp"))  # fmt: skip
+    mesh = mesh_of(*((1, size) if size < 4 else (2, size // 2)), names=("dp", "tp"))
     model = layers()
     for part in (model[0], model[1][0]):
         parallelize_module(part, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -312,7 +310,7 @@ def case_state_is_the_live_tensors(ctx):
 def case_sharding_a_model_in_place_is_seen_by_the_next_call(ctx):
     model = layers()
     assert not isinstance(ours.get_model_state_dict(model)["0.up.weight"], DTensor)
-    fully_shard(model, mesh=init_device_mesh("cpu", (ctx.size,)))
+    fully_shard(model, mesh=mesh_of(ctx.size))
     state = ours.get_model_state_dict(model)
     assert isinstance(state["0.up.weight"], DTensor)
     m.same(state, theirs.get_model_state_dict(model))

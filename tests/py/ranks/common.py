@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,8 +37,10 @@ def value(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32)
     )
 
 
-def mesh_of(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape)
+@functools.cache
+def mesh_of(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """One mesh of a shape per job: each has process groups, and each group has threads."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 def shard(tensor: torch.Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:

@@ -139,7 +139,6 @@ def async_save(
     Plans (a collective call) and copies what this rank keeps before it returns; after that the
     caller may change every tensor.  Writing and committing need no Python and no collectives.
     With ``base`` (see :func:`save`) only what has changed since is copied and written.
-    With ``use_collectives=False`` the writers of all ranks have to be torch's own, or of none.
 
     Returns:
         A future of the Metadata, or AsyncSaveResponse when the stager stages asynchronously.
@@ -188,11 +187,11 @@ def _async_save(
     in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
     writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
     reason = _roles.writer_reason(writer)
-    _tell_roles("async_save", reason, reason, writer, planner, base)
+    _tell_roles("async_save", reason, writer, planner, base)
 
     def by_torch(state_dict: STATE_DICT_TYPE) -> Future | AsyncSaveResponse:
         if reason is None:
-            _tell_roles("async_save", _NOT_ALL_NATIVE, _NOT_ALL_NATIVE, writer, planner, base)
+            _tell_roles("async_save", _NOT_ALL_NATIVE, writer, planner, base)
         return _torch.async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
@@ -273,7 +272,6 @@ def warm_up(
 def _tell_roles(
     kind: str,
     reason: str | None,
-    writer_reason: str | None,
     writer: StorageWriter,
     planner: SavePlanner | None,
     base: str | os.PathLike | None,
@@ -281,8 +279,8 @@ def _tell_roles(
     """Log which role runs where.  Where Python plans or torch writes a base is not used, and a full
     save loses nothing; that it is one must not go unnoticed."""
     planner_reason = _roles.save_planner_reason(planner)
-    roles = role_report(writer_reason, planner_reason)
-    if writer_reason is not None and _roles.exports_natively(writer):
+    roles = role_report(reason, planner_reason)
+    if reason is not None and _roles.exports_natively(writer):
         roles["writer"] = "native"
         if planner_reason is None:
             roles["planner"] = "torch: safetensors files are planned by torch's protocol"
@@ -333,7 +331,7 @@ def _save(
     writer_reason = _roles.writer_reason(writer)
     group_reason = _roles.group_reason(process_group, no_dist)
     reason = writer_reason or group_reason
-    _tell_roles("save", reason, writer_reason, writer, planner, base)
+    _tell_roles("save", reason, writer, planner, base)
     if group_reason is not None:
         state_dict = _stateful_to_state_dict(state_dict) if call_stateful else state_dict
     else:
@@ -356,7 +354,7 @@ def _save(
                     state_dict = _stateful_to_state_dict(state_dict)
                 return _run(save_, state_dict)
             except SavesElsewhere:
-                _tell_roles("save", _NOT_ALL_NATIVE, _NOT_ALL_NATIVE, writer, planner, base)
+                _tell_roles("save", _NOT_ALL_NATIVE, writer, planner, base)
             except BaseException as error:  # of state_dict(), or an interrupt between the steps
                 save_.leave(error)
                 raise

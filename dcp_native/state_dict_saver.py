@@ -139,6 +139,7 @@ def async_save(
     Plans (a collective call) and copies what this rank keeps before it returns; after that the
     caller may change every tensor.  Writing and committing need no Python and no collectives.
     With ``base`` (see :func:`save`) only what has changed since is copied and written.
+    With ``use_collectives=False`` the writers of all ranks have to be torch's own, or of none.
 
     Returns:
         A future of the Metadata, or AsyncSaveResponse when the stager stages asynchronously.

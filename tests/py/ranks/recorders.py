@@ -137,16 +137,18 @@ class Casting(DefaultSavePlanner):
 
 
 class Scratch(DefaultSavePlanner):
-    """Gives all its tensors in one buffer."""
+    """Gives all its tensors in one buffer (of a thread: torch's writer asks from several)."""
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         super().set_up_planner(*args, **kwargs)
-        self.buffer = torch.empty(1 << 16)
+        self.buffers = threading.local()
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         data = super().resolve_data(write_item)
         if isinstance(data, torch.Tensor) and data.dtype == torch.float32:
-            scratch = self.buffer[: data.numel()].view(data.shape)
+            if not hasattr(self.buffers, "own"):
+                self.buffers.own = torch.empty(1 << 16)
+            scratch = self.buffers.own[: data.numel()].view(data.shape)
             return scratch.copy_(data.detach())
         return data
 

@@ -85,7 +85,11 @@ group_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
 
     if (self->pid == getpid()) { /* the parent's connections are not the child's to close */
+        /* It may be the last to hold the process group, whose end waits for threads that give
+         * tensors back to Python. */
+        Py_BEGIN_ALLOW_THREADS;
         dcp_group_destroy(self->group);
+        Py_END_ALLOW_THREADS;
     }
     type->tp_free(object);
     Py_DECREF(type);

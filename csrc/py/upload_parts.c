@@ -61,7 +61,9 @@ store_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
 
     if (self->store.destroy != NULL && self->pid == getpid()) {
+        Py_BEGIN_ALLOW_THREADS; /* it closes connections */
         self->store.destroy(self->store.ctx);
+        Py_END_ALLOW_THREADS;
     }
     type->tp_free(object);
     Py_DECREF(type);

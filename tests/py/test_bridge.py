@@ -347,3 +347,25 @@ def test_another_build_of_the_release_is_accepted(monkeypatch, again, local):
 
 def test_both_extensions_are_built_for_the_same_release():
     assert _native.built_for_torch == _bridge.torch_version == RELEASE
+
+
+LAST_TO_HOLD_A_GROUP = """
+import sys
+import torch
+import torch.distributed as dist
+from dcp_native._native import Group
+
+for i in range(30):
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/{i}", rank=0, world_size=1)
+    group = Group(dist.distributed_c10d._get_default_group())
+    for _ in range(50):
+        dist.all_gather([torch.zeros(1000)], torch.ones(1000), async_op=True)
+    dist.destroy_process_group()
+    del group
+"""
+
+
+def test_the_last_to_hold_a_process_group_lets_its_threads_use_python_while_they_end(tmp_path):
+    argv = [sys.executable, "-c", LAST_TO_HOLD_A_GROUP, str(tmp_path)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    subprocess.run(argv, check=True, timeout=120, env={**os.environ, "PYTHONPATH": path})

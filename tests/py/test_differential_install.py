@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import warnings
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -27,6 +28,14 @@ def patches():
     found = tuple(_install._patches.values())
     dcp_native.uninstall()
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patches_are_known():
+    """install() warns of every test module that bound torch's names: not in what is compared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patches()
 
 
 @contextlib.contextmanager

@@ -205,11 +205,11 @@ def test_the_end_of_the_agent_loses_no_checkpoint(jobs, tmp_path, ranks_die):
     job = Torchrun(tmp_path, "in_flight", dir=str(path), numel=NUMEL, timeout_s=20)
     ranks = job.ranks(0)
     until(lambda: all(job.facts("flying")), "a save in flight", *ranks)
-    job.agent.kill()
-    job.agent.wait(timeout=DEADLINE_S)
     pids, writers = job.facts("pid"), job.facts("writer")
-    for pid in pids if ranks_die else ():
+    job.agent.kill()
+    for pid in pids if ranks_die else ():  # before they hear of it, and give the save up
         os.kill(pid, signal.SIGKILL)
+    job.agent.wait(timeout=DEADLINE_S)
     until(lambda: all(map(ends, pids + writers)), "the end of all processes", *ranks)
     second = job.facts("second")
     if ranks_die:

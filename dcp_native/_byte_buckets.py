@@ -77,6 +77,39 @@ class Bucket(NamedTuple):
         yield CARRIERS[run[0].slot.item_bytes], start, run
 
 
+class Memory:
+    """Two buffers in turn: one bucket travels while the one before it is unpacked."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = device
+        self._both = [torch.empty(0, dtype=torch.uint8, device=device)] * 2
+
+    def take(self, size_bytes: int) -> torch.Tensor:
+        self._both.reverse()
+        if self._both[0].numel() < size_bytes:
+            self._both[0] = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+        return self._both[0][:size_bytes]
+
+
+def in_flight(
+    stream: Iterable[Bucket],
+    send: Callable[[Bucket], tuple[Any, ...]],
+    receive: Callable[..., None],
+) -> None:
+    """Sends all buckets; each is received, with what `send` gave, when the next one travels.
+
+    So two of :class:`Memory`'s buffers are enough.
+    """
+    flying = None
+    for bucket in stream:
+        sent = send(bucket)
+        if flying is not None:
+            receive(*flying)
+        flying = sent
+    if flying is not None:
+        receive(*flying)
+
+
 def fill(slots: Iterable[Slot], limit_bytes: int) -> Iterator[Bucket]:
     """The buckets of a stream; only the last one, and those before a large piece, are not full."""
     limit_bytes = max(limit_bytes // ALIGNMENT_BYTES, 1) * ALIGNMENT_BYTES

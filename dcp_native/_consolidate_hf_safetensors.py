@@ -29,6 +29,7 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
     _OutputFileData,
     _write_sub_tensor_to_file_optimized,
 )
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, SUFFIX
 
 from . import _native
 from ._config import DIRECT_IO, config
@@ -38,14 +39,14 @@ from ._hf_layout import (
     ITEM_BYTES,
     Layout,
     Shape,
-    full_names,
+    file_names,
     lay_out,
     new_token,
     part_name,
     parts,
     publication,
 )
-from ._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, SUFFIX
+from ._hf_reads import read_headers
 from ._mirror import rest_of_torchs
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -97,16 +98,15 @@ class _Shards:
                 "them; save into a directory that all ranks share",
                 os.path.join(self.path, missing[0]),
             )
-        for name in sorted(names if only is None else only):
-            file = os.path.join(self.path, name)
-            tensors, texts, _, _ = _native.read_safetensors_header(file)
-            info = _saved_offsets(file, texts)
-            for fqn, dtype, shape, begin, _ in tensors:
-                offsets, ends = _box_of(file, fqn, info, shape)
-                self._add(file, fqn, dtype, ends)
-                chunk = (len(self.names), begin, (*offsets, *shape))
+        self.names = sorted(names if only is None else only)
+        headers = read_headers(os.path.join(self.path, name) for name in self.names)
+        for number, header in enumerate(headers.values()):
+            info = _saved_offsets(header.path, header.texts)
+            for fqn, tensor in header.tensors.items():
+                offsets, ends = _box_of(header.path, fqn, info, tensor.shape)
+                self._add(header.path, fqn, tensor.type, ends)
+                chunk = (number, tensor.offset, (*offsets, *tensor.shape))
                 self.chunks.setdefault(fqn, []).append(chunk)
-            self.names.append(name)
         if self.sizes.keys().isdisjoint(wanted):
             raise ValueError(
                 f"{self.path}: no file has any of the {len(wanted)} tensors that are to be "
@@ -126,9 +126,9 @@ def _refuse(path: str, fqn: str, what: str) -> ValueError:
     return ValueError(f"{path}: {fqn}: {what}; the file is damaged, or not a shard that DCP wrote")
 
 
-def _saved_offsets(path: str, texts: dict[str, str] | None) -> dict[str, Any]:
+def _saved_offsets(path: str, texts: dict[str, str]) -> dict[str, Any]:
     """Of each tensor of a file, as its header has it."""
-    text = (texts or {}).get(CUSTOM_METADATA_KEY)
+    text = texts.get(CUSTOM_METADATA_KEY)
     if not text:
         raise ValueError(
             "No DCP custom metadata found in safetensors file. The file must be saved with DCP to "
@@ -169,7 +169,7 @@ def _lay_out(shards: _Shards, fqn_to_index_mapping: dict[str, int]) -> Layout:
             "out",
             len(missing), shards.path, missing[0],
         )  # fmt: skip
-    return lay_out(shapes, full_names(shapes, fqn_to_index_mapping))
+    return lay_out(shapes, file_names(shapes, fqn_to_index_mapping))
 
 
 def _join(shards: _Shards, layout: Layout, output_dir: str, token: str, wanted: set[str]) -> None:
@@ -250,9 +250,7 @@ def consolidate(
     shards = _Shards(os.fspath(input_dir))
     shards.read(fqn_to_index_mapping, only)
     layout = _lay_out(shards, fqn_to_index_mapping)
-    token = new_token()
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    _native.export_sweep(output_dir)
+    token = _begin(output_dir)
     _join(shards, layout, output_dir, token, {file.name for file in layout.files})
     _publish(layout, output_dir, token, fqn_to_index_mapping)
     logger.info(
@@ -282,8 +280,11 @@ def consolidate_safetensors_files_on_every_rank(
     _agree(partial(shards.read, fqn_to_index_mapping), process_group)
     token = _agree(partial(_begin, output_dir) if rank == 0 else _nothing, process_group)[0]
     layout = _lay_out(shards, fqn_to_index_mapping)
-    names = full_names(layout.places, fqn_to_index_mapping)
-    mine = {name for fqn, name in names.items() if fqn_to_index_mapping[fqn] % size == rank}
+    mine = {
+        layout.files[place.file].name
+        for fqn, place in layout.places.items()
+        if fqn_to_index_mapping[fqn] % size == rank
+    }
     try:
         _agree(partial(_join, shards, layout, output_dir, token, mine), process_group)
     except BaseException:
@@ -316,6 +317,7 @@ def _nothing() -> None:
 
 
 def _begin(output_dir: str) -> str:
+    """Make the directory and sweep it; what names the files of this export in it."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     _native.export_sweep(output_dir)
     return new_token()

@@ -354,26 +354,19 @@ class _Broadcast:
                 )
 
     def _transfer(self, slots: list[Slot]) -> None:
-        memory = [torch.empty(0, dtype=torch.uint8, device=self._wire)] * 2
-        flying: tuple[dist.Work, Bucket, torch.Tensor] | None = None
-        for turn, bucket in enumerate(buckets.fill(slots, buckets.BUCKET_BYTES)):
-            data = None if self._is_source else self._in_place(bucket)
-            if data is None:
-                if memory[turn % 2].numel() < bucket.length_bytes:
-                    memory[turn % 2] = torch.empty(
-                        bucket.length_bytes, dtype=torch.uint8, device=self._wire
-                    )
-                data = memory[turn % 2][: bucket.length_bytes]
+        memory = buckets.Memory(self._wire)
+
+        def send(bucket: Bucket) -> tuple[dist.Work | None, Bucket, torch.Tensor | None]:
+            landed = None if self._is_source else self._in_place(bucket)
+            data = memory.take(bucket.length_bytes) if landed is None else landed
             if self._is_source:
                 data = buckets.packed(
                     bucket, lambda item: buckets.piece_of(item, item.slot.tag.source), data
                 )
             work = dist.broadcast(data, src=0, group=self._pg, async_op=True)
-            if flying is not None:
-                self._receive(*flying)
-            flying = work, bucket, data
-        if flying is not None:
-            self._receive(*flying)
+            return work, bucket, data if landed is None else None
+
+        buckets.in_flight(buckets.fill(slots, buckets.BUCKET_BYTES), send, self._receive)
 
     def _in_place(self, bucket: Bucket) -> torch.Tensor | None:
         """The memory that the only piece of a bucket is for, if the bytes may arrive there."""
@@ -391,11 +384,11 @@ class _Broadcast:
         piece = narrowed(buckets.carried(memory), item.starts, item.sizes)
         return piece.view(-1).view(torch.uint8) if piece.nbytes == bucket.length_bytes else None
 
-    def _receive(self, work: dist.Work | None, bucket: Bucket, data: torch.Tensor) -> None:
+    def _receive(self, work: dist.Work | None, bucket: Bucket, data: torch.Tensor | None) -> None:
         if work is not None:  # None: this rank is not of the group
             work.wait()
         taken = [item for item in bucket.items if item.slot.tag.memory is not None]
-        if not taken or (not self._is_source and self._in_place(bucket) is not None):
+        if data is None or not taken:  # None: it arrived in place
             return
         landed = data if self._landing.type == data.device.type else data.to(self._landing)
         copies = buckets.Copies()

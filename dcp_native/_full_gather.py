@@ -124,23 +124,18 @@ class Stream:
         if not self._slots or not any(step.wanted for step in self._steps):
             return
         rows = math.prod(step.count for step in self._steps)
-        memory = [torch.empty(0, dtype=torch.uint8, device=self.device)] * 2
-        flying: tuple[list[dist.Work], Bucket, torch.Tensor | None] | None = None
-        for turn, bucket in enumerate(buckets.fill(self._slots, buckets.BUCKET_BYTES // rows)):
+        memory = buckets.Memory(self.device)
+
+        def send(bucket: Bucket) -> tuple[list[dist.Work], Bucket, torch.Tensor | None]:
             works = self._send_in_place(bucket)
-            filled = None
-            if works is None:
-                size = rows * bucket.length_bytes
-                if memory[turn % 2].numel() < size:
-                    memory[turn % 2] = torch.empty(size, dtype=torch.uint8, device=self.device)
-                filled = memory[turn % 2][:size]
-                filled = filled.view(*(step.count for step in self._steps), -1)
-                works = self._send(bucket, filled)
-            if flying is not None:
-                self._receive(*flying)
-            flying = works, bucket, filled
-        if flying is not None:
-            self._receive(*flying)
+            if works is not None:
+                return works, bucket, None
+            filled = memory.take(rows * bucket.length_bytes)
+            filled = filled.view(*(step.count for step in self._steps), -1)
+            return self._send(bucket, filled), bucket, filled
+
+        stream = buckets.fill(self._slots, buckets.BUCKET_BYTES // rows)
+        buckets.in_flight(stream, send, self._receive)
 
     def _send(self, bucket: Bucket, filled: torch.Tensor) -> list[dist.Work]:
         nested = [filled]
@@ -331,8 +326,6 @@ class Gathering:
         device = (self._device or buckets.default_device(pg)).type
         shards = tensor.local_shards()
         landing = shards[0].tensor.device if shards else torch.device("cpu")
-        if self._to_cpu:
-            landing = torch.device("cpu")
         count, rank = dist.get_world_size(pg), dist.get_rank(pg)
         key = (pg.group_name, device, True)
         if key not in self._streams:
@@ -348,9 +341,8 @@ class Gathering:
             stream.expect(buckets.token(shape, tensor.dtype))
             return self._empty(shape, tensor.dtype, landing)
         slot = math.ceil(shape[0] / count) * math.prod(shape) // shape[0]
-        shard = shards[0].tensor.detach().flatten() if shards else None
-        if shard is None:
-            shard = torch.zeros(0, dtype=tensor.dtype)
+        held = shards[0].tensor if shards else torch.zeros(0, dtype=tensor.dtype)
+        shard = held.detach().flatten()
         if shard.numel() > slot:
             raise ValueError(f"{WHAT}: a shard of a ShardedTensor has more than {slot} elements")
         result = self._empty(shape, shard.dtype, landing)

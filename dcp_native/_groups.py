@@ -23,14 +23,15 @@ _alone_pid = os.getpid()  # a forked child makes its own
 def group_for(
     process_group: dist.ProcessGroup | None, no_dist: bool, coordinator_rank: int = 0
 ) -> _native.Group:
-    """The native group of ``process_group`` (default: the default group), or this process alone.
+    """The native group of ``process_group`` (default: the default group), or this process alone:
+    where that is asked for, or nothing is distributed.
 
     ``coordinator_rank`` is a rank of the group.  The same object is returned while the ProcessGroup
     lives, so that a plan installed by one save serves the next.
     """
     global _alone, _alone_pid
     with _lock():
-        if no_dist:
+        if no_dist or not (dist.is_available() and dist.is_initialized()):
             if _alone_pid != os.getpid():
                 _alone, _alone_pid = _native.Group(), os.getpid()
             return _alone

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
-from ._hf_utils import (
+from torch.distributed.checkpoint._hf_utils import (
     DATA_OFFSETS_KEY,
     DEFAULT_EXTRA_METADATA_KEY,
     DTYPE_KEY,
@@ -67,6 +66,15 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 ITEM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
+def row_major(size: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a new tensor; as torch has it a dimension without elements counts as 1."""
+    strides, step = [], 1
+    for count in reversed(size):
+        strides.append(step)
+        step *= max(count, 1)
+    return tuple(reversed(strides))
+
+
 @dataclass(frozen=True)
 class Shape:
     """A tensor as the header has it."""
@@ -84,11 +92,7 @@ class Shape:
     @property
     def strides(self) -> tuple[int, ...]:
         """Bytes, row major."""
-        strides, step = [], ITEM_BYTES[self.dtype]
-        for n in reversed(self.size):
-            strides.append(step)
-            step *= max(n, 1)
-        return tuple(reversed(strides))
+        return tuple(n * ITEM_BYTES[self.dtype] for n in row_major(self.size))
 
 
 @dataclass(frozen=True)
@@ -189,18 +193,14 @@ def lay_out(
     return Layout(files, {fqn: places[fqn] for fqn in shapes})
 
 
-def full_names(fqns: Iterable[str], mapping: Mapping[str, int] | None) -> dict[str, str]:
-    """The file of each tensor, as torch names them; without a mapping all are in one."""
-    if mapping is None:
-        return dict.fromkeys(fqns, _gen_file_name(1, 1))
-    highest = max(mapping.values(), default=1)
-    return {fqn: _gen_file_name(_index_of(fqn, mapping), highest) for fqn in fqns}
-
-
-def shard_names(
-    fqns: Iterable[str], mapping: Mapping[str, int] | None, shard: int
+def file_names(
+    fqns: Iterable[str], mapping: Mapping[str, int] | None, shard: int | None = None
 ) -> dict[str, str]:
-    """The same for the files of one rank; ``shard`` counts from 1."""
+    """The file of each tensor, as torch names them; without a mapping all are in one.
+
+    Args:
+        shard: of the files of one rank, its number, from 1.
+    """
     highest = 1 if mapping is None else max(mapping.values(), default=1)
     return {
         fqn: _gen_file_name(1 if mapping is None else _index_of(fqn, mapping), highest, shard)

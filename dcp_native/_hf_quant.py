@@ -6,10 +6,8 @@ operations, and C looks values up in them while it reads (csrc/core/dequantise.c
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from . import _native
 from ._config import DIRECT_IO, config
 from ._hf_reads import HFReads
-from ._plan_reads import _check_size, _Item
+from ._plan_reads import _check_size, _inside, _Item
 
 _Numbers = tuple[int, ...]
 
@@ -39,8 +37,7 @@ class Scales(NamedTuple):
     fqn: str
 
 
-@dataclasses.dataclass
-class _Quant:
+class _Quant(NamedTuple):
     """How one item's values are made."""
 
     kind: int
@@ -49,7 +46,6 @@ class _Quant:
     scales_box: tuple[_Numbers, _Numbers]
     scales_dtype: torch.dtype  # as they are read
     rest: _Numbers  # numbers that C wants: read_quant.c
-    into: torch.Tensor | None = None  # rows of values
 
 
 def why_not(target_dtype: torch.dtype) -> str | None:
@@ -91,13 +87,12 @@ class QuantReads(HFReads):
         self._full_shapes: dict[str, torch.Size] = reader._tensor_full_shapes
         self._scales_of = scales_of
         self._quants: dict[int, _Quant] = {}  # by id of the plan's items
-        self._made: dict[int, _Quant] = {}  # by id of ours: a plan may have an item twice
 
     def prepare(self, plan: LoadPlan) -> str | None:
         """Look at what is quantised; None, or why torch has to read this plan."""
         found = []
         for item in plan.items:
-            path = self._storage_data[item.storage_index].relative_path
+            path = self._path_of(item.storage_index)
             scales = self._scales_of(item, path)
             if scales is not None:
                 found.append((item, path, scales))
@@ -127,14 +122,10 @@ class QuantReads(HFReads):
 
     def _box(self, item: _Item) -> tuple[_Numbers, _Numbers]:
         quant = self._quants.get(id(item.item))
-        if quant is None:
-            return super()._box(item)
-        self._made[id(item)] = dataclasses.replace(quant)
-        return quant.box
+        return super()._box(item) if quant is None else quant.box
 
     def _resolve(self, item: _Item, planner: LoadPlanner) -> None:
-        quant = self._made.get(id(item))
-        if quant is None:
+        if id(item.item) not in self._quants:
             super()._resolve(item, planner)
             return
         target = planner.resolve_tensor(item.item).detach()
@@ -145,19 +136,19 @@ class QuantReads(HFReads):
         memory = None
         if target.dtype is self._target_dtype:
             memory = _native.tensor_memory(target, target.dtype)
-        quant.into = None if memory is None else _rows_of(target)
-        if quant.into is None or memory is None:
+        if memory is None or _rows_of(target) is None:
             item.source = torch.empty(target.shape, dtype=self._target_dtype, device="cpu")
-            quant.into = _rows_of(item.source)
         elif not self._memory.add(*memory, target):
             self._flush(planner)
             self._memory.add(*memory, target)
 
     def _read(self, window: list[_Item]) -> None:
         quantised = [
-            (item, self._made[id(item)])
+            (item, self._quants[id(item.item)])
             for item in window
-            if id(item) in self._made and math.prod(item.lengths) > 0
+            if item.dtype is not None
+            and id(item.item) in self._quants
+            and math.prod(item.lengths) > 0
         ]
         for (item, quant), scales in zip(quantised, self._read_scales(quantised), strict=True):
             table = (
@@ -169,8 +160,8 @@ class QuantReads(HFReads):
         super()._read(window)
 
     def _into(self, item: _Item) -> torch.Tensor | None:
-        quant = self._made.get(id(item))
-        return super()._into(item) if quant is None else quant.into
+        into = super()._into(item)
+        return into if into is None or id(item.item) not in self._quants else _rows_of(into)
 
     def _read_scales(self, quantised: list[tuple[_Item, _Quant]]) -> list[torch.Tensor]:
         """Of each item the scales of its own blocks or groups."""
@@ -183,7 +174,7 @@ class QuantReads(HFReads):
                 made[key] = torch.empty(quant.scales_box[1], dtype=quant.scales_dtype)
                 header = self._headers[quant.scales.path]
                 tensor = header.tensors[quant.scales.fqn]
-                name = os.path.relpath(quant.scales.path, self._path)
+                name = self._name_of(quant.scales.path)
                 reads.append((
                     quant.scales.fqn, files.setdefault(name, len(files)), tensor.offset,
                     tensor.length, False, header.dtype_of(quant.scales.fqn), tensor.shape,
@@ -208,13 +199,6 @@ def _rows_of(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor.view(-1, tensor.shape[-1])
     except RuntimeError:
         return None
-
-
-def _inside(offsets: _Numbers, lengths: _Numbers, shape: _Numbers) -> bool:
-    return len(offsets) == len(lengths) == len(shape) and all(
-        offset >= 0 and 0 <= length <= size - offset
-        for offset, length, size in zip(offsets, lengths, shape, strict=True)
-    )
 
 
 def _blocks_quant(

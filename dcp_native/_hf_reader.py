@@ -15,7 +15,6 @@ from torch.distributed.checkpoint._hf_utils import (
     SUFFIX,
     _HFStorageInfo,
 )
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,11 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from ._config import config
 from ._hf_reads import Header, HFReads, read_headers
 from ._mirror import stands_for
 from ._report import logger
 from ._stock import hf_storage as _torch
+from .filesystem import place_reason
 
 __all__ = ["HuggingFaceStorageReader"]
 
@@ -48,10 +47,8 @@ STOCK_HOOKS = hooks_of(_torch.HuggingFaceStorageReader)
 
 def not_native_reason(reader: Any, stock_hooks: dict[str, Any]) -> str | None:
     """None when a reader's files can be read natively, else why not."""
-    if not config().native:
-        return "config.native is off"
-    if type(reader.fs) is not FileSystem:
-        return f"the file system is a {type(reader.fs).__qualname__}"
+    if (reason := place_reason(reader)) is not None:
+        return reason
     for name, function in stock_hooks.items():
         if getattr(getattr(reader, name), "__func__", None) is not function:
             return f"the reader's {name} is not torch's"
@@ -78,7 +75,7 @@ class HuggingFaceStorageReader(_torch.HuggingFaceStorageReader):
             NativeError: a header is damaged, or does not fit its file; what and where.
             ValueError: a tensor is of a type that torch has not.
         """
-        if not config().native or type(self.fs) is not FileSystem:
+        if place_reason(self) is not None:
             return super().read_metadata()
         paths = [str(path) for path in self.fs.ls(self.path) if str(path).endswith(SUFFIX)]
         entries: dict[str, TensorStorageMetadata] = {}

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from . import _native
+from ._hf_layout import DTYPE_NAMES
 from ._plan_reads import PlanReads, _Item
 
 _HEADER_THREADS = 8
 """Headers that are read at a time: it is the latency of storage that they wait for."""
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 """Types of safetensors files that torch has; 4 and 6 bit ones it has not."""
 
 
@@ -115,16 +96,16 @@ class HFReads(PlanReads):
         self._path = os.fspath(reader.path)
         self._headers: dict[str, Header] = {}
         self._chunks = self  # type: ignore[assignment]
+        self._name_of = functools.cache(lambda path: os.path.relpath(path, self._path))
 
     def run(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """As PlanReads'."""
-        found = super()._info
-        self._read_headers(found(item.storage_index).relative_path for item in plan.items)
+        self._read_headers(self._path_of(item.storage_index) for item in plan.items)
         super().run(plan, planner)
 
     def find(self, index: MetadataIndex) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of a tensor as its file has it now."""
-        header = self._headers[super()._info(index).relative_path]
+        header = self._headers[self._path_of(index)]
         return header.dtype_of(index.fqn), header.tensors[index.fqn].shape
 
     def _read_headers(self, paths: Iterable[str]) -> None:
@@ -134,8 +115,7 @@ class HFReads(PlanReads):
 
     def _read(self, window: list[_Item]) -> None:
         super()._read(window)
-        found = super()._info
-        self._check_files(found(item.item.storage_index).relative_path for item in window)
+        self._check_files(self._path_of(item.item.storage_index) for item in window)
 
     def _check_files(self, paths: Iterable[str]) -> None:
         """What was read now is of the files whose headers were read."""
@@ -143,13 +123,15 @@ class HFReads(PlanReads):
             if _identity(path) != self._headers[path].identity:
                 raise RuntimeError(f"{path} was replaced while it was read; load again")
 
-    def _info(self, index: MetadataIndex) -> _StorageInfo:
-        storage: Any = super()._info(index)
-        return self._place(storage, index.fqn)
+    def _path_of(self, index: MetadataIndex) -> str:
+        """Of the file that a tensor lies in."""
+        return super()._info(index).relative_path
 
-    def _place(self, storage: _HFStorageInfo, fqn: str) -> _StorageInfo:
-        path = storage.relative_path
-        tensor = self._headers[path].tensors.get(fqn)
+    def _info(self, index: MetadataIndex) -> _StorageInfo:
+        path = self._path_of(index)
+        tensor = self._headers[path].tensors.get(index.fqn)
         if tensor is None:
-            raise KeyError(f"{fqn} is not in {path}, which was replaced since its header was read")
-        return _StorageInfo(os.path.relpath(path, self._path), tensor.offset, tensor.length)
+            raise KeyError(
+                f"{index.fqn} is not in {path}, which was replaced since its header was read"
+            )
+        return _StorageInfo(self._name_of(path), tensor.offset, tensor.length)

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader as _TorchReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
 from ._failures import LoadException
 from ._hf_reader import HuggingFaceStorageReader
@@ -60,13 +59,10 @@ class _FileSystemCall(_CallReader, FileSystemReader):
             self.damage = error
             raise
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def _plan_reads(self, verify: bool | Literal["strict"] | None = None) -> PlanReads:
         """As ours, verified as the call wants; what became of which name is kept."""
-        self.reads = self._plan_reads(self.verify)
-        self.reads.run(plan, planner)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        self.reads = super()._plan_reads(self.verify)
+        return self.reads
 
 
 class _HFCall(_CallReader, HuggingFaceStorageReader):

@@ -42,13 +42,14 @@ def save_tree(tree: Tree) -> dict[str, Any]:
     state_dict: OrderedDict[str, Any] = OrderedDict()
     metadata = state_dict._metadata = OrderedDict()  # type: ignore[attr-defined]
     for module, _, prefix, _ in tree.nodes:
+        own = module.__dict__
         metadata[prefix[:-1]] = {"version": module._version}
-        for name, param in module._parameters.items():
+        for name, param in own["_parameters"].items():
             if param is not None:
                 state_dict[prefix + name] = param.detach()
-        if module._buffers:
-            transient = module._non_persistent_buffers_set
-            for name, buffer in module._buffers.items():
+        if buffers := own["_buffers"]:
+            transient = own["_non_persistent_buffers_set"]
+            for name, buffer in buffers.items():
                 if buffer is not None and name not in transient:
                     state_dict[prefix + name] = buffer.detach()
         if facts[type(module)].has_extra_state:

@@ -190,6 +190,7 @@ class PlanReads:
             self._touched.add(item.item.dest_index.fqn)
             self._finish(item, planner)
             item.target = item.source = None  # what is committed may be freed
+            item.more = ()
             self._left[item.item.dest_index.fqn] -= 1
 
     def _read(self, window: list[_Item]) -> None:
@@ -296,6 +297,14 @@ def _check_size(item: ReadItem, target: torch.Tensor, size: torch.Size) -> None:
         raise AssertionError(f"req {item.storage_index} mismatch sizes {target.size()} vs {size}")
 
 
+def _inside(offsets: _Numbers, lengths: _Numbers, sizes: _Numbers) -> bool:
+    """Whether a box is a part of a tensor of these sizes."""
+    return len(offsets) == len(lengths) == len(sizes) and all(
+        offset >= 0 and 0 <= length <= size - offset
+        for offset, length, size in zip(offsets, lengths, sizes, strict=True)
+    )
+
+
 def _box(item: _Item) -> tuple[_Numbers, _Numbers]:
     """Offsets and lengths of what torch's narrow_tensor_by_index makes of the saved chunk.
 
@@ -304,10 +313,7 @@ def _box(item: _Item) -> tuple[_Numbers, _Numbers]:
     """
     sizes = item.sizes
     offsets, lengths = tuple(item.item.storage_offsets), tuple(item.item.lengths)
-    if len(offsets) == len(lengths) == len(sizes) and all(
-        offset >= 0 and 0 <= length <= size - offset
-        for offset, length, size in zip(offsets, lengths, sizes, strict=True)
-    ):
+    if _inside(offsets, lengths, sizes):
         return offsets, lengths
     with naming(item.item.storage_index.fqn):
         saved = torch.empty(sizes, device="meta")

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
-    FileSystem,
     FileSystemReader,
     FileSystemWriter,
     SerializationFormat,
@@ -119,17 +118,11 @@ def _not_stock(role: Any, what: str, *classes: type) -> str | None:
     return None
 
 
-def _storage_not_stock(storage: Any) -> str | None:
-    if type(storage.fs) is not FileSystem:
-        return f"the file system is a {type(storage.fs).__qualname__}"
-    return None
-
-
 def writer_reason(writer: Any) -> str | None:
     """None when a save can be written natively, else why not."""
     if not config().native:
         return "config.native is off"
-    reason = _not_stock(writer, "writer", FileSystemWriter) or _storage_not_stock(writer)
+    reason = _not_stock(writer, "writer", FileSystemWriter) or filesystem.place_reason(writer)
     if reason is None and writer.transforms.extensions:
         reason = "the writer has stream extensions"
     if reason is None and writer.serialization_format is not SerializationFormat.TORCH_SAVE:
@@ -147,7 +140,7 @@ def reader_reason(reader: Any) -> str | None:
     if not config().native:
         return "config.native is off"
     if type(reader) in _HF_READERS:
-        return _not_stock(reader, "reader", *_HF_READERS) or _storage_not_stock(reader)
+        return _not_stock(reader, "reader", *_HF_READERS) or filesystem.place_reason(reader)
     reason = _not_stock(reader, "reader", FileSystemReader, filesystem.FileSystemReader)
     return reason or filesystem.storage_reason(reader)
 

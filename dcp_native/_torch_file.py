@@ -25,6 +25,7 @@ from typing import IO, Any
 import torch
 
 from ._config import config
+from ._hf_layout import row_major
 
 _PICKLE_PROTOCOL = 2
 """torch.save's default: of files that older releases read too."""
@@ -71,7 +72,7 @@ class DeferredTensor:
         )
         size = tuple(self.size)
         hooks: dict[Any, Any] = collections.OrderedDict()
-        return rebuild, (storage, 0, size, _row_major(size), False, hooks, *rest)
+        return rebuild, (storage, 0, size, row_major(size), False, hooks, *rest)
 
 
 @functools.cache
@@ -86,15 +87,6 @@ def _how_to_rebuild(dtype: torch.dtype) -> tuple[Any, type, tuple[Any, ...]]:
     if isinstance(storage, torch.UntypedStorage):
         return rebuild, torch.UntypedStorage, tuple(rest)
     return rebuild, getattr(torch, storage._pickle_storage_type()), tuple(rest)
-
-
-def _row_major(size: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a new tensor; as torch has it a dimension without elements counts as 1."""
-    strides, step = [], 1
-    for count in reversed(size):
-        strides.append(step)
-        step *= max(count, 1)
-    return tuple(reversed(strides))
 
 
 class _Pickler(pickle.Pickler):

@@ -46,12 +46,19 @@ __all__ = [
 _SLICE_FILE = _torch.FileSystemReader._slice_file
 
 
-def storage_reason(reader: _torch.FileSystemReader) -> str | None:
-    """None when the native reader may read what a reader of files stands for, else why not."""
+def place_reason(storage: Any) -> str | None:
+    """None when the files of a reader or writer are plain ones of this machine, else why not."""
     if not config().native:
         return "config.native is off"
-    if type(reader.fs) is not FileSystem:
-        return f"the file system is a {type(reader.fs).__qualname__}"
+    if type(storage.fs) is not FileSystem:
+        return f"the file system is a {type(storage.fs).__qualname__}"
+    return None
+
+
+def storage_reason(reader: _torch.FileSystemReader) -> str | None:
+    """None when the native reader may read what a reader of files stands for, else why not."""
+    if (reason := place_reason(reader)) is not None:
+        return reason
     if type(reader.transforms) is not _torch._StorageReaderTransforms:
         return f"the reader's transforms are a {type(reader.transforms).__qualname__}"
     if getattr(reader._slice_file, "__func__", None) is not _SLICE_FILE:

@@ -28,6 +28,7 @@ from . import _native, _torch_file
 from ._broadcast import BroadcastingTorchSaveReader
 from ._config import DIRECT_IO, IO_URING, config
 from ._failures import raise_alone
+from ._find_latest import _METADATA
 from ._groups import group_for
 from ._lazy_metadata import unpickle
 from ._mirror import rest_of_torchs
@@ -107,7 +108,7 @@ class _Replaced(RuntimeError):
 def _read_metadata(source: str) -> tuple[bytes, str]:
     """The metadata file, as a load by rank 0 alone would find it, and its path."""
     error: OSError | None = None
-    for name in (".metadata", "__0.metadata"):
+    for name in _METADATA:
         path = os.path.join(source, name)
         try:
             with open(path, "rb") as file:

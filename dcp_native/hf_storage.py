@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -41,26 +47,20 @@ from ._hf_layout import (
     SHARD_PATTERN,
     Layout,
     Place,
-    full_names,
+    file_names,
     lay_out,
     new_token,
     part_name,
     parts,
     publication,
     shape_of,
-    shard_names,
 )
 from ._hf_pieces import batches
 from ._hf_reader import HuggingFaceStorageReader
-from ._hf_utils import (
-    CUSTOM_METADATA_KEY,
-    DCP_VERSION_KEY,
-    HF_DCP_VERSION,
-    SAVED_OFFSETS_KEY,
-)
 from ._mirror import rest_of_torchs
 from ._report import logger
 from ._stock import hf_storage as _torch
+from .filesystem import place_reason
 
 __all__ = ["HuggingFaceStorageReader", "HuggingFaceStorageWriter"]
 
@@ -119,10 +119,8 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
 
     def _reason(self) -> str | None:
         """None when the native writer can do it, else why torch's does."""
-        if not config().native:
-            return "config.native is off"
-        if type(self.fs) is not FileSystem:
-            return f"the file system is a {type(self.fs).__qualname__}"
+        if (reason := place_reason(self)) is not None:
+            return reason
         if "://" in self._output_path:
             return "the path is a URL"
         return None
@@ -257,7 +255,7 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
                     f"{item.index.fqn}: ranks disagree about the tensor: {shape} and "
                     f"{shapes[item.index.fqn]}"
                 )
-        return lay_out(shapes, full_names(shapes, self.fqn_to_index_mapping))
+        return lay_out(shapes, file_names(shapes, self.fqn_to_index_mapping))
 
     def _order_for(self, plan: SavePlan) -> _Order:
         order, layout = self._order, self._layout
@@ -338,7 +336,7 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
                 SAVED_OFFSETS_KEY: list(data.chunk.offsets),
                 GLOBAL_SHAPE_KEY: list(data.size),
             }
-        names = shard_names(shapes, self.fqn_to_index_mapping, plan.storage_data["shard_index"])
+        names = file_names(shapes, self.fqn_to_index_mapping, plan.storage_data["shard_index"])
         texts = {
             name: {
                 CUSTOM_METADATA_KEY: json.dumps(

@@ -14,12 +14,8 @@ from collections.abc import Iterable
 from typing import Any, no_type_check
 
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (  # noqa: F401
-    _EXTRA_STATE,
+from torch.distributed.checkpoint.state_dict import (
     _FLAT_PARAM,
-    _PARAMS,
-    _PG,
-    _STATE,
     FQNS_T,
     DictValueType,
     ListDictValueType,
@@ -29,10 +25,7 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: F401
     ValueType,
     _gc_context,
     _get_fqns,
-    _get_fsdp_process_group,
-    _iterate_valid_model_state,
     _patched_state_dict,
-    _state_dict_fn,
     _verify_state_dict,
 )
 from torch.nn.modules.module import _IncompatibleKeys

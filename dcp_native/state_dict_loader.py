@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
-from . import _native, _roles
+from . import _roles
 from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
@@ -167,20 +167,13 @@ def _tell(
     group_reason = _roles.group_reason(process_group, no_dist)
     elsewhere = bool(read_reason or plan_reason)
     if group_reason is None:
-        group = _group(process_group, coordinator_rank, no_dist)
+        group = group_for(process_group, no_dist, coordinator_rank)
         NativeLoad(None if elsewhere else cast(Any, reader), planner, group).tell(error)
     elif isinstance(error, Exception):
         with contextlib.suppress(CheckpointException):
             _refuse(error, process_group, coordinator_rank, no_dist)
     if elsewhere or group_reason:
         set_report(_failed(_report(read_reason, planner, plan_reason or group_reason), error))
-
-
-def _group(
-    process_group: dist.ProcessGroup | None, coordinator_rank: int, no_dist: bool
-) -> _native.Group:
-    alone = no_dist or not (dist.is_available() and dist.is_initialized())
-    return group_for(process_group, alone, 0 if alone else coordinator_rank)
 
 
 def _load_state_dict(
@@ -206,7 +199,7 @@ def _load_state_dict(
     plan_reason = _roles.load_planner_reason(planner) or _roles.files_reason(storage_reader)
     group_reason = _roles.group_reason(process_group, no_dist)
     if group_reason is None:
-        group = _group(process_group, coordinator_rank, no_dist)
+        group = group_for(process_group, no_dist, coordinator_rank)
         reader = None if read_reason or plan_reason else cast(Any, storage_reader)
         try:
             NativeLoad(reader, planner, group, keys, verify, top_is_copy).run(state_dict)

@@ -207,7 +207,7 @@ def _async_save(
 
     native = None
     if _roles.group_reason(group, group is None) is None:
-        native = group_for(group, group is None, 0 if group is None else coordinator_rank)
+        native = group_for(group, group is None, coordinator_rank)
     if reason is not None:
         if native is None or native.size == 1 or not use_collectives:
             return by_torch(state_dict)
@@ -336,8 +336,7 @@ def _save(
     if group_reason is not None:
         state_dict = _stateful_to_state_dict(state_dict) if call_stateful else state_dict
     else:
-        alone = no_dist or not (dist.is_available() and dist.is_initialized())
-        group = group_for(process_group, alone, 0 if alone else coordinator_rank)
+        group = group_for(process_group, no_dist, coordinator_rank)
         if writer_reason is not None:
             other = SaveElsewhere(group, use_collectives)
             state_dict = other.resolve(state_dict) if call_stateful else state_dict

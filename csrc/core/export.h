@@ -64,10 +64,12 @@ void dcp_export_dir_close(struct dcp_export_dir *dir);
 /* Fills *err: "`what` `name` failed" with the reason and what to do. */
 int dcp_export_fail(const struct dcp_export_dir *dir, const char *name, int sys_errno,
                     const char *what, struct dcp_error *err);
+/* The same of bytes that did not become durable. */
+int dcp_export_fail_sync(const struct dcp_export_dir *dir, const char *name, int sys_errno,
+                         const char *what, struct dcp_error *err);
 int dcp_export_fstat(const struct dcp_export_dir *dir, int fd, const char *name,
                      struct dcp_stat *ret, struct dcp_error *err) DCP_MUST_CHECK;
-int dcp_export_check_cancel(const struct dcp_engine_options *options,
-                            struct dcp_error *err) DCP_MUST_CHECK;
+int dcp_export_check_cancel(atomic_int *cancel, struct dcp_error *err) DCP_MUST_CHECK;
 /* Opens a file that was created for this export. */
 int dcp_export_out_open(const struct dcp_export_dir *dir, const struct dcp_export_file *what,
                         enum dcp_direct direct, struct dcp_export_out **ret_out,
@@ -94,12 +96,11 @@ int dcp_export_begin(struct dcp_export *run, const struct dcp_io *io, const char
 int dcp_export_enter(struct dcp_export *run, const struct dcp_export_file *what,
                      struct dcp_error *err) DCP_MUST_CHECK;
 /* Room for the bytes at `offset_bytes`: at least one, at most `want`.  The caller fills it before
- * the next call. */
+ * the next call.  A failure is the writing thread's, which keeps the error until the end. */
 int dcp_export_room(struct dcp_export *run, uint64_t offset_bytes, uint64_t want, uint8_t **ret,
-                    uint64_t *ret_len, struct dcp_error *err) DCP_MUST_CHECK;
-/* A whole buffer for rows; given back by dcp_export_push_rows. */
-int dcp_export_rows_room(struct dcp_export *run, uint8_t **ret,
-                         struct dcp_error *err) DCP_MUST_CHECK;
+                    uint64_t *ret_len) DCP_MUST_CHECK;
+/* A whole buffer for rows; given back by dcp_export_push_rows.  Fails in the same way. */
+int dcp_export_rows_room(struct dcp_export *run, uint8_t **ret) DCP_MUST_CHECK;
 void dcp_export_push_rows(struct dcp_export *run, uint64_t offset_bytes, uint64_t len,
                           const struct dcp_export_rows *rows);
 /* Ends the file that was entered, waits for the writing thread, frees everything.  `rc`: what the

@@ -50,20 +50,34 @@ dcp_export_dir_close(struct dcp_export_dir *dir)
     dir->fd = -1;
 }
 
-int
-dcp_export_fail(const struct dcp_export_dir *dir, const char *name, int sys_errno, const char *what,
-                struct dcp_error *err)
+static int
+fail_as(const struct dcp_export_dir *dir, const char *name, int sys_errno, bool syncing,
+        const char *what, struct dcp_error *err)
 {
     char path[DCP_ERROR_PATH_BYTES], why[DCP_IO_EXPLAIN_BYTES];
     const struct dcp_io_trouble trouble = {
         .io = dir->io,
         .fd = dir->fd,
         .sys_errno = sys_errno,
-        .syncing = strncmp(what, "syncing", 7) == 0 || strncmp(what, "flushing", 8) == 0,
+        .syncing = syncing,
     };
     snprintf(path, sizeof path, "%s/%s", dir->path, name);
     return dcp_error_set(err, DCP_E_IO, sys_errno, path, "%s %s failed: %s", what, path,
                          dcp_io_explain(&trouble, why));
+}
+
+int
+dcp_export_fail(const struct dcp_export_dir *dir, const char *name, int sys_errno, const char *what,
+                struct dcp_error *err)
+{
+    return fail_as(dir, name, sys_errno, false, what, err);
+}
+
+int
+dcp_export_fail_sync(const struct dcp_export_dir *dir, const char *name, int sys_errno,
+                     const char *what, struct dcp_error *err)
+{
+    return fail_as(dir, name, sys_errno, true, what, err);
 }
 
 int
@@ -78,10 +92,9 @@ dcp_export_fstat(const struct dcp_export_dir *dir, int fd, const char *name, str
 }
 
 int
-dcp_export_check_cancel(const struct dcp_engine_options *options, struct dcp_error *err)
+dcp_export_check_cancel(atomic_int *cancel, struct dcp_error *err)
 {
-    if (options->cancel != NULL &&
-        atomic_load_explicit(options->cancel, memory_order_relaxed) != 0) {
+    if (cancel != NULL && atomic_load_explicit(cancel, memory_order_relaxed) != 0) {
         return dcp_error_set(err, DCP_E_CANCELLED, 0, NULL, "the export was cancelled");
     }
     return 0;
@@ -217,7 +230,7 @@ push_out(const struct dcp_export_dir *dir, struct dcp_export_out *out, uint64_t 
     }
     out->unflushed_bytes = 0;
     return rc == -EIO || rc == -ENOSPC || rc == -EDQUOT
-               ? dcp_export_fail(dir, out->what->name, -rc, "flushing", err)
+               ? dcp_export_fail_sync(dir, out->what->name, -rc, "flushing", err)
                : 0;
 }
 
@@ -296,7 +309,7 @@ dcp_export_out_close(const struct dcp_export_dir *dir, struct dcp_export_out *ou
             rc = io->fdatasync(io->ctx, out->fd);
         } while (rc == -EINTR);
         stats->sync_ns += dcp_engine_now_ns() - start_ns;
-        rc = rc < 0 ? dcp_export_fail(dir, out->what->name, -rc, "syncing", err) : 0;
+        rc = rc < 0 ? dcp_export_fail_sync(dir, out->what->name, -rc, "syncing", err) : 0;
     }
     if (out->direct_fd >= 0) {
         io->close(io->ctx, out->direct_fd);

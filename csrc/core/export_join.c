@@ -23,6 +23,7 @@
 
 #include "box.h"
 #include "box_cover.h"
+#include "plan_private.h"
 
 /* Two of these beside the ring of buffers keep all memory below 64 MiB. */
 static const uint64_t WINDOW_BYTES = 8u << 20;
@@ -111,19 +112,6 @@ damaged(const struct dcp_export_tensor *tensor, const char *what, const char *fi
                          what);
 }
 
-/* Elements of the box; UINT64_MAX when that overflows. */
-static uint64_t
-volume_of(uint32_t ndim, const uint64_t *sizes)
-{
-    uint64_t volume = 1;
-    for (uint32_t d = 0; d < ndim; d++) {
-        if (dcp_mul_overflows_u64(volume, sizes[d], &volume)) {
-            return UINT64_MAX;
-        }
-    }
-    return volume;
-}
-
 static int
 check_chunk(const struct join *join, const struct dcp_export_tensor *tensor,
             const struct dcp_export_chunk *chunk, struct dcp_error *err)
@@ -141,7 +129,7 @@ check_chunk(const struct join *join, const struct dcp_export_tensor *tensor,
         }
     }
     /* No more elements than the tensor, whose bytes were checked. */
-    uint64_t len = volume_of(tensor->ndim, chunk->box + tensor->ndim) * tensor->item_bytes, end;
+    uint64_t len = dcp_volume_of(chunk->box + tensor->ndim, tensor->ndim) * tensor->item_bytes, end;
     if (dcp_add_overflows_u64(chunk->offset_bytes, len, &end) ||
         end > join->sizes_bytes[chunk->source]) {
         return damaged(tensor, "the file ends before the shard does; it is cut short", file, err);
@@ -161,7 +149,7 @@ check_cover(const struct dcp_export_tensor *tensor, uint64_t volume, struct dcp_
     }
     struct dcp_box_list list = {.numbers = numbers, .ndim = tensor->ndim};
     for (uint64_t i = 0; i < tensor->chunks_count; i++) {
-        if (volume_of(tensor->ndim, tensor->chunks[i].box + tensor->ndim) > 0) {
+        if (dcp_volume_of(tensor->chunks[i].box + tensor->ndim, tensor->ndim) > 0) {
             memcpy(numbers + list.boxes_count * width, tensor->chunks[i].box,
                    width * sizeof *numbers);
             list.boxes_count++;
@@ -183,7 +171,7 @@ static int
 check_tensor(const struct join *join, const struct dcp_export_tensor *tensor,
              const struct dcp_export_file *files, uint32_t files_count, struct dcp_error *err)
 {
-    uint64_t volume = tensor->ndim > DCP_MAX_DIMS ? 0 : volume_of(tensor->ndim, tensor->sizes);
+    uint64_t volume = tensor->ndim > DCP_MAX_DIMS ? 0 : dcp_volume_of(tensor->sizes, tensor->ndim);
     uint64_t bytes, end;
     if (tensor->file >= files_count || tensor->ndim > DCP_MAX_DIMS || tensor->item_bytes == 0 ||
         tensor->item_bytes > 16 || dcp_mul_overflows_u64(volume, tensor->item_bytes, &bytes) ||
@@ -274,7 +262,7 @@ pass_through(struct join *join, const struct dcp_export_tensor *tensor, uint64_t
     while (left > 0) {
         uint8_t *to;
         uint64_t len;
-        int rc = dcp_export_room(&join->run, to_offset, left, &to, &len, err);
+        int rc = dcp_export_room(&join->run, to_offset, left, &to, &len);
         rc = rc == 0 ? read_range(join, chunk->source, at, to, len, err) : rc;
         if (rc != 0) {
             return rc;
@@ -302,15 +290,14 @@ place(const struct join *join, const struct dcp_export_tensor *tensor, const str
 }
 
 static int
-put_window(struct join *join, const struct dcp_export_tensor *tensor, uint64_t from, uint64_t items,
-           struct dcp_error *err)
+put_window(struct join *join, const struct dcp_export_tensor *tensor, uint64_t from, uint64_t items)
 {
     uint64_t offset = tensor->offset_bytes + from * tensor->item_bytes;
     uint64_t done = 0, all = items * tensor->item_bytes;
     while (done < all) {
         uint8_t *to;
         uint64_t len;
-        int rc = dcp_export_room(&join->run, offset + done, all - done, &to, &len, err);
+        int rc = dcp_export_room(&join->run, offset + done, all - done, &to, &len);
         if (rc != 0) {
             return rc;
         }
@@ -341,7 +328,7 @@ join_window(struct join *join, const struct dcp_export_tensor *tensor, uint64_t 
         }
         place(join, tensor, window, &part);
     }
-    return put_window(join, tensor, from, window->items, err);
+    return put_window(join, tensor, from, window->items);
 }
 
 static int
@@ -356,11 +343,11 @@ join_tensors(struct join *join, const struct dcp_export_file *files,
                 return rc;
             }
         }
-        uint64_t volume = volume_of(tensor->ndim, tensor->sizes);
+        uint64_t volume = dcp_volume_of(tensor->sizes, tensor->ndim);
         for (uint64_t from = 0; from < volume;) {
             struct part window;
             window_at(tensor, from, &window);
-            int rc = dcp_export_check_cancel(join->run.options, err);
+            int rc = dcp_export_check_cancel(join->run.options->cancel, err);
             rc = rc == 0 ? join_window(join, tensor, from, &window, err) : rc;
             if (rc != 0) {
                 return rc;

@@ -31,7 +31,7 @@ static int
 sync_dir(const struct dcp_export_dir *dir, struct dcp_error *err)
 {
     int rc = dcp_io_sync(dir->io, dir->fd);
-    return rc == 0 ? 0 : dcp_export_fail(dir, ".", -rc, "syncing", err);
+    return rc == 0 ? 0 : dcp_export_fail_sync(dir, ".", -rc, "syncing", err);
 }
 
 static int
@@ -221,7 +221,7 @@ sync_file(const struct dcp_export_dir *dir, const char *name, struct dcp_error *
         return dcp_export_fail(dir, name, -fd, "opening", err);
     }
     int rc = dcp_io_sync(io, fd);
-    rc = rc == 0 ? 0 : dcp_export_fail(dir, name, -rc, "syncing", err);
+    rc = rc == 0 ? 0 : dcp_export_fail_sync(dir, name, -rc, "syncing", err);
     io->close(io->ctx, fd);
     return rc;
 }
@@ -268,7 +268,6 @@ static int
 check_there(const struct dcp_export_dir *dir, const struct dcp_export_publication *publication,
             struct dcp_error *err)
 {
-    const struct dcp_engine_options options = {.cancel = publication->cancel};
     for (uint32_t i = 0; i < publication->names_count; i++) {
         if (!dcp_io_exists(dir->io, dir->fd, publication->names[i].from)) {
             return fail_gone(dir, publication->names[i].from, err);
@@ -278,7 +277,7 @@ check_there(const struct dcp_export_dir *dir, const struct dcp_export_publicatio
         !dcp_io_exists(dir->io, dir->fd, publication->index_tmp_name)) {
         return fail_gone(dir, publication->index_tmp_name, err);
     }
-    return dcp_export_check_cancel(&options, err);
+    return dcp_export_check_cancel(publication->cancel, err);
 }
 
 static void

@@ -26,23 +26,18 @@ run_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err
         bool good = !failed && job->flags == 0;
         return dcp_export_out_close(&run->dir, out, good && run->options->sync, &run->stats, err);
     }
-    int rc = failed ? 0 : dcp_export_check_cancel(run->options, err);
+    int rc = failed ? 0 : dcp_export_check_cancel(run->options->cancel, err);
     if (failed || rc != 0) {
         return rc;
     }
     if (!dcp_rate_wait(&run->rate, job->len_bytes, run->options->cancel)) {
-        return dcp_export_check_cancel(run->options, err);
+        return dcp_export_check_cancel(run->options->cancel, err);
     }
-    rc = job->kind == JOB_ROWS
-             ? dcp_export_out_rows(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
-                                   &run->rows[job->slot], &run->stats, err)
-             : dcp_export_out_range(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
-                                    &run->stats, err);
-    if (rc == 0 && run->options->progress_bytes != NULL) {
-        atomic_fetch_add_explicit(run->options->progress_bytes, job->len_bytes,
-                                  memory_order_relaxed);
-    }
-    return rc;
+    return job->kind == JOB_ROWS
+               ? dcp_export_out_rows(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
+                                     &run->rows[job->slot], &run->stats, err)
+               : dcp_export_out_range(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
+                                      &run->stats, err);
 }
 
 static void
@@ -138,16 +133,15 @@ dcp_export_enter(struct dcp_export *run, const struct dcp_export_file *what, str
 {
     push_filled(run);
     leave(run, false);
-    int rc = dcp_export_check_cancel(run->options, err);
+    int rc = dcp_export_check_cancel(run->options->cancel, err);
     return rc != 0 ? rc
                    : dcp_export_out_open(&run->dir, what, run->options->direct, &run->out, err);
 }
 
 int
 dcp_export_room(struct dcp_export *run, uint64_t offset_bytes, uint64_t want, uint8_t **ret,
-                uint64_t *ret_len, struct dcp_error *err)
+                uint64_t *ret_len)
 {
-    (void)err; /* the writing thread has its own, which the end hands over */
     DCP_ASSERT(run->out != NULL && want > 0);
     uint64_t size = run->ring->buffer_bytes;
     if (run->filled_bytes > run->from_bytes &&
@@ -169,9 +163,8 @@ dcp_export_room(struct dcp_export *run, uint64_t offset_bytes, uint64_t want, ui
 }
 
 int
-dcp_export_rows_room(struct dcp_export *run, uint8_t **ret, struct dcp_error *err)
+dcp_export_rows_room(struct dcp_export *run, uint8_t **ret)
 {
-    (void)err;
     DCP_ASSERT(run->out != NULL);
     push_filled(run);
     int rc = wait_for_slot(run);

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "box.h"
+#include "plan_private.h"
 
 /* How a box lies in the file: `outer_ndim` dims at any distance, of rows at equal distances, of
  * bytes without a gap. */
@@ -47,16 +48,6 @@ shape_of(const struct dcp_export_piece *piece)
     return shape;
 }
 
-static uint64_t
-items_of(const struct dcp_export_piece *piece)
-{
-    uint64_t items = 1;
-    for (uint32_t d = 0; d < piece->ndim; d++) {
-        items *= piece->lengths[d];
-    }
-    return items;
-}
-
 /* Copies elements [from, from + count) of the box's row-major image. */
 static void
 gather(const struct dcp_export_piece *piece, uint64_t from, uint64_t count, uint8_t *to)
@@ -73,13 +64,13 @@ gather(const struct dcp_export_piece *piece, uint64_t from, uint64_t count, uint
  * buffers unless the data of the file is not aligned to it. */
 static int
 stream_run(struct dcp_export *run, const struct dcp_export_piece *piece, uint64_t offset_bytes,
-           uint64_t from, uint64_t count, struct dcp_error *err)
+           uint64_t from, uint64_t count)
 {
     uint64_t item = piece->item_bytes;
     while (count > 0) {
         uint8_t *to;
         uint64_t len;
-        int rc = dcp_export_room(run, offset_bytes, count * item, &to, &len, err);
+        int rc = dcp_export_room(run, offset_bytes, count * item, &to, &len);
         if (rc != 0) {
             return rc;
         }
@@ -92,7 +83,7 @@ stream_run(struct dcp_export *run, const struct dcp_export_piece *piece, uint64_
             memcpy(to + whole * item, element, len % item);
             uint64_t rest = item - len % item, room;
             offset_bytes += len;
-            if ((rc = dcp_export_room(run, offset_bytes, rest, &to, &room, err)) != 0) {
+            if ((rc = dcp_export_room(run, offset_bytes, rest, &to, &room)) != 0) {
                 return rc;
             }
             DCP_ASSERT(room == rest);
@@ -109,7 +100,7 @@ stream_run(struct dcp_export *run, const struct dcp_export_piece *piece, uint64_
 
 static int
 write_rows(struct dcp_export *run, const struct dcp_export_piece *piece, const struct shape *shape,
-           uint64_t offset_bytes, uint64_t from, struct dcp_error *err)
+           uint64_t offset_bytes, uint64_t from)
 {
     const struct dcp_export_rows rows = {.row_bytes = shape->row_items * piece->item_bytes,
                                          .stride_bytes = shape->row_stride_bytes};
@@ -118,7 +109,7 @@ write_rows(struct dcp_export *run, const struct dcp_export_piece *piece, const s
     for (uint64_t row = 0; row < shape->rows_count;) {
         uint64_t n = dcp_min_u64(most, shape->rows_count - row);
         uint8_t *to;
-        int rc = dcp_export_rows_room(run, &to, err);
+        int rc = dcp_export_rows_room(run, &to);
         if (rc != 0) {
             return rc;
         }
@@ -133,24 +124,24 @@ write_rows(struct dcp_export *run, const struct dcp_export_piece *piece, const s
 /* The rows of one position of the outer dims. */
 static int
 write_block(struct dcp_export *run, const struct dcp_export_piece *piece, const struct shape *shape,
-            uint64_t offset_bytes, uint64_t from, struct dcp_error *err)
+            uint64_t offset_bytes, uint64_t from)
 {
     uint64_t row_bytes = shape->row_items * piece->item_bytes;
     if (shape->rows_count > 1 && row_bytes < DCP_EXPORT_DIRECT_LEAST_BYTES) {
-        return write_rows(run, piece, shape, offset_bytes, from, err);
+        return write_rows(run, piece, shape, offset_bytes, from);
     }
     int rc = 0;
     for (uint64_t row = 0; rc == 0 && row < shape->rows_count; row++) {
         rc = stream_run(run, piece, offset_bytes + row * shape->row_stride_bytes,
-                        from + row * shape->row_items, shape->row_items, err);
+                        from + row * shape->row_items, shape->row_items);
     }
     return rc;
 }
 
 static int
-write_piece(struct dcp_export *run, const struct dcp_export_piece *piece, struct dcp_error *err)
+write_piece(struct dcp_export *run, const struct dcp_export_piece *piece)
 {
-    uint64_t items = items_of(piece);
+    uint64_t items = dcp_volume_of(piece->lengths, piece->ndim);
     if (items == 0) {
         return 0;
     }
@@ -159,7 +150,7 @@ write_piece(struct dcp_export *run, const struct dcp_export_piece *piece, struct
     uint64_t at[DCP_MAX_DIMS] = {0};
     uint64_t offset = piece->offset_bytes;
     for (uint64_t from = 0; from < items; from += block_items) {
-        int rc = write_block(run, piece, &shape, offset, from, err);
+        int rc = write_block(run, piece, &shape, offset, from);
         if (rc != 0) {
             return rc;
         }
@@ -241,7 +232,7 @@ dcp_export_write(const struct dcp_io *io, const char *dir_path, const struct dcp
                 if (i == 0 || order[i]->file != order[i - 1]->file) {
                     rc = dcp_export_enter(&run, &files[order[i]->file], err);
                 }
-                rc = rc == 0 ? write_piece(&run, order[i], err) : rc;
+                rc = rc == 0 ? write_piece(&run, order[i]) : rc;
             }
             rc = dcp_export_end(&run, rc, ret_stats, err);
         }

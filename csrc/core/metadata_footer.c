@@ -47,6 +47,28 @@ dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *f
     }
 }
 
+int
+dcp_metadata_seal(struct dcp_buf *buf, size_t start, size_t index_at,
+                  const struct dcp_save_id *accepted, struct dcp_metadata_footer *footer,
+                  struct dcp_error *err)
+{
+    size_t accepted_bytes = footer->accepted_count * sizeof *accepted;
+    footer->pickle_bytes = index_at - start;
+    footer->index_bytes = buf->len - index_at;
+    footer->pickle_crc = dcp_crc32(0, buf->data + start, index_at - start);
+    footer->index_crc = dcp_crc32(0, buf->data + index_at, buf->len - index_at);
+    footer->accepted_crc = dcp_crc32(0, accepted, accepted_bytes);
+    dcp_buf_put(buf, accepted, accepted_bytes);
+    dcp_metadata_footer_put(buf, footer);
+    int rc = dcp_buf_check(buf, err);
+    if (rc == 0 && buf->len - start > DCP_MAX_METADATA_BYTES) {
+        rc = dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
+                           "the metadata takes %zu bytes, %llu are allowed; save in parts",
+                           buf->len - start, DCP_MAX_METADATA_BYTES);
+    }
+    return rc;
+}
+
 /* `has_pickle`: the image begins with it; else with the index. */
 static bool
 parse(const uint8_t *image, size_t len, bool has_pickle, struct dcp_metadata_footer *ret)

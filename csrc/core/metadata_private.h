@@ -99,6 +99,11 @@ struct dcp_metadata_footer {
 };
 
 void dcp_metadata_footer_put(struct dcp_buf *buf, const struct dcp_metadata_footer *footer);
+/* Ends an image whose pickle begins at `start` and its index at `index_at`: the accepted saves, the
+ * footer.  The caller gives save_id, accepted_count and planned_outside. */
+int dcp_metadata_seal(struct dcp_buf *buf, size_t start, size_t index_at,
+                      const struct dcp_save_id *accepted, struct dcp_metadata_footer *footer,
+                      struct dcp_error *err) DCP_MUST_CHECK;
 /* False when the image does not end with a footer of ours whose lengths fill it. */
 bool dcp_metadata_footer_parse(const uint8_t *image, size_t len, struct dcp_metadata_footer *ret);
 /* The same of an image whose pickle was left out: it begins with the index. */

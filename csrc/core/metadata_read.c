@@ -135,6 +135,18 @@ dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret, st
 }
 
 int
+dcp_metadata_read_ids(const uint8_t *image, size_t len, struct dcp_metadata *ret,
+                      struct dcp_error *err)
+{
+    struct dcp_metadata_footer footer;
+    struct dcp_metadata md = {0};
+    if (check_length(len, NULL) != 0 || !dcp_metadata_footer_parse(image, len, &footer)) {
+        return dcp_error_set(err, DCP_E_CORRUPT, 0, NULL, "the metadata has no footer of ours");
+    }
+    return finish_native(image + footer.pickle_bytes, &footer, &md, ret, err);
+}
+
+int
 dcp_metadata_read_tail(const uint8_t *tail, size_t len, struct dcp_metadata *ret,
                        struct dcp_error *err)
 {

@@ -11,8 +11,6 @@
  */
 #include "metadata_private.h"
 
-#include "dcp_crc32.h"
-
 /* Appends the index, or nothing where the flat form would leave something out. */
 static int
 put_index(const struct dcp_span *pickle, struct dcp_buf *buf, struct dcp_error *err)
@@ -45,20 +43,6 @@ dcp_metadata_wrap(const struct dcp_span *pickle, const struct dcp_save_id *save_
     if (rc != 0) {
         return rc;
     }
-    struct dcp_metadata_footer footer = {
-        .pickle_bytes = index_at - start,
-        .index_bytes = buf->len - index_at,
-        .pickle_crc = dcp_crc32(0, buf->data + start, index_at - start),
-        .index_crc = dcp_crc32(0, buf->data + index_at, buf->len - index_at),
-        .save_id = *save_id,
-        .planned_outside = true,
-    };
-    dcp_metadata_footer_put(buf, &footer);
-    rc = dcp_buf_check(buf, err);
-    if (rc == 0 && buf->len - start > DCP_MAX_METADATA_BYTES) {
-        rc = dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
-                           "the metadata takes %zu bytes, %llu are allowed; save in parts",
-                           buf->len - start, DCP_MAX_METADATA_BYTES);
-    }
-    return rc;
+    struct dcp_metadata_footer footer = {.save_id = *save_id, .planned_outside = true};
+    return dcp_metadata_seal(buf, start, index_at, NULL, &footer, err);
 }

@@ -16,7 +16,6 @@
 
 #include <string.h>
 
-#include "dcp_crc32.h"
 #include "metadata_emit.h"
 
 enum {
@@ -385,25 +384,9 @@ write_image(struct dcp_md_writer *w, uint64_t n0, const struct dcp_save_id *save
     if (rc != 0) {
         return rc;
     }
-    size_t accepted_bytes = w->md.accepted_count * sizeof *w->md.accepted;
-    struct dcp_metadata_footer footer = {
-        .pickle_bytes = index_at - start,
-        .index_bytes = buf->len - index_at,
-        .pickle_crc = dcp_crc32(0, buf->data + start, index_at - start),
-        .index_crc = dcp_crc32(0, buf->data + index_at, buf->len - index_at),
-        .accepted_count = w->md.accepted_count,
-        .accepted_crc = dcp_crc32(0, w->md.accepted, accepted_bytes),
-        .save_id = *save_id,
-    };
-    dcp_buf_put(buf, w->md.accepted, accepted_bytes);
-    dcp_metadata_footer_put(buf, &footer);
-    rc = dcp_buf_check(buf, w->err);
-    if (rc == 0 && buf->len - start > DCP_MAX_METADATA_BYTES) {
-        rc = dcp_error_set(w->err, DCP_E_LIMIT, 0, NULL,
-                           "the metadata takes %zu bytes, %llu are allowed; save in parts",
-                           buf->len - start, DCP_MAX_METADATA_BYTES);
-    }
-    return rc;
+    struct dcp_metadata_footer footer = {.save_id = *save_id,
+                                         .accepted_count = w->md.accepted_count};
+    return dcp_metadata_seal(buf, start, index_at, w->md.accepted, &footer, w->err);
 }
 
 int

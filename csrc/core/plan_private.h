@@ -29,6 +29,14 @@ dcp_volume_overflows(const uint64_t *sizes, uint32_t count, uint64_t *ret)
     return overflow;
 }
 
+/* The product; UINT64_MAX when it does not fit. */
+static inline uint64_t
+dcp_volume_of(const uint64_t *sizes, uint32_t count)
+{
+    uint64_t volume;
+    return dcp_volume_overflows(sizes, count, &volume) ? UINT64_MAX : volume;
+}
+
 /* Bytes of a name that an error text may quote: the first 200, never half a character. */
 static inline int
 dcp_name_clip(const struct dcp_name *name)

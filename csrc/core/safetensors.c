@@ -59,24 +59,6 @@ find_type(const char *name, size_t len)
     return -1;
 }
 
-int
-dcp_safetensors_dtype(const char *type, size_t len)
-{
-    int found = find_type(type, len);
-    return found < 0 ? DCP_DTYPE_NONE : types[found].dtype;
-}
-
-const char *
-dcp_safetensors_type(int dtype)
-{
-    for (int i = 0; i < TYPES_COUNT; i++) {
-        if (types[i].dtype == dtype && dtype != DCP_DTYPE_NONE) {
-            return types[i].name;
-        }
-    }
-    return NULL;
-}
-
 /* ---- errors ---- */
 
 static int refuse_file(const char *path, uint64_t offset_bytes, struct dcp_error *err,
@@ -101,13 +83,19 @@ refuse_file(const char *path, uint64_t offset_bytes, struct dcp_error *err, cons
     return code;
 }
 
+static int
+fail_memory(const struct parser *p)
+{
+    return dcp_error_set(p->err, DCP_E_NOMEM, 0, p->path, "out of memory for the header of %s",
+                         p->path);
+}
+
 /* What the JSON reader met. */
 static int
 refuse_json(const struct parser *p)
 {
     if (p->json.no_memory) {
-        return dcp_error_set(p->err, DCP_E_NOMEM, 0, p->path, "out of memory for the header of %s",
-                             p->path);
+        return fail_memory(p);
     }
     return refuse_file(p->path, DCP_SAFETENSORS_PREFIX_BYTES + p->json.pos, p->err,
                        "its header is not what it must be: %s", p->json.failed);
@@ -119,13 +107,6 @@ refuse_tensor(const struct parser *p, const struct dcp_safetensor *tensor, const
     return refuse_file(p->path, DCP_SAFETENSORS_PREFIX_BYTES + p->json.pos, p->err,
                        "tensor %.*s: %s", (int)dcp_min_u64(tensor->name_len, SHOWN_NAME_BYTES),
                        tensor->name, what);
-}
-
-static int
-fail_memory(const struct parser *p)
-{
-    return dcp_error_set(p->err, DCP_E_NOMEM, 0, p->path, "out of memory for the header of %s",
-                         p->path);
 }
 
 /* ---- members of a tensor ---- */

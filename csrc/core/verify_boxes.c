@@ -20,14 +20,6 @@
 
 enum { BOX_TEXT_BYTES = 200 };
 
-/* Elements of a tensor or a chunk of it: of tensors that the metadata accepts they fit. */
-static uint64_t
-volume_of(const uint64_t *sizes, uint32_t ndim)
-{
-    uint64_t volume;
-    return dcp_volume_overflows(sizes, ndim, &volume) ? UINT64_MAX : volume;
-}
-
 /* "[0:4, 8:16]", cut where the text is full. */
 static void
 put_box(char text[BOX_TEXT_BYTES], const uint64_t *box, uint32_t ndim)
@@ -105,7 +97,7 @@ dcp_verify_boxes(struct dcp_verifier *v, uint32_t index, bool must_fill, bool *r
     const struct dcp_metadata *md = v->md;
     const struct dcp_md_entry *entry = &md->entries[index];
     uint32_t ndim = entry->ndim, count = 0;
-    uint64_t volume = volume_of(md->dims + entry->size, ndim), covered = 0;
+    uint64_t volume = dcp_volume_of(md->dims + entry->size, ndim), covered = 0;
     bool apart = true;
     struct dcp_box_row *rows = NULL;
     int rc = 0;
@@ -125,7 +117,7 @@ dcp_verify_boxes(struct dcp_verifier *v, uint32_t index, bool must_fill, bool *r
     }
     for (uint64_t i = 0; i < entry->chunks_count; i++) {
         const uint64_t *box = md->dims + md->chunks[entry->first_chunk + i].dims;
-        uint64_t part = volume_of(box + ndim, ndim);
+        uint64_t part = dcp_volume_of(box + ndim, ndim);
         if (part > 0) {
             rows[count++] = (struct dcp_box_row){.box = box};
             covered = dcp_add_overflows_u64(covered, part, &covered) ? UINT64_MAX : covered;

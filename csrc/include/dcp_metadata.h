@@ -135,6 +135,10 @@ struct dcp_metadata {
  * memory is 2 times `len` for torch's files, 16 times and 256 KiB at most. */
 int dcp_metadata_read(const uint8_t *image, size_t len, struct dcp_metadata *ret,
                       struct dcp_error *err) DCP_MUST_CHECK;
+/* Only what the end of an image of ours says: save_id, accepted, planned_outside.  No checksum but
+ * its own is compared, no chunk is read. */
+int dcp_metadata_read_ids(const uint8_t *image, size_t len, struct dcp_metadata *ret,
+                          struct dcp_error *err) DCP_MUST_CHECK;
 /* The same of an image's bytes from `tail_at` on, for those whom somebody sends them that has read
  * and checked the whole: a pickle is 20 times as long as what follows it. */
 int dcp_metadata_read_tail(const uint8_t *tail, size_t len, struct dcp_metadata *ret,

@@ -74,11 +74,6 @@ struct dcp_safetensors_header {
 /* Idempotent; NULL is fine. */
 void dcp_safetensors_header_clean_up(struct dcp_safetensors_header *header);
 
-/* The enum dcp_dtype of a type's name in files; DCP_DTYPE_NONE when there is none. */
-int dcp_safetensors_dtype(const char *type, size_t len);
-/* The name in files of an enum dcp_dtype; NULL when it has none. */
-const char *dcp_safetensors_type(int dtype);
-
 /* Bytes of the header, its prefix included, of a file of `file_bytes`.  `path` is for messages. */
 int dcp_safetensors_header_bytes(const uint8_t prefix[DCP_SAFETENSORS_PREFIX_BYTES],
                                  uint64_t file_bytes, const char *path, uint64_t *ret_bytes,

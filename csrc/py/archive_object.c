@@ -18,7 +18,6 @@ struct archive_job {
     struct dcp_engine_options options;
     struct dcp_archive_stats stats;
     atomic_int cancel;
-    _Atomic uint64_t progress_bytes;
     PyObject *source, *target; /* bytes */
     PyObject *image, *name, *folder, *fetch;
     PyObject *entries; /* tuple of tuples */
@@ -58,21 +57,6 @@ job_run(void *self, struct dcp_error *err)
     return dcp_archive_write(&job->params, &job->stats, err);
 }
 
-static void
-keep_error(struct archive_job *job)
-{
-    PyObject *type, *value, *traceback;
-
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (traceback != NULL) {
-        PyException_SetTraceback(value, traceback);
-    }
-    Py_XSETREF(job->error, value);
-    Py_XDECREF(type);
-    Py_XDECREF(traceback);
-}
-
 /* The core's question for an entry: fetch(index) gives its bytes. */
 static int
 job_fetch(void *ctx, uint64_t entry, const uint8_t **ret_data, struct dcp_error *err)
@@ -95,20 +79,13 @@ job_fetch(void *ctx, uint64_t entry, const uint8_t **ret_data, struct dcp_error 
     if (given) {
         *ret_data = job->fetched.buf;
     } else {
-        keep_error(job);
+        native_keep_pending(&job->error);
     }
     PyGILState_Release(gil);
     return given ? 0
                  : dcp_error_set(err, DCP_E_CANCELLED, 0, NULL,
                                  "the bytes of an entry could not "
                                  "be had");
-}
-
-static struct dcp_span
-span_of(PyObject *bytes)
-{
-    return (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(bytes),
-                             (size_t)PyBytes_GET_SIZE(bytes)};
 }
 
 /* (name, bytes, data or None, fqn or None) */
@@ -128,7 +105,7 @@ take_entry(struct archive_job *job, Py_ssize_t i)
     if (!PyArg_ParseTuple(item, "SKOz#", &name, &bytes, &data, &fqn, &fqn_len)) {
         return -1;
     }
-    entry->name = span_of(name);
+    entry->name = native_span(name);
     entry->bytes = bytes;
     if (fqn != NULL) {
         entry->fqn = (struct dcp_span){(const uint8_t *)fqn, (size_t)fqn_len};
@@ -175,17 +152,16 @@ fill_params(struct archive_job *job)
 
     params->io = dcp_io_posix();
     params->source_path = PyBytes_AS_STRING(job->source);
-    params->image = span_of(job->image);
+    params->image = native_span(job->image);
     params->target_path = PyBytes_AS_STRING(job->target);
     params->target_name = PyBytes_AS_STRING(job->name);
-    params->folder = span_of(job->folder);
+    params->folder = native_span(job->folder);
     params->entries = job->places;
     params->options = &job->options;
     params->fetch = job_fetch;
     params->fetch_ctx = job;
     job->options.sync = true;
     job->options.cancel = &job->cancel;
-    job->options.progress_bytes = &job->progress_bytes;
 }
 
 static PyObject *
@@ -210,12 +186,11 @@ module_write_archive(PyObject *module, PyObject *args, PyObject *kwargs)
     static char *names[] = {"source", "image", "target", "name",   "folder",   "entries",
                             "fetch",  "align", "verify", "direct", "io_uring", NULL};
     struct module_state *state = PyModule_GetState(module);
-    PyObject *image, *name, *folder, *entries, *fetch, *pending = NULL, *result = NULL;
-    int verify = 1, direct = DCP_DIRECT_AUTO, queue = DCP_QUEUE_AUTO, rc = 0;
+    PyObject *image, *name, *folder, *entries, *fetch, *result = NULL;
+    int verify = 1, direct = DCP_DIRECT_AUTO, queue = DCP_QUEUE_AUTO;
     unsigned long long align = 64;
     struct archive_job *job = PyMem_Calloc(1, sizeof *job);
     PyObject *capsule = job == NULL ? NULL : PyCapsule_New(job, NULL, job_free);
-    struct dcp_error err;
 
     if (capsule == NULL) {
         PyMem_Free(job);
@@ -242,14 +217,8 @@ module_write_archive(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     fill_params(job);
-    if (native_run(capsule, job_run, job, &job->cancel, &pending, &rc, &err) != 0 ||
-        pending != NULL) {
-        (void)native_raise_pending(&pending);
-    } else if (rc != 0 && job->error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(job->error), job->error);
-    } else if (rc != 0) {
-        native_set_error(state->error_class, &err);
-    } else {
+    if (native_run_or_raise(capsule, job_run, job, &job->cancel, &job->error, state->error_class) ==
+        0) {
         result = stats_of(&job->stats);
     }
     Py_DECREF(capsule);

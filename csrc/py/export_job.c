@@ -79,13 +79,26 @@ export_job_take(struct export_job *job, Py_ssize_t count, size_t size)
     return memory;
 }
 
+/* A tuple of what `object` yields, and an array with an element for each; NULL with an exception.
+ */
+static void *
+take_array(struct export_job *job, PyObject *object, size_t size, PyObject **ret_tuple,
+           Py_ssize_t *ret_count)
+{
+    PyObject *tuple = hold_tuple(job, object);
+
+    *ret_tuple = tuple;
+    *ret_count = tuple == NULL ? 0 : PyTuple_GET_SIZE(tuple);
+    return tuple == NULL ? NULL : export_job_take(job, *ret_count, size);
+}
+
 int
 export_job_names(struct export_job *job, PyObject *object, const char ***ret_names,
                  uint32_t *ret_count)
 {
-    PyObject *tuple = hold_tuple(job, object);
-    Py_ssize_t count = tuple == NULL ? 0 : PyTuple_GET_SIZE(tuple);
-    const char **names = tuple == NULL ? NULL : export_job_take(job, count, sizeof *names);
+    PyObject *tuple;
+    Py_ssize_t count;
+    const char **names = take_array(job, object, sizeof *names, &tuple, &count);
 
     if (names == NULL) {
         return -1;
@@ -105,10 +118,10 @@ export_job_names(struct export_job *job, PyObject *object, const char ***ret_nam
 int
 export_job_files(struct export_job *job, PyObject *object)
 {
-    PyObject *tuple = hold_tuple(job, object);
-    Py_ssize_t count = tuple == NULL ? 0 : PyTuple_GET_SIZE(tuple);
+    PyObject *tuple;
+    Py_ssize_t count;
 
-    job->files = tuple == NULL ? NULL : export_job_take(job, count, sizeof *job->files);
+    job->files = take_array(job, object, sizeof *job->files, &tuple, &count);
     if (job->files == NULL) {
         return -1;
     }
@@ -131,8 +144,7 @@ export_job_files(struct export_job *job, PyObject *object)
             return -1;
         }
         if (head != NULL) {
-            file->head = (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(head),
-                                           (size_t)PyBytes_GET_SIZE(head)};
+            file->head = native_span(head);
         }
     }
     return 0;
@@ -204,10 +216,10 @@ piece_from(struct export_job *job, const struct native_state *state, PyObject *i
 int
 export_job_pieces(struct export_job *job, const struct native_state *state, PyObject *object)
 {
-    PyObject *tuple = hold_tuple(job, object);
-    Py_ssize_t count = tuple == NULL ? 0 : PyTuple_GET_SIZE(tuple);
+    PyObject *tuple;
+    Py_ssize_t count;
 
-    job->pieces = tuple == NULL ? NULL : export_job_take(job, count, sizeof *job->pieces);
+    job->pieces = take_array(job, object, sizeof *job->pieces, &tuple, &count);
     if (job->pieces == NULL) {
         return -1;
     }
@@ -283,10 +295,10 @@ tensor_from(struct export_job *job, PyObject *item, struct dcp_export_tensor *te
 int
 export_job_tensors(struct export_job *job, PyObject *object)
 {
-    PyObject *tuple = hold_tuple(job, object);
-    Py_ssize_t count = tuple == NULL ? 0 : PyTuple_GET_SIZE(tuple);
+    PyObject *tuple;
+    Py_ssize_t count;
 
-    job->tensors = tuple == NULL ? NULL : export_job_take(job, count, sizeof *job->tensors);
+    job->tensors = take_array(job, object, sizeof *job->tensors, &tuple, &count);
     if (job->tensors == NULL) {
         return -1;
     }

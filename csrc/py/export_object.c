@@ -58,16 +58,9 @@ static PyObject *
 finish(PyObject *module, PyObject *capsule, struct export_job *job, native_fn fn)
 {
     struct module_state *state = PyModule_GetState(module);
-    PyObject *pending = NULL, *result = NULL;
-    struct dcp_error err;
-    int rc = 0;
+    PyObject *result = NULL;
 
-    dcp_error_clear(&err);
-    if (native_run(capsule, fn, job, &job->cancel, &pending, &rc, &err) != 0 || pending != NULL) {
-        (void)native_raise_pending(&pending);
-    } else if (rc != 0) {
-        native_set_error(state->error_class, &err);
-    } else {
+    if (native_run_or_raise(capsule, fn, job, &job->cancel, NULL, state->error_class) == 0) {
         const struct dcp_export_stats *stats = &job->stats;
         result = Py_BuildValue("{sK sK sK sK sK sK sK sK}", "payload_bytes", stats->payload_bytes,
                                "direct_bytes", stats->direct_bytes, "requests",
@@ -246,8 +239,7 @@ module_publish(PyObject *module, PyObject *args, PyObject *kwargs)
         if (PyList_Append(job->held, index) != 0) {
             return give_up(capsule);
         }
-        job->publication.index = (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(index),
-                                                   (size_t)PyBytes_GET_SIZE(index)};
+        job->publication.index = native_span(index);
     }
     if (index_name != Py_None &&
         ((job->publication.index_name = export_job_path(job, index_name)) == NULL ||

@@ -13,6 +13,8 @@
  */
 #include "load_receive.h"
 
+#include "native_run.h"
+
 /* An overlap of which a part has come. */
 struct open_overlap {
     uint64_t chunk, target;
@@ -68,19 +70,7 @@ load_receiver_clean_up(struct load_receiver *self)
 static void
 keep_error(struct load_receiver *self)
 {
-    PyObject *type, *value, *traceback;
-
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (self->error == NULL && value != NULL) {
-        if (traceback != NULL) {
-            PyException_SetTraceback(value, traceback);
-        }
-        self->error = Py_NewRef(value);
-    }
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
+    native_keep_pending(&self->error);
     atomic_store(self->cancel, 1);
 }
 

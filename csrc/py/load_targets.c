@@ -180,16 +180,14 @@ add_target(struct load_builder *b, uint8_t *data, const int64_t *strides_bytes,
     return PyList_Append(targets->tensors, tensor);
 }
 
-/* 0 and the strides in `unit_bytes` per element (NULL when row major), or -1. */
-static int
-strides_of(struct load_builder *b, const struct dcp_tensor_view *view, uint32_t unit_bytes,
-           const int64_t **ret)
+int
+load_strides(struct dcp_bump *bump, const struct dcp_tensor_view *view, uint32_t unit_bytes,
+             const int64_t **ret)
 {
     int64_t *strides = NULL;
 
     if (!(view->flags & DCP_TENSOR_CONTIGUOUS)) {
-        strides =
-            dcp_bump_alloc(&b->targets->strides, view->ndim * sizeof(int64_t), sizeof(int64_t));
+        strides = dcp_bump_alloc(bump, view->ndim * sizeof(int64_t), sizeof(int64_t));
         if (strides == NULL) {
             PyErr_NoMemory();
             return -1;
@@ -232,7 +230,7 @@ add_memory(struct load_builder *b, const struct dcp_tensor_view *view, uint8_t *
     const int64_t *strides;
     uint64_t target;
 
-    if (strides_of(b, view, view->item_bytes, &strides) != 0 ||
+    if (load_strides(&b->targets->strides, view, view->item_bytes, &strides) != 0 ||
         add_target(b, data, strides, offsets, sizes, tensor, &target) != 0) {
         return -1;
     }
@@ -257,7 +255,7 @@ add_copy(struct load_builder *b, enum dcp_tensor_class tensor_class,
     int rc = dest == NULL ? -1 : 0;
 
     if (rc == 0 && in_pieces) {
-        rc = strides_of(b, view, 1, &strides);
+        rc = load_strides(&b->targets->strides, view, 1, &strides);
     }
     if (rc == 0) {
         rc = add_target(b, NULL, strides, offsets, sizes, dest, &target);

@@ -67,6 +67,9 @@ int load_targets_build(struct native_state *state, const struct dcp_metadata *md
 /* Idempotent; needs the GIL. */
 void load_targets_clean_up(struct load_targets *targets);
 
+/* 0 and the strides in `unit_bytes` per element (NULL when row major), from `bump`; or -1. */
+int load_strides(struct dcp_bump *bump, const struct dcp_tensor_view *view, uint32_t unit_bytes,
+                 const int64_t **ret);
 /* Whether the reader can write a tensor's memory itself, of elements saved as `saved_dtype`. */
 bool load_is_memory(enum dcp_tensor_class tensor_class, const struct dcp_tensor_view *view,
                     int saved_dtype);

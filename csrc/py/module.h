@@ -38,6 +38,14 @@ struct group_object {
 /* NULL with an exception when the group is not usable in this process. */
 struct dcp_group *group_object_get(PyObject *group);
 
+/* Borrows a bytes object. */
+static inline struct dcp_span
+native_span(PyObject *bytes)
+{
+    return (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(bytes),
+                             (size_t)PyBytes_GET_SIZE(bytes)};
+}
+
 /* Fills `ret` from a bytes object or None; borrows the bytes.  -1 with an exception. */
 int failure_from_python(PyObject *record, struct dcp_failure *ret, bool *ret_given);
 

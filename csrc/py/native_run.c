@@ -7,6 +7,8 @@
  */
 #include "native_run.h"
 
+#include "errors.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -133,22 +135,6 @@ thread_end(pthread_t thread)
     }
 }
 
-/* Moves the handler's exception to *pending, or drops it when one is there already. */
-static void
-keep_interrupt(PyObject **pending)
-{
-    PyObject *type, *value, *traceback;
-
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (*pending == NULL && value != NULL) {
-        *pending = Py_NewRef(value);
-    }
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
-}
-
 int
 native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObject **pending,
            int *ret_rc, struct dcp_error *ret_err)
@@ -176,7 +162,7 @@ native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObje
         if (PyErr_CheckSignals() != 0) {
             interrupts++;
             atomic_store(cancel, 1);
-            keep_interrupt(pending);
+            native_keep_pending(pending);
         }
         if ((interrupts > 1 || grace_ms > INTERRUPT_GRACE_MS) && job_abandon(job)) {
             pthread_detach(thread);
@@ -200,4 +186,44 @@ native_raise_pending(PyObject **pending)
     PyErr_SetObject((PyObject *)Py_TYPE(*pending), *pending);
     Py_CLEAR(*pending);
     return -1;
+}
+
+void
+native_keep_pending(PyObject **pending)
+{
+    PyObject *type, *value, *traceback;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (*pending == NULL && value != NULL) {
+        if (traceback != NULL) {
+            PyException_SetTraceback(value, traceback);
+        }
+        *pending = Py_NewRef(value);
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+int
+native_run_or_raise(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, PyObject **own,
+                    PyObject *error_class)
+{
+    PyObject *pending = NULL;
+    struct dcp_error err;
+    int rc = 0;
+
+    dcp_error_clear(&err);
+    if (native_run(owner, fn, self, cancel, &pending, &rc, &err) != 0 || pending != NULL) {
+        return native_raise_pending(&pending);
+    }
+    if (own != NULL && native_raise_pending(own) != 0) {
+        return -1;
+    }
+    if (rc != 0) {
+        native_set_error(error_class, &err);
+        return -1;
+    }
+    return 0;
 }

@@ -29,4 +29,12 @@ int native_run(PyObject *owner, native_fn fn, void *self, atomic_int *cancel, Py
 /* Raises what native_run left in *pending and forgets it: -1; 0 when there is nothing. */
 int native_raise_pending(PyObject **pending);
 
+/* Moves the exception that is set to *pending, with its traceback; drops it when one is there. */
+void native_keep_pending(PyObject **pending);
+
+/* For calls that no other rank waits for: 0, or -1 with an exception: the interrupt's, the one in
+ * *own (NULL: there is none) that a callback of fn kept, or what fn's error stands for. */
+int native_run_or_raise(PyObject *owner, native_fn fn, void *self, atomic_int *cancel,
+                        PyObject **own, PyObject *error_class);
+
 #endif

@@ -230,28 +230,6 @@ describe(struct records_job *job, const struct native_state *state, PyObject *fi
 
 /* ---- targets ---- */
 
-/* Strides in bytes, NULL when row major; -1 with an exception. */
-static int
-strides_of(struct records_job *job, const struct dcp_tensor_view *view, const int64_t **ret)
-{
-    int64_t *strides;
-
-    *ret = NULL;
-    if (view->flags & DCP_TENSOR_CONTIGUOUS) {
-        return 0;
-    }
-    strides = dcp_bump_alloc(&job->strides, view->ndim * sizeof *strides, sizeof *strides);
-    if (strides == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (uint32_t d = 0; d < view->ndim; d++) {
-        strides[d] = view->strides[d] * (int64_t)view->item_bytes;
-    }
-    *ret = strides;
-    return 0;
-}
-
 /* The box must be as large as the tensor that is to hold it. */
 static bool
 has_sizes(const struct dcp_tensor_view *view, const uint64_t *sizes, uint32_t ndim)
@@ -331,7 +309,7 @@ add_target(struct records_job *job, const struct module_state *state, uint64_t i
                          PyTuple_GET_ITEM(item, FIELD_FQN));
             return -1;
         }
-        if (!quantised && strides_of(job, &view, &strides) != 0) {
+        if (!quantised && load_strides(&job->strides, &view, view.item_bytes, &strides) != 0) {
             return -1;
         }
     }
@@ -371,21 +349,6 @@ plan_reads(struct records_job *job, const struct module_state *state)
 
 /* ---- reading ---- */
 
-static void
-keep_error(struct records_job *job)
-{
-    PyObject *type, *value, *traceback;
-
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_NormalizeException(&type, &value, &traceback);
-    if (job->error == NULL && value != NULL) {
-        job->error = Py_NewRef(value);
-    }
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
-}
-
 static int
 take_record(void *ctx, const struct dcp_read_plan *plan, const struct dcp_read_item *item,
             const uint8_t *bytes, size_t len, struct dcp_error *err)
@@ -400,7 +363,7 @@ take_record(void *ctx, const struct dcp_read_plan *plan, const struct dcp_read_i
             job->take, "KO", (unsigned long long)plan->targets[item->target].entry, record);
     }
     if (result == NULL) {
-        keep_error(job);
+        native_keep_pending(&job->error);
     }
     Py_XDECREF(result);
     Py_XDECREF(record);
@@ -449,11 +412,10 @@ module_read_records(PyObject *module, PyObject *args, PyObject *kwargs)
     struct module_state *state = PyModule_GetState(module);
     struct records_job *job = PyMem_Calloc(1, sizeof *job);
     PyObject *capsule = job == NULL ? NULL : PyCapsule_New(job, NULL, job_free);
-    PyObject *files, *items, *take, *pending = NULL, *result = NULL;
+    PyObject *files, *items, *take, *result = NULL;
     const char *saves = "";
     Py_ssize_t saves_len = 0;
-    int verify = 1, direct = DCP_DIRECT_AUTO, raw = 0, rc = 0;
-    struct dcp_error err;
+    int verify = 1, direct = DCP_DIRECT_AUTO, raw = 0;
 
     if (capsule == NULL) {
         PyMem_Free(job);
@@ -477,14 +439,8 @@ module_read_records(PyObject *module, PyObject *args, PyObject *kwargs)
         plan_reads(job, state) != 0) {
         goto done;
     }
-    if (native_run(capsule, job_run, job, &job->cancel, &pending, &rc, &err) != 0 ||
-        pending != NULL) {
-        (void)native_raise_pending(&pending);
-    } else if (job->error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(job->error), job->error);
-    } else if (rc != 0) {
-        native_set_error(state->error_class, &err);
-    } else {
+    if (native_run_or_raise(capsule, job_run, job, &job->cancel, &job->error, state->error_class) ==
+        0) {
         result = stats_of(&job->stats);
     }
 done:
@@ -539,26 +495,15 @@ static PyObject *
 module_save_ids(PyObject *module, PyObject *image)
 {
     struct dcp_metadata md = {0};
-    struct dcp_save_id id;
-    PyObject *result = NULL;
+    PyObject *result;
     char *bytes;
     Py_ssize_t len;
-    int rc = -1;
 
     (void)module;
     if (PyBytes_AsStringAndSize(image, &bytes, &len) != 0) {
         return NULL;
     }
-    if (dcp_metadata_peek_save_id((const uint8_t *)bytes, (size_t)len, &id)) {
-        Py_BEGIN_ALLOW_THREADS rc =
-            dcp_metadata_read((const uint8_t *)bytes, (size_t)len, &md, NULL);
-        Py_END_ALLOW_THREADS
-    }
-    if (rc == DCP_E_UNSUPPORTED) { /* a planner's pickle: nothing was linked */
-        return PyBytes_FromStringAndSize((const char *)&id, sizeof id);
-    }
-    if (rc != 0 || !md.is_native) {
-        dcp_metadata_clean_up(&md);
+    if (dcp_metadata_read_ids((const uint8_t *)bytes, (size_t)len, &md, NULL) != 0) {
         return PyBytes_FromStringAndSize(NULL, 0);
     }
     result = PyBytes_FromStringAndSize(

@@ -76,32 +76,36 @@ own_block(struct save_builder *b, uint8_t *block)
     return 0;
 }
 
-int
-save_add_object(struct save_builder *b, PyObject *object)
+/* Adds an object whose record is `block`, which it takes. */
+static int
+add_object_block(struct save_builder *b, uint8_t *block, uint64_t len)
 {
-    struct dcp_item item = {.name = b->name, .kind = DCP_ITEM_BYTES};
+    struct dcp_item item = {.name = b->name, .kind = DCP_ITEM_BYTES, .slot_bytes = len};
     struct save_box box = {0};
-    struct dcp_source source = {0};
-    uint8_t *block;
+    struct dcp_source source = {.data = block};
 
-    if (save_record_object(b->state, object, &block, &item.slot_bytes) != 0) {
-        return -1;
-    }
-    source.data = block;
     if (own_block(b, block) != 0) {
         return -1;
     }
     b->items->objects_count++;
-    b->items->objects_bytes += item.slot_bytes;
+    b->items->objects_bytes += len;
     return save_add_item(b, &item, &box, &source);
+}
+
+int
+save_add_object(struct save_builder *b, PyObject *object)
+{
+    uint8_t *block;
+    uint64_t slot_bytes;
+
+    return save_record_object(b->state, object, &block, &slot_bytes) != 0
+               ? -1
+               : add_object_block(b, block, slot_bytes);
 }
 
 int
 save_add_bytes(struct save_builder *b, const void *bytes, size_t len)
 {
-    struct dcp_item item = {.name = b->name, .kind = DCP_ITEM_BYTES, .slot_bytes = len};
-    struct save_box box = {0};
-    struct dcp_source source = {0};
     uint8_t *block = dcp_malloc(len);
 
     if (block == NULL) {
@@ -109,13 +113,7 @@ save_add_bytes(struct save_builder *b, const void *bytes, size_t len)
         return -1;
     }
     memcpy(block, bytes, len);
-    source.data = block;
-    if (own_block(b, block) != 0) {
-        return -1;
-    }
-    b->items->objects_count++;
-    b->items->objects_bytes += len;
-    return save_add_item(b, &item, &box, &source);
+    return add_object_block(b, block, len);
 }
 
 /* ---- tensors to bytes ---- */

@@ -2,7 +2,7 @@
  * save_outside.c: _native.Save with a planner of the program's own (csrc/core/save_outside.c).
  *
  * After an agree() whose info says `planned_outside`, and not with use_collectives=False:
- *     gather(bytes) -> scatter(list) -> add_items -> places -> gather(bytes) -> [set_metadata]
+ *     gather(bytes) -> scatter(tuple) -> add_items -> places -> gather(bytes) -> [set_metadata]
  *     -> settle(failure)
  * gather, scatter and settle are collective; a rank that failed gives b"" and None on the way and
  * its failure in the end.  leave does what is left of them.
@@ -32,13 +32,6 @@ save_exchange_clean_up(struct save_exchange *exchange)
     dcp_buf_clean_up(&exchange->part);
     Py_CLEAR(exchange->sent);
     *exchange = (struct save_exchange){0};
-}
-
-static struct dcp_span
-span_of(PyObject *bytes)
-{
-    return (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(bytes),
-                             (size_t)PyBytes_GET_SIZE(bytes)};
 }
 
 static uint32_t
@@ -115,7 +108,7 @@ save_gather(PyObject *object, PyObject *message)
     }
     self->phase = PHASE_OVER;
     Py_XSETREF(self->exchange.sent, Py_NewRef(message));
-    self->exchange.mine = span_of(message);
+    self->exchange.mine = native_span(message);
     if (save_run_step(object, step_gather, true, &rc) != 0) {
         return NULL;
     }
@@ -123,10 +116,10 @@ save_gather(PyObject *object, PyObject *message)
     return received_as_list(self);
 }
 
-const char save_scatter_doc[] =
-    "scatter(parts, /)\n--\n\n"
-    "Collective: the coordinator's list of bytes, one for each rank; None: it has nothing to give. "
-    " This rank's part.";
+const char save_scatter_doc[] = "scatter(parts, /)\n--\n\n"
+                                "Collective: the coordinator's tuple of bytes, one for each rank; "
+                                "None: it has nothing to give. "
+                                " This rank's part.";
 
 static int
 step_scatter(void *arg, struct dcp_error *err)
@@ -164,7 +157,7 @@ fill_parts(struct save_object *self, PyObject *parts)
             PyErr_SetString(PyExc_TypeError, "scatter() takes bytes");
             return -1;
         }
-        spans[i] = span_of(part);
+        spans[i] = native_span(part);
     }
     return 0;
 }
@@ -290,7 +283,7 @@ save_set_metadata(PyObject *object, PyObject *pickle)
         return NULL;
     }
     Py_XSETREF(self->exchange.sent, Py_NewRef(pickle));
-    self->exchange.mine = span_of(pickle);
+    self->exchange.mine = native_span(pickle);
     return save_run_here(object, step_set_metadata) < 0 ? NULL : Py_NewRef(Py_None);
 }
 

@@ -144,13 +144,6 @@ result_of(const struct dcp_verify_result *result)
         result->replaced_count, "wall_ns", result->wall_ns);
 }
 
-static struct dcp_span
-span_of(PyObject *bytes)
-{
-    return (struct dcp_span){(const uint8_t *)PyBytes_AS_STRING(bytes),
-                             (size_t)PyBytes_GET_SIZE(bytes)};
-}
-
 /* Pairs of bytes, which the job keeps. */
 static int
 take_translations(struct verify_job *job, PyObject *pairs)
@@ -173,8 +166,8 @@ take_translations(struct verify_job *job, PyObject *pairs)
             PyErr_SetString(PyExc_TypeError, "translations must be pairs of bytes");
             return -1;
         }
-        taken[i].original = span_of(PyTuple_GET_ITEM(pair, 0));
-        taken[i].translated = span_of(PyTuple_GET_ITEM(pair, 1));
+        taken[i].original = native_span(PyTuple_GET_ITEM(pair, 0));
+        taken[i].translated = native_span(PyTuple_GET_ITEM(pair, 1));
     }
     return 0;
 }
@@ -190,12 +183,11 @@ module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
     static char *names[] = {"path", "level", "direct",       "problems_most",
                             "part", "parts", "translations", NULL};
     struct module_state *state = PyModule_GetState(module);
-    PyObject *translations = NULL, *pending = NULL, *result = NULL;
-    int level = DCP_VERIFY_FULL, direct = DCP_DIRECT_AUTO, rc = 0;
+    PyObject *translations = NULL, *result = NULL;
+    int level = DCP_VERIFY_FULL, direct = DCP_DIRECT_AUTO;
     unsigned int most = DCP_VERIFY_PROBLEMS, part = 0, parts = 0;
     struct verify_job *job = PyMem_Calloc(1, sizeof *job);
     PyObject *capsule = job == NULL ? NULL : PyCapsule_New(job, NULL, job_free);
-    struct dcp_error err;
 
     if (capsule == NULL) {
         PyMem_Free(job);
@@ -214,12 +206,7 @@ module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
     job->options.part = part;
     job->options.parts = parts;
     job->options.cancel = &job->cancel;
-    if (native_run(capsule, job_run, job, &job->cancel, &pending, &rc, &err) != 0 ||
-        pending != NULL) {
-        (void)native_raise_pending(&pending);
-    } else if (rc != 0) {
-        native_set_error(state->error_class, &err);
-    } else {
+    if (native_run_or_raise(capsule, job_run, job, &job->cancel, NULL, state->error_class) == 0) {
         result = result_of(&job->result);
     }
     Py_DECREF(capsule);

@@ -11,7 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from client import asked, batches, digest, model, rank, say
+from client import asked, batches, digest, model, say
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torchtitan.components.checkpointer.dcp import CheckpointManager
@@ -105,8 +105,6 @@ def main() -> None:
         }
     say(**facts)
     dist.barrier()
-    if rank() == 0 and what == "save":
-        print(sorted(os.listdir(path)))
     checkpoints.close()
     dist.destroy_process_group()
 

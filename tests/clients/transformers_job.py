@@ -10,6 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 from client import asked, digest, rank, say
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,14 +46,15 @@ def main() -> None:
             optimizer.zero_grad()
         _save_model_checkpoint_distributed(net, weights)
         save_optimizer_distributed(net, optimizer, states)
+        trained = digest(get_model_state_dict(net))
         if rank() == 0:
             consolidate_distributed_checkpoint(weights, os.path.join(path, "whole"))
             again = LlamaForCausalLM(config)
-            from safetensors.torch import load_file
-
             again.load_state_dict(
                 load_file(os.path.join(path, "whole", "model-00001-of-00001.safetensors"))
             )
+            if digest(again.state_dict()) != trained:
+                raise AssertionError("the consolidated file does not hold what was saved")
         dist.barrier()
     else:
         _load_model_checkpoint_distributed(net, weights)

@@ -12,10 +12,14 @@
 #include <string.h>
 
 #include "fake_gpu.h"
+#include "kernels_host.h"
+
+#define BELOW_MAX 16
 
 static char contexts[DCP_FAKE_DEVICES];
 static char absent_text[256] = "operation not supported";
-static __thread void *current_context;
+static __thread int below[BELOW_MAX];
+static __thread int below_count;
 
 void
 fake_host_call_run(void *data)
@@ -41,6 +45,7 @@ static const struct {
     {FAKE_OK, "cudaSuccess", "no error"},
     {FAKE_INVALID_VALUE, "cudaErrorInvalidValue", "invalid argument"},
     {FAKE_NO_MEMORY, "cudaErrorMemoryAllocation", "out of memory"},
+    {FAKE_FORKED, "cudaErrorInitializationError", "initialization error"},
     {100, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
     {FAKE_INVALID_DEVICE, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {FAKE_INVALID_HANDLE, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
@@ -91,8 +96,9 @@ fake_attribute(int attribute)
         return 4;
     case 75: /* compute capability */
         return 9;
-    case 41: /* unified addressing */
-    case 99: /* memory of the host can be registered */
+    case 41:  /* unified addressing */
+    case 115: /* memory pools */
+    case 99:  /* memory of the host can be registered */
         return 1;
     default:
         return 0;
@@ -180,16 +186,15 @@ cuDevicePrimaryCtxRelease_v2(int device)
     return FAKE_OK;
 }
 
-/* The runtime's current device and the driver's current context are one thing. */
+/* The runtime's current device and the driver's current context are one thing: what lies below it
+ * on the driver's stack is kept here. */
 int
 cuCtxGetCurrent(void **context)
 {
     int device = *fake_current_device();
 
     ENTER();
-    *context = current_context != NULL    ? current_context
-               : fake_has_context(device) ? &contexts[device]
-                                          : NULL;
+    *context = fake_has_context(device) ? &contexts[device] : NULL;
     return FAKE_OK;
 }
 
@@ -197,10 +202,35 @@ int
 cuCtxSetCurrent(void *context)
 {
     ENTER();
-    current_context = context;
     if (context != NULL) {
         *fake_current_device() = (int)((char *)context - contexts);
     }
+    return FAKE_OK;
+}
+
+int
+cuCtxPushCurrent_v2(void *context)
+{
+    ENTER();
+    if (context == NULL || below_count == BELOW_MAX) {
+        return FAKE_INVALID_VALUE;
+    }
+    below[below_count++] = *fake_current_device();
+    *fake_current_device() = (int)((char *)context - contexts);
+    return FAKE_OK;
+}
+
+int
+cuCtxPopCurrent_v2(void **context)
+{
+    ENTER();
+    if (below_count == 0) {
+        return FAKE_INVALID_VALUE;
+    }
+    if (context != NULL) {
+        *context = &contexts[*fake_current_device()];
+    }
+    *fake_current_device() = below[--below_count];
     return FAKE_OK;
 }
 
@@ -282,6 +312,101 @@ cuLogsUnregisterCallback(void *handle)
     (void)handle;
     return FAKE_OK;
 }
+
+/* ---- our kernels, run by the thread of their stream on the host ---- */
+
+struct launch {
+    char name[64];
+    unsigned grid, block;
+    union {
+        struct dcp_kernel_move move;
+        struct dcp_kernel_checksum checksum;
+    } params;
+};
+
+static char module;
+static const char *const kernel_names[] = {DCP_KERNEL_PACK, DCP_KERNEL_UNPACK, DCP_KERNEL_CHECKSUM};
+
+/* Any image will do: the code that runs is the host's. */
+int
+cuModuleLoadData(void **ret_module, const void *image)
+{
+    int code;
+
+    ENTER();
+    code = fake_context(*fake_current_device());
+    if (code != FAKE_OK || image == NULL) {
+        return code != FAKE_OK ? code : FAKE_INVALID_VALUE;
+    }
+    *ret_module = &module;
+    return FAKE_OK;
+}
+
+int
+cuModuleUnload(void *handle)
+{
+    ENTER();
+    return handle == &module ? FAKE_OK : FAKE_INVALID_HANDLE;
+}
+
+int
+cuModuleGetFunction(const void **function, void *handle, const char *name)
+{
+    ENTER();
+    (void)handle;
+    for (size_t i = 0; i < sizeof(kernel_names) / sizeof(*kernel_names); i++) {
+        if (strcmp(kernel_names[i], name) == 0) {
+            *function = kernel_names[i];
+            return FAKE_OK;
+        }
+    }
+    return FAKE_NOT_FOUND;
+}
+
+static void
+run_launch(void *data)
+{
+    struct launch *launch = data;
+    void *params[] = {&launch->params};
+
+    if (!dcp_kernel_run_on_host(launch->name, launch->grid, launch->block, params)) {
+        abort(); /* cuModuleGetFunction gave no such name */
+    }
+}
+
+int
+cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+               unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+               void *handle, void **params, void **extra)
+{
+    struct launch launch = {.grid = grid_x, .block = block_x};
+    struct fake_stream *stream;
+    int code;
+
+    ENTER();
+    (void)shared_bytes;
+    if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || grid_x == 0 || block_x == 0 ||
+        block_x > 1024 || extra != NULL) {
+        return FAKE_INVALID_VALUE;
+    }
+    code = fake_stream_find(handle, &stream);
+    if (code != FAKE_OK) {
+        return code;
+    }
+    if (fake_stream_device(stream) != *fake_current_device()) {
+        return FAKE_INVALID_HANDLE; /* as the driver has it: the stream is of the current context */
+    }
+    (void)snprintf(launch.name, sizeof(launch.name), "%s", (const char *)function);
+    if (strcmp(launch.name, DCP_KERNEL_CHECKSUM) == 0) {
+        memcpy(&launch.params, params[0], sizeof(launch.params.checksum));
+    } else {
+        memcpy(&launch.params, params[0], sizeof(launch.params.move));
+    }
+    fake_count("kernels", 1);
+    return fake_call(stream, run_launch, &launch, sizeof(launch));
+}
+
+/* ---- finding functions ---- */
 
 static int
 absent_function(void)

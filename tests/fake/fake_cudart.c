@@ -2,6 +2,8 @@
  * fake_cudart.c: libcudart.so.13 for tests: the functions that torch 2.14 and this package call,
  * over fake_gpu.h.
  *
+ * Streams and events are in fake_cudart_stream.c.
+ *
  * Preloaded, it is found under the real soname, so that nothing is patched.  What torch links to
  * and no test needs (graphs, memory pools, kernels, ...) is in fake_cudart_absent.c and answers
  * "not supported".  Prototypes are written out here, since the headers of the toolkit may be
@@ -11,18 +13,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fake_cuda.h"
-#include "fake_gpu.h"
+#include "fake_cudart.h"
 
 #define VERSION 13000
 #define COPY_DEFAULT 4
-#define EVENT_MAGIC 0x45564e54u
 
 static __thread int last_error;
 
 /* What every function ends with: the runtime remembers the last error of a thread. */
-static int
-done(int code)
+int
+fake_done(int code)
 {
     if (code != FAKE_OK) {
         last_error = code;
@@ -33,28 +33,8 @@ done(int code)
 int
 fake_refuse(const char *name)
 {
-    return done(fake_absent(name));
+    return fake_done(fake_absent(name));
 }
-
-/* Counted, and failed where a test wants it. */
-#define ENTER()                                                                                    \
-    do {                                                                                           \
-        int code_ = fake_enter(__func__);                                                          \
-        if (code_ != FAKE_OK) {                                                                    \
-            return done(code_);                                                                    \
-        }                                                                                          \
-    } while (0)
-
-/* The same for what needs a context on the current device, and so creates it. */
-#define ENTER_CONTEXT()                                                                            \
-    do {                                                                                           \
-        int dead_;                                                                                 \
-        ENTER();                                                                                   \
-        dead_ = fake_context(*fake_current_device());                                              \
-        if (dead_ != FAKE_OK) {                                                                    \
-            return done(dead_);                                                                    \
-        }                                                                                          \
-    } while (0)
 
 /* ---- errors, versions ---- */
 
@@ -108,7 +88,7 @@ cudaGetDeviceCount(int *count)
 {
     ENTER();
     *count = fake_device_count();
-    return done(*count > 0 ? FAKE_OK : 100); /* cudaErrorNoDevice */
+    return fake_done(*count > 0 ? FAKE_OK : 100); /* cudaErrorNoDevice */
 }
 
 int
@@ -130,7 +110,7 @@ cudaSetDevice(int device)
     if (code == FAKE_OK) {
         *fake_current_device() = device;
     }
-    return done(code);
+    return fake_done(code);
 }
 
 /* The start of cudaDeviceProp of CUDA 13, as far as torch reads it, and room for the rest. */
@@ -157,7 +137,7 @@ cudaGetDeviceProperties(void *ret, int device)
 
     ENTER();
     if (device < 0 || device >= fake_device_count()) {
-        return done(FAKE_INVALID_DEVICE);
+        return fake_done(FAKE_INVALID_DEVICE);
     }
     made.uuid[0] = (char)(device + 1);
     made.memory_bytes = fake_device_bytes();
@@ -209,7 +189,7 @@ int
 cudaDeviceSynchronize(void)
 {
     ENTER_CONTEXT();
-    return done(fake_device_wait(*fake_current_device()));
+    return fake_done(fake_device_wait(*fake_current_device()));
 }
 
 int
@@ -236,30 +216,42 @@ int
 cudaMalloc(void **memory, size_t bytes)
 {
     ENTER_CONTEXT();
-    return done(fake_allocate(*fake_current_device(), bytes, memory));
+    return fake_done(fake_allocate(*fake_current_device(), bytes, memory));
 }
 
 int
 cudaFree(void *memory)
 {
     ENTER_CONTEXT();
-    return done(fake_free(memory, FAKE_MEMORY_DEVICE));
+    return fake_done(fake_free(memory, FAKE_MEMORY_DEVICE));
 }
 
 int
 cudaMallocAsync(void **memory, size_t bytes, void *stream)
 {
-    ENTER_CONTEXT();
-    (void)stream;
-    return done(fake_allocate(*fake_current_device(), bytes, memory));
+    struct fake_stream *on;
+    int code;
+
+    ENTER();
+    code = fake_stream_find(stream, &on);
+    return fake_done(code != FAKE_OK ? code : fake_allocate(fake_stream_device(on), bytes, memory));
+}
+
+static void
+free_now(void *memory)
+{
+    (void)fake_forget(*(void **)memory, FAKE_MEMORY_DEVICE);
 }
 
 int
 cudaFreeAsync(void *memory, void *stream)
 {
-    ENTER_CONTEXT();
-    (void)stream;
-    return done(fake_free(memory, FAKE_MEMORY_DEVICE));
+    struct fake_stream *on;
+    int code;
+
+    ENTER();
+    code = fake_stream_find(stream, &on);
+    return fake_done(code != FAKE_OK ? code : fake_call(on, free_now, &memory, sizeof(memory)));
 }
 
 int
@@ -267,21 +259,21 @@ cudaHostAlloc(void **memory, size_t bytes, unsigned flags)
 {
     ENTER_CONTEXT();
     (void)flags;
-    return done(fake_allocate_pinned(bytes, memory));
+    return fake_done(fake_allocate_pinned(bytes, memory));
 }
 
 int
 cudaMallocHost(void **memory, size_t bytes)
 {
     ENTER_CONTEXT();
-    return done(fake_allocate_pinned(bytes, memory));
+    return fake_done(fake_allocate_pinned(bytes, memory));
 }
 
 int
 cudaFreeHost(void *memory)
 {
     ENTER();
-    return done(fake_free(memory, FAKE_MEMORY_PINNED));
+    return fake_done(fake_free(memory, FAKE_MEMORY_PINNED));
 }
 
 int
@@ -289,14 +281,14 @@ cudaHostRegister(void *memory, size_t bytes, unsigned flags)
 {
     ENTER_CONTEXT();
     (void)flags;
-    return done(fake_pin(memory, bytes));
+    return fake_done(fake_pin(memory, bytes));
 }
 
 int
 cudaHostUnregister(void *memory)
 {
     ENTER();
-    return done(fake_unpin(memory));
+    return fake_done(fake_unpin(memory));
 }
 
 int
@@ -307,7 +299,7 @@ cudaHostGetDevicePointer(void **device, void *host, unsigned flags)
     ENTER_CONTEXT();
     (void)flags;
     if (!fake_range_of(host, &range) || range.kind != FAKE_MEMORY_PINNED) {
-        return done(FAKE_INVALID_VALUE);
+        return fake_done(FAKE_INVALID_VALUE);
     }
     *device = host;
     return FAKE_OK;
@@ -345,7 +337,7 @@ cudaMemcpyAsync(void *dst, const void *src, size_t bytes, int kind, void *handle
     ENTER();
     (void)kind;
     code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code : fake_copy(dst, src, bytes, stream));
+    return fake_done(code != FAKE_OK ? code : fake_copy(dst, src, bytes, stream));
 }
 
 int
@@ -367,7 +359,7 @@ cudaMemcpy(void *dst, const void *src, size_t bytes, int kind)
     (void)kind;
     code = fake_stream_find(NULL, &stream);
     code = code != FAKE_OK ? code : fake_copy(dst, src, bytes, stream);
-    return done(code != FAKE_OK ? code : fake_stream_wait(stream));
+    return fake_done(code != FAKE_OK ? code : fake_stream_wait(stream));
 }
 
 int
@@ -378,278 +370,13 @@ cudaMemsetAsync(void *dst, int value, size_t bytes, void *handle)
 
     ENTER();
     code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code : fake_fill(dst, value, bytes, stream));
+    return fake_done(code != FAKE_OK ? code : fake_fill(dst, value, bytes, stream));
 }
 
 int
 cudaMemset(void *dst, int value, size_t bytes)
 {
     return cudaMemsetAsync(dst, value, bytes, NULL);
-}
-
-/* ---- streams ---- */
-
-int
-cudaStreamCreateWithPriority(void **stream, unsigned flags, int priority)
-{
-    ENTER_CONTEXT();
-    (void)priority;
-    return done(fake_stream_new((flags & 1) == 0, (struct fake_stream **)stream));
-}
-
-int
-cudaStreamCreateWithFlags(void **stream, unsigned flags)
-{
-    return cudaStreamCreateWithPriority(stream, flags, 0);
-}
-
-int
-cudaStreamCreate(void **stream)
-{
-    return cudaStreamCreateWithPriority(stream, 0, 0);
-}
-
-int
-cudaStreamDestroy(void *handle)
-{
-    struct fake_stream *stream;
-
-    ENTER();
-    return done(fake_stream_find(handle, &stream)); /* what it was given still runs */
-}
-
-int
-cudaStreamSynchronize(void *handle)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code : fake_stream_wait(stream));
-}
-
-int
-cudaStreamQuery(void *handle)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code : fake_stream_done(stream) ? FAKE_OK : FAKE_NOT_READY);
-}
-
-int
-cudaStreamGetPriority(void *handle, int *priority)
-{
-    ENTER();
-    (void)handle;
-    *priority = 0;
-    return FAKE_OK;
-}
-
-int
-cudaStreamGetDevice(void *handle, int *device)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    code = fake_stream_find(handle, &stream);
-    if (code == FAKE_OK) {
-        *device = fake_stream_device(stream);
-    }
-    return done(code);
-}
-
-int
-cudaLaunchHostFunc(void *handle, void (*fn)(void *), void *arg)
-{
-    struct fake_host_call call = {.fn = fn, .arg = arg};
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code
-                                : fake_call(stream, fake_host_call_run, &call, sizeof(call)));
-}
-
-/* ---- events ---- */
-
-int
-cudaEventCreateWithFlags(void **event, unsigned flags)
-{
-    struct fake_event *made;
-
-    ENTER_CONTEXT();
-    (void)flags;
-    made = calloc(1, sizeof(*made));
-    if (made == NULL) {
-        return done(FAKE_NO_MEMORY);
-    }
-    made->magic = EVENT_MAGIC;
-    *event = made;
-    return FAKE_OK;
-}
-
-int
-cudaEventCreate(void **event)
-{
-    return cudaEventCreateWithFlags(event, 0);
-}
-
-int
-cudaEventDestroy(void *handle)
-{
-    struct fake_event *event = handle;
-
-    ENTER();
-    if (event == NULL || event->magic != EVENT_MAGIC) {
-        return done(FAKE_INVALID_HANDLE);
-    }
-    event->magic = 0;
-    free(event);
-    return FAKE_OK;
-}
-
-int
-cudaEventRecordWithFlags(void *event, void *handle, unsigned flags)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    (void)flags;
-    code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code : fake_record(event, stream));
-}
-
-int
-cudaEventRecord(void *event, void *handle)
-{
-    return cudaEventRecordWithFlags(event, handle, 0);
-}
-
-int
-cudaStreamWaitEvent(void *handle, void *event, unsigned flags)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    (void)flags;
-    code = fake_stream_find(handle, &stream);
-    return done(code != FAKE_OK ? code : fake_wait_event(stream, event));
-}
-
-static int
-event_state(const struct fake_event *event)
-{
-    if (event == NULL || event->magic != EVENT_MAGIC) {
-        return FAKE_INVALID_HANDLE;
-    }
-    if (event->captured) {
-        return FAKE_CAPTURE_UNSUPPORTED;
-    }
-    return event->on != NULL ? fake_context(fake_stream_device(event->on)) : FAKE_OK;
-}
-
-int
-cudaEventQuery(void *event)
-{
-    int code;
-
-    ENTER();
-    code = event_state(event);
-    return done(code != FAKE_OK ? code : fake_event_done(event) ? FAKE_OK : FAKE_NOT_READY);
-}
-
-int
-cudaEventSynchronize(void *event)
-{
-    int code;
-
-    ENTER();
-    code = event_state(event);
-    return done(code != FAKE_OK ? code : fake_event_wait(event));
-}
-
-/* ---- capture of graphs: what is captured is thrown away ---- */
-
-int
-cudaStreamIsCapturing(void *handle, int *status)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    if (!fake_has_context(*fake_current_device()) && (uintptr_t)handle <= 2) {
-        *status = 0;
-        return FAKE_OK;
-    }
-    code = fake_stream_find(handle, &stream);
-    if (code == FAKE_OK) {
-        *status = fake_stream_capture(stream, -1);
-    }
-    return done(code);
-}
-
-int
-cudaStreamGetCaptureInfo(void *handle, int *status, unsigned long long *id, void **graph,
-                         const void **nodes, const void **edges, size_t *nodes_count)
-{
-    int code = cudaStreamIsCapturing(handle, status);
-
-    (void)graph;
-    (void)nodes;
-    (void)edges;
-    if (code == FAKE_OK && id != NULL) {
-        *id = (unsigned long long)*status;
-    }
-    if (code == FAKE_OK && nodes_count != NULL) {
-        *nodes_count = 0;
-    }
-    return code;
-}
-
-int
-cudaStreamBeginCapture(void *handle, int mode)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    (void)mode;
-    code = fake_stream_find(handle, &stream);
-    if (code == FAKE_OK) {
-        (void)fake_stream_capture(stream, 1);
-    }
-    return done(code);
-}
-
-int
-cudaStreamEndCapture(void *handle, void **graph)
-{
-    struct fake_stream *stream;
-    int code;
-
-    ENTER();
-    code = fake_stream_find(handle, &stream);
-    if (code == FAKE_OK) {
-        (void)fake_stream_capture(stream, 0);
-        *graph = stream;
-    }
-    return done(code);
-}
-
-int
-cudaThreadExchangeStreamCaptureMode(int *mode)
-{
-    ENTER();
-    (void)mode;
-    return FAKE_OK;
 }
 
 /* ---- the driver's functions ---- */

@@ -7,30 +7,14 @@
  * they stand, and theirs for its end.  One mutex and one condition guard everything: a test has a
  * handful of streams.  Streams are never freed: an event may name one that was destroyed.
  */
-#include "fake_gpu.h"
+#include "fake_work.h"
 
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-
 #define STREAM_MAGIC 0x5354524du
-
-enum work_kind { WORK_COPY, WORK_FILL, WORK_CALL, WORK_WAIT };
-
-struct work {
-    struct work *next;
-    enum work_kind kind;
-    void *dst;
-    const void *src;
-    uint64_t bytes;
-    int value;
-    struct fake_stream *on; /* WORK_WAIT: until it has done `serial` pieces */
-    uint64_t serial;
-    void (*fn)(void *data);
-    void *owned; /* a copy of the source or of the argument */
-};
 
 struct fake_stream {
     uint32_t magic;
@@ -38,7 +22,7 @@ struct fake_stream {
     bool blocking; /* it and the device's default stream wait for each other */
     bool capturing, started;
     uint64_t queued, done; /* pieces of work */
-    struct work *first, **last;
+    struct fake_work *first, **last;
     struct fake_stream *next;
 };
 
@@ -69,6 +53,17 @@ setting(const char *name, uint64_t otherwise)
     return text != NULL && *text != '\0' ? strtoull(text, NULL, 10) : otherwise;
 }
 
+/* A context does not survive fork(): whatever the child asks of it fails. */
+static void
+note_fork(void)
+{
+    for (int i = 0; i < devices_count; i++) {
+        if (devices[i].context) {
+            devices[i].died_of = FAKE_FORKED;
+        }
+    }
+}
+
 static void
 set_up(void)
 {
@@ -82,6 +77,7 @@ set_up(void)
     for (int i = 0; i < DCP_FAKE_DEVICES; i++) {
         devices[i].works_left = UINT64_MAX;
     }
+    (void)pthread_atfork(NULL, NULL, note_fork);
 }
 
 int
@@ -142,7 +138,7 @@ random_locked(void)
 }
 
 static void
-run(const struct work *work)
+run(const struct fake_work *work)
 {
     switch (work->kind) {
     case WORK_COPY:
@@ -161,7 +157,7 @@ run(const struct work *work)
 
 /* Whether the device still works; the pieces that a test gave it are counted down. */
 static bool
-device_lives_locked(struct device *device, const struct work *work)
+device_lives_locked(struct device *device, const struct fake_work *work)
 {
     if (device->died_of == 0 && work->kind != WORK_WAIT && device->works_left != UINT64_MAX) {
         if (device->works_left == 0) {
@@ -181,7 +177,7 @@ stream_main(void *arg)
 
     pthread_mutex_lock(&lock);
     for (;;) {
-        struct work *work = stream->first;
+        struct fake_work *work = stream->first;
         uint64_t pause_us;
         bool lives;
 
@@ -289,7 +285,7 @@ fake_stream_capture(struct fake_stream *stream, int on)
 }
 
 static void
-append_locked(struct fake_stream *stream, struct work *work)
+append_locked(struct fake_stream *stream, struct fake_work *work)
 {
     pthread_t thread;
 
@@ -309,7 +305,7 @@ append_locked(struct fake_stream *stream, struct work *work)
 static int
 append_wait_locked(struct fake_stream *stream, struct fake_stream *on, uint64_t serial)
 {
-    struct work *work;
+    struct fake_work *work;
 
     if (stream == on || on->done >= serial) {
         return FAKE_OK;
@@ -344,11 +340,10 @@ order_locked(struct fake_stream *stream)
     return code;
 }
 
-/* Takes *work.  What a capturing stream is given goes to a graph, and does not run. */
-static int
-put(struct fake_stream *stream, const struct work *work)
+int
+fake_put(struct fake_stream *stream, const struct fake_work *work)
 {
-    struct work *copy = NULL;
+    struct fake_work *copy = NULL;
     int code;
 
     if (stream->capturing) {
@@ -495,95 +490,22 @@ fake_event_wait(const struct fake_event *event)
     return code;
 }
 
-/* ---- work ---- */
-
-int
-fake_call(struct fake_stream *stream, void (*fn)(void *data), const void *data, uint64_t bytes)
-{
-    struct work work = {.kind = WORK_CALL, .fn = fn, .owned = malloc(bytes + 1)};
-
-    if (work.owned == NULL) {
-        return FAKE_NO_MEMORY;
-    }
-    if (bytes > 0) {
-        memcpy(work.owned, data, bytes);
-    }
-    return put(stream, &work);
-}
-
-int
-fake_fill(void *dst, int value, uint64_t bytes, struct fake_stream *stream)
-{
-    struct work work = {.kind = WORK_FILL, .dst = dst, .value = value, .bytes = bytes};
-
-    return put(stream, &work);
-}
-
-/* Whether work that has not run may read what `dst` is about to hold. */
-static bool
-is_read_later(const uint8_t *dst, uint64_t bytes)
+bool
+fake_is_read_later(const uint8_t *memory, uint64_t bytes)
 {
     bool found = false;
 
     pthread_mutex_lock(&lock);
     for (struct fake_stream *s = streams; s != NULL && !found; s = s->next) {
-        for (const struct work *w = s->first; w != NULL && !found; w = w->next) {
+        for (const struct fake_work *w = s->first; w != NULL && !found; w = w->next) {
             const uint8_t *src = w->src;
 
             found = w->kind == WORK_CALL ||
-                    (w->kind == WORK_COPY && src < dst + bytes && dst < src + w->bytes);
+                    (w->kind == WORK_COPY && src < memory + bytes && memory < src + w->bytes);
         }
     }
     pthread_mutex_unlock(&lock);
     return found;
-}
-
-/* Does a copy start in registered memory and leave it?  The real runtime refuses that. */
-static bool
-leaves_range(const struct fake_range *range, const void *address, uint64_t bytes)
-{
-    return range->kind != FAKE_MEMORY_UNKNOWN &&
-           (uintptr_t)address + bytes > range->start + range->bytes;
-}
-
-int
-fake_copy(void *dst, const void *src, uint64_t bytes, struct fake_stream *stream)
-{
-    struct work work = {.kind = WORK_COPY, .dst = dst, .src = src, .bytes = bytes};
-    struct fake_range to = {0}, from = {0};
-    bool to_host, from_host;
-    int code;
-
-    (void)fake_range_of(dst, &to);
-    (void)fake_range_of(src, &from);
-    if (leaves_range(&to, dst, bytes) || leaves_range(&from, src, bytes)) {
-        return FAKE_INVALID_VALUE;
-    }
-    to_host = to.kind != FAKE_MEMORY_DEVICE;
-    from_host = from.kind != FAKE_MEMORY_DEVICE;
-    if (to_host && !from_host) {
-        fake_count("copies_to_host", 1);
-        fake_count("copied_to_host_bytes", bytes);
-    } else if (from_host && !to_host) {
-        fake_count("copies_to_device", 1);
-        fake_count("copied_to_device_bytes", bytes);
-    }
-    if (from.kind == FAKE_MEMORY_UNKNOWN && bytes > 0) { /* read before the call returns */
-        work.owned = malloc(bytes);
-        if (work.owned == NULL) {
-            return FAKE_NO_MEMORY;
-        }
-        memcpy(work.owned, src, bytes);
-        work.src = work.owned;
-    }
-    if (to.kind == FAKE_MEMORY_PINNED && !stream->capturing && !is_read_later(dst, bytes)) {
-        memset(dst, DCP_FAKE_POISON, bytes);
-    }
-    code = put(stream, &work);
-    if (code == FAKE_OK && to.kind == FAKE_MEMORY_UNKNOWN && !stream->capturing) {
-        code = fake_stream_wait(stream);
-    }
-    return code;
 }
 
 /* ---- for tests ---- */

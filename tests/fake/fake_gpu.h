@@ -34,6 +34,7 @@ enum fake_code {
     FAKE_OK = 0,
     FAKE_INVALID_VALUE = 1,
     FAKE_NO_MEMORY = 2,
+    FAKE_FORKED = 3,
     FAKE_INVALID_DEVICE = 101,
     FAKE_INVALID_HANDLE = 400,
     FAKE_NOT_FOUND = 500,
@@ -50,6 +51,7 @@ struct fake_stream;
 /* The work that a stream had been given when the event was recorded. */
 struct fake_event {
     uint32_t magic;
+    int device;    /* that was current when it was created */
     bool captured; /* recorded on a stream that was capturing */
     struct fake_stream *on;
     uint64_t serial;
@@ -99,7 +101,8 @@ int fake_fill(void *dst, int value, uint64_t bytes, struct fake_stream *stream);
 
 int fake_allocate(int device, uint64_t bytes, void **ret_memory);
 int fake_allocate_pinned(uint64_t bytes, void **ret_memory);
-int fake_free(void *memory, enum fake_memory_kind kind); /* waits for the work that may use it */
+int fake_free(void *memory, enum fake_memory_kind kind);   /* waits for the work that may use it */
+int fake_forget(void *memory, enum fake_memory_kind kind); /* without waiting */
 int fake_pin(void *memory, uint64_t bytes);
 int fake_unpin(void *memory);
 void fake_settle(void); /* waits for all work given so far: memory may go after it */

@@ -255,13 +255,19 @@ fake_allocate_pinned(uint64_t bytes, void **ret_memory)
 int
 fake_free(void *memory, enum fake_memory_kind kind)
 {
-    struct fake_range range;
-    bool found;
-
     if (memory == NULL) {
         return FAKE_OK;
     }
     fake_settle();
+    return fake_forget(memory, kind);
+}
+
+int
+fake_forget(void *memory, enum fake_memory_kind kind)
+{
+    struct fake_range range;
+    bool found;
+
     pthread_mutex_lock(&ranges_lock);
     found = take_locked(memory, kind, false, &range);
     if (found && kind == FAKE_MEMORY_DEVICE) {

@@ -523,8 +523,9 @@ void
 dcp_fake_break(int device, uint64_t works, int code)
 {
     pthread_mutex_lock(&lock);
-    devices[device].works_left = works;
+    devices[device].works_left = code != 0 ? works : UINT64_MAX;
     devices[device].dies_of = code;
+    devices[device].died_of = code != 0 ? devices[device].died_of : 0;
     pthread_mutex_unlock(&lock);
 }
 

@@ -120,7 +120,8 @@ void dcp_fake_fail(const char *name, uint64_t nth, int code);
 void dcp_fake_largest(uint64_t bytes);
 /* No work of any stream starts while this is on. */
 void dcp_fake_hold(int on);
-/* The device dies of `code` when it has done `works` more pieces of work. */
+/* The device dies of `code` when it has done `works` more pieces of work; 0: it lives again, as no
+ * real one would. */
 void dcp_fake_break(int device, uint64_t works, int code);
 /* Sets or ends the capture of a graph on a stream (a handle). */
 void dcp_fake_capture(void *handle, int on);

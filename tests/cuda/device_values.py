@@ -1,4 +1,4 @@
-"""Tensors of a fake device and back.  Nothing here launches a kernel: the fakes run none of torch's.
+"""Tensors of a fake device and back, without launching a kernel: the fakes run none of torch's.
 
 A device tensor is made by one copy of a whole storage and seen through set_(), and compared the
 same way: what lies between the elements of a strided tensor is compared too, where a case asks.

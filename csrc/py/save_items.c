@@ -162,12 +162,12 @@ view_fits(const struct dcp_tensor_view *view, const struct dcp_item *item,
     return true;
 }
 
-/* The tensor's own memory is the source. */
+/* The tensor's own memory is the source: the host's, or that of a device. */
 static int
 add_memory(struct save_builder *b, const struct dcp_item *item, const struct save_box *box,
-           PyObject *tensor, const struct dcp_tensor_view *view)
+           PyObject *tensor, const struct dcp_tensor_view *view, uint32_t device)
 {
-    struct dcp_source source = {.data = view->data};
+    struct dcp_source source = {.data = view->data, .device = device};
 
     if (!(view->flags & DCP_TENSOR_CONTIGUOUS)) {
         int64_t *strides =
@@ -229,6 +229,60 @@ add_record(struct save_builder *b, struct dcp_item *item, const struct save_box 
     return save_add_item(b, item, box, &source);
 }
 
+static const char *
+why_not_native(const struct save_builder *b, const struct dcp_tensor_view *view,
+               const struct dcp_item *item, const struct save_box *box, uint32_t device)
+{
+    const struct dcp_device *table = (*b->options->devices)->items[device - 1];
+
+    if (view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)) {
+        return "the memory of a lazy conjugate or negative is not its value";
+    }
+    if (!(view->flags & DCP_TENSOR_HAS_MEMORY)) {
+        return "a storage has no memory";
+    }
+    if (!(view->flags & DCP_TENSOR_HAS_TYPE) || !view_fits(view, item, box)) {
+        return "a tensor has another shape or dtype than its write item";
+    }
+    return dcp_device_put_can(table, item->dtype, item->dtype, item->ndim, box->sizes,
+                              view->strides)
+               ? NULL
+               : "a tensor has strides that the device can not gather";
+}
+
+/* 1: torch has to copy it; 0; -1. */
+static int
+add_device_memory(struct save_builder *b, const struct dcp_item *item, const struct save_box *box,
+                  PyObject *tensor, const struct dcp_tensor_view *view)
+{
+    struct device_set **devices = b->options->devices;
+    uint64_t bytes = dcp_dtype_bytes(item->dtype);
+    const char *why = NULL;
+    uint32_t number = 0;
+    int rc;
+
+    if (devices == NULL) {
+        return 1;
+    }
+    rc = device_set_find(devices, b->state, view->device_index, &number);
+    if (rc < 0) {
+        return -1;
+    }
+    for (uint32_t d = 0; d < item->ndim; d++) {
+        bytes *= box->sizes[d]; /* of memory that exists */
+    }
+    if (rc > 0) {
+        why = why_not_native(b, view, item, box, number);
+    }
+    if (rc == 0 || why != NULL) {
+        device_set_refuse(*devices, bytes, why);
+        return 1;
+    }
+    b->items->device_count++;
+    b->items->device_bytes += bytes;
+    return add_memory(b, item, box, tensor, view, number);
+}
+
 /* The value of a tensor whose memory is elsewhere or is not the value; returns new. */
 static PyObject *
 materialise(struct save_builder *b, PyObject *tensor, const struct dcp_tensor_view *view)
@@ -263,7 +317,7 @@ add_materialised(struct save_builder *b, struct dcp_item *item, const struct sav
         !(view.flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)) && view_fits(&view, item, box)) {
         b->items->copied_count++;
         b->items->copied_bytes += view.storage_bytes;
-        rc = add_memory(b, item, box, data, &view);
+        rc = add_memory(b, item, box, data, &view, 0);
     } else {
         rc = add_record(b, item, box, data);
     }
@@ -281,7 +335,7 @@ save_add_tensor(struct save_builder *b, struct dcp_item *item, const struct save
 
     if (plain && (view->flags & wants) == wants &&
         !(view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)) && view_fits(view, item, box)) {
-        return add_memory(b, item, box, tensor, view);
+        return add_memory(b, item, box, tensor, view, 0);
     }
     if (plain && !view_has_elements(view) && view_fits(view, item, box)) {
         static const struct dcp_source nothing;
@@ -312,6 +366,13 @@ save_add_tensor(struct save_builder *b, struct dcp_item *item, const struct save
     if (view->flags & DCP_TENSOR_META ||
         (view->flags & DCP_TENSOR_CPU && !(view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)))) {
         return add_record(b, item, box, tensor);
+    }
+    if (view->flags & DCP_TENSOR_CUDA) {
+        int rc = add_device_memory(b, item, box, tensor, view);
+
+        if (rc <= 0) {
+            return rc;
+        }
     }
     return add_materialised(b, item, box, tensor, view);
 }

@@ -222,7 +222,7 @@ dcp_upload_expire(struct dcp_upload *upload)
 
     atomic_store(&upload->cancel, 1);
     pthread_mutex_lock(&upload->lock);
-    what = upload->staging                         ? "a device whose memory it copies"
+    what = upload->staging                       ? "a device whose memory it copies"
            : upload->deciding || upload->writing ? "the storage"
                                                  : "the store of the process group";
     takes_over = !upload->deciding && !upload->settled && !upload->expired;

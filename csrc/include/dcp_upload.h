@@ -25,7 +25,7 @@ enum dcp_upload_state {
 /* All pointers are borrowed until ENDED. */
 struct dcp_upload_params {
     struct dcp_save *save;
-    bool staged; /* else the files are written from `sources` */
+    bool staged;  /* else the files are written from `sources` */
     bool staging; /* with `staged`: dcp_save_stage_begin was called, and its end comes first */
     const struct dcp_source *sources;
     struct dcp_writer_process *process; /* writes what was staged; NULL: a thread does */
@@ -40,8 +40,8 @@ struct dcp_upload_params {
     const struct dcp_peers *peers;
     const struct dcp_shm *shm;
     uint64_t timeout_ns, host_timeout_ns;
-    /* Called at SETTLED, at ENDED and when `staging` is over, from a thread of the upload, without any lock of it; must not
-     * destroy it.  `notify_ctx` is borrowed until dcp_upload_destroy. */
+    /* Called at SETTLED, at ENDED and when `staging` is over, from a thread of the upload, without
+     * any lock of it; must not destroy it.  `notify_ctx` is borrowed until dcp_upload_destroy. */
     void (*notify)(void *ctx);
     void *notify_ctx;
 };

@@ -72,9 +72,8 @@ load_info(PyObject *object, PyObject *unused)
                       (unsigned long long)atomic_load(&self->progress_bytes));
 
     (void)unused;
-    if (dict != NULL &&
-        (native_dict_put_numbers(dict, self, numbers, NUMBERS_COUNT) != 0 ||
-         device_set_report(self->devices, &self->put_stats, dict) != 0)) {
+    if (dict != NULL && (native_dict_put_numbers(dict, self, numbers, NUMBERS_COUNT) != 0 ||
+                         device_set_report(self->devices, &self->put_stats, dict) != 0)) {
         Py_CLEAR(dict);
     }
     return dict;

@@ -16,7 +16,7 @@ struct load_targets_options {
     bool flatten_state_dict;
     bool flatten_sharded_tensors;
     bool allow_partial_load;
-    struct key_filter *filter; /* borrows; NULL: every leaf is loaded */
+    struct key_filter *filter;   /* borrows; NULL: every leaf is loaded */
     struct device_set **devices; /* of targets that are filled there; NULL: torch fills them */
 };
 

@@ -37,8 +37,8 @@ struct save_items {
     uint64_t tensors_count, dtensors_count; /* read straight from their memory */
     uint64_t python_count;                  /* items that torch's own functions described */
     uint64_t copied_count, copied_bytes;    /* by torch, first: other devices, lazy conjugates */
-    uint64_t device_count, device_bytes;    /* stay on their device until they are staged or written */
-    uint64_t records_count;                 /* tensors serialised by torch.save */
+    uint64_t device_count, device_bytes; /* stay on their device until they are staged or written */
+    uint64_t records_count;              /* tensors serialised by torch.save */
     uint64_t objects_count, objects_bytes;
 };
 

@@ -48,7 +48,7 @@ struct save_object {
     struct save_exchange exchange;
     struct device_set *devices; /* of the sources; NULL: none */
     bool staged;
-    bool stage_open;                 /* staging was begun: the devices are read until it has ended */
+    bool stage_open; /* staging was begun: the devices are read until it has ended */
     struct dcp_stage_params staging; /* of the step in progress */
     unsigned int arenas;             /* the same */
     uint64_t orphan_timeout_ns;      /* the same */

@@ -24,7 +24,8 @@ PyObject *save_expire(PyObject *object, PyObject *unused);
 PyObject *save_cancel(PyObject *object, PyObject *unused);
 extern const char save_wait_for_orphan_doc[], save_meet_doc[], save_stage_doc[], save_warm_up_doc[],
     save_upload_doc[], save_upload_state_doc[], save_upload_result_doc[], save_upload_stats_doc[],
-    save_is_staging_doc[], save_upload_staged_doc[], save_upload_left_doc[], save_upload_progress_doc[], save_expire_doc[], save_cancel_doc[];
+    save_is_staging_doc[], save_upload_staged_doc[], save_upload_left_doc[],
+    save_upload_progress_doc[], save_expire_doc[], save_cancel_doc[];
 
 #define SAVE_WITH_KEYWORDS(fn) (PyCFunction)(void (*)(void))(fn), METH_VARARGS | METH_KEYWORDS
 

@@ -207,6 +207,7 @@ void
 save_stage_give_up(struct save_object *self)
 {
     struct dcp_error err;
+    int rc;
 
     /* The copies of a parent are not those of a forked child. */
     if (!self->stage_open || ((struct group_object *)self->group)->pid != getpid()) {
@@ -215,9 +216,10 @@ save_stage_give_up(struct save_object *self)
     self->stage_open = self->staged = false;
     atomic_store(&self->cancel, 1);
     dcp_error_clear(&err);
-    Py_BEGIN_ALLOW_THREADS(void)
+    Py_BEGIN_ALLOW_THREADS rc =
         dcp_save_stage_end(self->save, self->items.sources, &self->cancel, &err);
-    Py_END_ALLOW_THREADS save_end_sources(self);
+    Py_END_ALLOW_THREADS(void) rc; /* why the save fails is known */
+    save_end_sources(self);
 }
 
 const char save_warm_up_doc[] =

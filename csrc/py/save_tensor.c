@@ -125,11 +125,9 @@ add_record(struct save_builder *b, struct dcp_item *item, const struct save_box 
 }
 
 static const char *
-why_not_native(const struct save_builder *b, const struct dcp_tensor_view *view,
-               const struct dcp_item *item, const struct save_box *box, uint32_t device)
+why_not_native(const struct dcp_tensor_view *view, const struct dcp_item *item,
+               const struct save_box *box)
 {
-    const struct dcp_device *table = (*b->options->devices)->items[device - 1];
-
     if (view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)) {
         return "the memory of a lazy conjugate or negative is not its value";
     }
@@ -139,10 +137,7 @@ why_not_native(const struct save_builder *b, const struct dcp_tensor_view *view,
     if (!(view->flags & DCP_TENSOR_HAS_TYPE) || !view_fits(view, item, box)) {
         return "a tensor has another shape or dtype than its write item";
     }
-    return dcp_device_put_can(table, item->dtype, item->dtype, item->ndim, box->sizes,
-                              view->strides)
-               ? NULL
-               : "a tensor has strides that the device can not gather";
+    return NULL;
 }
 
 /* 1: torch has to copy it; 0; -1. */
@@ -167,7 +162,7 @@ add_device_memory(struct save_builder *b, const struct dcp_item *item, const str
         bytes *= box->sizes[d]; /* of memory that exists */
     }
     if (rc > 0) {
-        why = why_not_native(b, view, item, box, number);
+        why = why_not_native(view, item, box);
     }
     if (rc == 0 || why != NULL) {
         device_set_refuse(*devices, bytes, why);

@@ -358,7 +358,7 @@ begin_pieces(struct load_object *self, struct module_state *state, PyObject *rec
     load_receiver_init(&self->receiver, &state->native, &self->targets, receiver, &self->cancel);
     plan->on_piece = load_receive_piece;
     plan->on_piece_ctx = &self->receiver;
-    if (plan->devices == NULL) {
+    if (self->targets.device_count == 0) {
         return 0;
     }
     dcp_error_clear(&err);

@@ -15,14 +15,15 @@ RUN_PY  := $(VENV)/bin/python
 endif
 
 CORE_SRC   := $(wildcard csrc/core/*.c)
+CUDA_SRC   := $(wildcard csrc/cuda/cuda_*.c csrc/cuda/kernel_*.c csrc/cuda/nccl_*.c)
 CTEST_SRC  := $(wildcard tests/c/test_*.c)
 CTEST_AID  := $(filter-out $(CTEST_SRC),$(wildcard tests/c/*.c))
-HEADERS    := $(wildcard csrc/include/*.h csrc/core/*.h tests/c/*.h benchmarks/*.h)
+HEADERS    := $(wildcard csrc/include/*.h csrc/core/*.h csrc/cuda/*.h tests/c/*.h benchmarks/*.h)
 CTESTS     := $(patsubst tests/c/%.c,build/ctest/%,$(CTEST_SRC))
 T          ?= *
 
 C_WARN  := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wconversion -Wno-sign-conversion
-C_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -DDCP_DEBUG -Icsrc/include -Icsrc/core -Itests/c $(C_WARN)
+C_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -DDCP_DEBUG -Icsrc/include -Icsrc/core -Icsrc/cuda -Itests/c $(C_WARN)
 SANITIZE ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .PHONY: demo test test-clients bench lint ctest ctest-build clean set-up build compile_commands FORCE
@@ -55,9 +56,18 @@ build/libcore.a: $(patsubst csrc/core/%.c,build/obj/%.o,$(CORE_SRC))
 	@rm -f $@
 	ar rcs $@ $^
 
-build/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,build/obj/aid_%.o,$(CTEST_AID)) build/libcore.a $(HEADERS)
+# Without kernels: what runs them in tests needs no image of them.
+build/obj/cuda/%.o: csrc/cuda/%.c $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) build/libcore.a -lpthread -o $@
+	$(CC) $(C_FLAGS) $(SANITIZE) -Werror -c $< -o $@
+
+build/libcuda_tables.a: $(patsubst csrc/cuda/%.c,build/obj/cuda/%.o,$(CUDA_SRC))
+	@rm -f $@
+	ar rcs $@ $^
+
+build/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,build/obj/aid_%.o,$(CTEST_AID)) build/libcuda_tables.a build/libcore.a $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) build/libcuda_tables.a build/libcore.a -ldl -lpthread -o $@
 
 # The writer process, as its tests start it.
 build/ctest/dcp_writer: csrc/writer/main.c build/libcore.a $(HEADERS)
@@ -86,7 +96,7 @@ build/bench/%: benchmarks/%.c build/bench/libcore.a $(HEADERS)
 # What decides the package's binaries besides its sources: interpreter, torch, switches.
 BUILD_ID  = $(RUN_PY) -c 'import sys, importlib.metadata as m; \
     print(sys.executable, sys.version, *(d.version for d in m.distributions(name="torch")))'
-EXT_SRC  := $(wildcard csrc/core/*.[ch] csrc/py/*.[ch] csrc/include/*.h csrc/writer/*.c csrc/bridge/*.cpp csrc/bridge/*.h)
+EXT_SRC  := $(wildcard csrc/core/*.[ch] csrc/cuda/*.[ch] csrc/cuda/*.cu csrc/py/*.[ch] csrc/include/*.h csrc/writer/*.c csrc/bridge/*.cpp csrc/bridge/*.h)
 SETUP_SRC := setup.py pyproject.toml
 
 ifdef PYTHON

@@ -225,6 +225,7 @@ def bridge_module(torch: Path | None) -> Module:
         depends=paths("csrc/include/*.h", "csrc/bridge/*.h"),
         include_dirs=["csrc/include"],
         compile_args=["-std=c++20", "-fvisibility=hidden", "-g0"],
+        link_args=["-ldl"],
         libraries=["c10", "torch_cpu", "torch_python"],
         language="c++",
     )

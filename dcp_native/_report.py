@@ -66,6 +66,9 @@ def last_report() -> dict[str, Any] | None:
         kind: ``"save"``, ``"async_save"`` or ``"load"``.
         path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else.
         reason: why not native, or None.
+        comm: over what the ranks of a native call agreed: ``"nccl"``, the name of the CPU backend
+            (``"gloo"``), or ``"local"`` for a process alone.
+        comm_reason: why over that; None for a process alone, and before its group's ranks agreed.
 
     Loads, roles (also of a load on torch's path):
         reader, planner: where it ran: ``"native"``; or why in torch's own implementation, with

@@ -16,18 +16,18 @@
  *
  * Threads: one at a time for a table, any.  Run on stand-ins for CUDA and NCCL, not on a GPU.
  */
-#include <stdio.h>
 #include <string.h>
 
 #include "nccl_link.h"
 
-enum { FAILURE_BYTES = 512 };
+/* Of a group without a timeout: longer than anything that comes to an end, and no overflow. */
+#define MOST_TIMEOUT_NS (UINT64_C(1) << 62)
 
 struct nccl_table {
     struct nccl_link link;
     bool connected;
-    bool poisoned; /* the link has been ended */
-    char first_failure[FAILURE_BYTES];
+    bool poisoned;                               /* the link has been ended */
+    char first_failure[DCP_ERROR_MESSAGE_BYTES]; /* valid once poisoned */
 };
 
 /* One call of the table. */
@@ -47,7 +47,7 @@ fail(struct call *call, int rc, struct dcp_error *err)
     const struct dcp_nccl_source *source = &table->link.source;
     int code = rc == DCP_E_TIMEOUT ? DCP_E_TIMEOUT : DCP_E_COMM;
     table->poisoned = true;
-    (void)snprintf(table->first_failure, sizeof table->first_failure, "%s", call->err.message);
+    memcpy(table->first_failure, call->err.message, sizeof table->first_failure);
     return dcp_error_set(err, code, 0, NULL,
                          "%s of %llu bytes by rank %u of %u over nccl (cuda:%d) failed: %s; see "
                          "that all ranks are alive and make the same calls in the same order, then "
@@ -429,6 +429,9 @@ dcp_nccl_comm_make(const struct dcp_nccl_source *source, struct dcp_comm *ret_co
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a table of collectives");
     }
     table->link = (struct nccl_link){.nccl = nccl, .source = *source};
+    if (source->timeout_ns == 0 || source->timeout_ns > MOST_TIMEOUT_NS) {
+        table->link.source.timeout_ns = MOST_TIMEOUT_NS;
+    }
     int rc = prepare(&table->link, err);
     if (rc != 0) {
         nccl_destroy(table);

@@ -22,7 +22,7 @@ struct dcp_nccl_source {
     int32_t device_index;
     uint32_t rank;
     uint32_t size;
-    uint64_t timeout_ns; /* of the group: of every call of the table */
+    uint64_t timeout_ns; /* of the group: of every step of a call of the table; 0: none */
     void *stream;        /* the caller's current one: what goes before us where the communicator
                           * cannot be split; NULL is the device's default stream */
 };

@@ -6,6 +6,11 @@
  * made while the trainer waits also computes the checksums, and the background is left with writing
  * alone.  Checksums are compared with those of the save before here, where they are made.
  *
+ * Sources on devices make it two steps.  The first, on the trainer's thread, puts all copies on the
+ * devices' streams, each to its final place (device_stage.c), and waits for none of them; the
+ * second, on any thread, is the pass over everything, in which a payload of a device is waited for
+ * and then only looked at.  Without such sources the first step is the arena alone.
+ *
  * Nothing here is collective: what fails is told to the others over the store.
  */
 #include "save.h"
@@ -55,26 +60,61 @@ fill(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel
 }
 
 int
-dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
-               const struct dcp_stage_params *params, struct dcp_error *err)
+dcp_save_stage_begin(struct dcp_save *save, const struct dcp_source *sources,
+                     const struct dcp_stage_params *params, struct dcp_error *err)
 {
     uint64_t start_ns = dcp_now_ns();
     int rc = take_arena(save, params, err);
 
+    (void)sources;
     if (rc != 0) {
         return rc;
     }
     /* Touched in one call, fresh pages cost less than faulted in one by one; used ones nothing. */
     rc = dcp_arena_populate(save->arena, save->image.bytes, params->cancel, err);
-    rc = rc == 0 ? fill(save, sources, params->cancel, err) : rc;
     if (rc != 0) {
         give_back_arena(save);
         return rc;
     }
-    save->info.stage_ns = dcp_now_ns() - start_ns;
+    save->info.stage_begin_ns = dcp_now_ns() - start_ns;
+    return 0;
+}
+
+int
+dcp_save_stage_end(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
+                   struct dcp_error *err)
+{
+    uint64_t start_ns = dcp_now_ns();
+    int rc;
+
+    if (save->arena == NULL) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                             "the staging of a save was ended before it was begun");
+    }
+    rc = fill(save, sources, cancel, err);
+    if (rc != 0) {
+        give_back_arena(save);
+        return rc;
+    }
+    save->info.stage_ns = save->info.stage_begin_ns + dcp_now_ns() - start_ns;
     save->info.staged_bytes = save->image.total_bytes;
     save->info.arena_bytes = save->arena->bytes;
     return 0;
+}
+
+int
+dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
+               const struct dcp_stage_params *params, struct dcp_error *err)
+{
+    int rc = dcp_save_stage_begin(save, sources, params, err);
+
+    return rc == 0 ? dcp_save_stage_end(save, sources, params->cancel, err) : rc;
+}
+
+void
+dcp_save_set_devices(struct dcp_save *save, const struct dcp_device_list *devices)
+{
+    save->devices = devices;
 }
 
 int

@@ -102,7 +102,7 @@ write_ready(struct dcp_writer *writer, const struct dcp_placed_record *record,
     payload->item_bytes = 1;
     payload->ndim = 0;
     payload->len_bytes = record->length_bytes;
-    struct dcp_source dense = {payload->source->data, NULL};
+    struct dcp_source dense = {.data = payload->source->data};
     payload->source = &dense;
     return dcp_write_stream_payload(writer, payload, err);
 }

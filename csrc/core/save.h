@@ -7,6 +7,7 @@
 #include <sys/types.h>
 
 #include "dcp_image.h"
+#include "device.h"
 #include "group.h"
 #include "incremental.h"
 
@@ -59,6 +60,7 @@ struct dcp_save {
     struct dcp_image image;                /* of a staged save */
     struct dcp_arena *arena;               /* holds it, until it is written; else NULL */
     const struct dcp_device_list *devices; /* borrows; NULL: there are none */
+    struct dcp_device_stage *stage;        /* between the two steps of staging; else NULL */
     struct dcp_last_crcs crcs;             /* of this save, until it is committed */
     _Atomic uint32_t created_files;        /* by this save: the first ones of the layout */
 };

@@ -278,9 +278,11 @@ int dcp_device_put_new(const struct dcp_read_plan *plan, dcp_piece_fn host, void
                        struct dcp_device_put **ret_put, struct dcp_error *err) DCP_MUST_CHECK;
 /* The plan's on_piece; `put` is its context. */
 void dcp_device_put_piece(void *put, const struct dcp_piece *piece);
+/* Ends what pieces wait for a device for; may be NULL, as it is at first. */
+void dcp_device_put_set_cancel(struct dcp_device_put *put, atomic_int *cancel);
 /* After the reader ran, whether it failed or not, and before anybody asks for states: waits until
- * all has arrived.  The first failure of any piece; its target, and what may be lost with it, is
- * spoiled.  `cancel` may be NULL. */
+ * all has arrived.  The first failure of any piece: then every target on a device that was touched
+ * is spoiled.  `cancel` may be NULL. */
 int dcp_device_put_finish(struct dcp_device_put *put, atomic_int *cancel,
                           struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_device_put_get_stats(const struct dcp_device_put *put, struct dcp_device_stats *ret);

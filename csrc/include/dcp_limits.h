@@ -125,6 +125,12 @@
 /* Dims of a strided box on a device once those that are one run are merged; a kernel's argument
  * holds them.  Boxes of more are copied another way. */
 #define DCP_DEVICE_DIMS 8
+/* Device memory in which kernels pack many payloads for one copy to the host: 16 MiB keep a bus of
+ * 50 GB/s busy for 30 times as long as it takes to start a kernel and a copy. */
+#define DCP_DEVICE_SLAB_BYTES (16u << 20)
+/* An event of the device for so many bytes that are staged: as many checksums as can be computed
+ * while the next are on their way. */
+#define DCP_DEVICE_LANDING_BYTES (32u << 20)
 /* A copy waits for all that the trainer had put on its streams: whole steps, but not this long. */
 #define DCP_DEVICE_TIMEOUT_NS 600000000000u
 /* Copies of a save or load that failed get this long to end before their memory is given up. */

@@ -13,6 +13,7 @@ RUNS = [  # module, ranks (0: no process group), backend
     ("cases_no_context", 0, ""),
     ("cases_values", 0, ""),
     ("cases_staging", 0, ""),
+    ("cases_contract", 0, ""),
     ("cases_faults", 0, ""),
     ("cases_ranks", 2, BOTH),
     ("cases_ranks", 2, "nccl"),

@@ -43,6 +43,7 @@ SAME_VALUE(0, CUDA_SUCCESS);
 #include <cufile.h>
 
 SAME_VALUE(DCP_CUFILE_HANDLE_FD, CU_FILE_HANDLE_TYPE_OPAQUE_FD);
+SAME_VALUE(DCP_CUFILE_ALREADY_OPEN, CU_FILE_DRIVER_ALREADY_OPEN);
 SAME_VALUE(0, CU_FILE_SUCCESS);
 _Static_assert(sizeof(struct cufile_status) == sizeof(CUfileError_t) &&
                    offsetof(struct cufile_status, error) == offsetof(CUfileError_t, err) &&

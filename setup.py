@@ -17,6 +17,7 @@ Switches, from the environment:
     DCP_NATIVE_SANITIZE=address,undefined   compile and link with these sanitizers
     DCP_NATIVE_DEBUG=1                      no optimisation, debug info, core assertions on
     DCP_NATIVE_COVERAGE=1                   count executed lines (gcov)
+    DCP_NATIVE_CUDA=0                       build as where there is no CUDA toolkit
 
 tools/compile_commands.py reads the flags from here, so this file imports setuptools late.
 """
@@ -89,6 +90,8 @@ CUDA_ARCHITECTURES = ("80", "90", "100")
 
 def cuda_roots() -> list[Path]:
     """Where a CUDA toolkit may be, the one that was asked for first."""
+    if os.environ.get("DCP_NATIVE_CUDA") == "0":
+        return []
     asked = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")
     found = [str(Path(on_path).resolve().parent.parent)] if on_path else []
@@ -123,7 +126,9 @@ def compile_kernels(nvcc: Path, source: str, target: Path) -> None:
     known = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in listed.stdout.split()]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in known]
     codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in known[:1]]
-    command = [nvcc, "--fatbin", "-std=c++17", "-O3", "-Icsrc/include", "-Icsrc/cuda", *codes]
+    # Old drivers cannot unpack what new compilers compress.
+    command = [nvcc, "--fatbin", "--no-compress", "-std=c++17", "-O3", *codes]
+    command += ["-Icsrc/include", "-Icsrc/cuda"]
     target.parent.mkdir(parents=True, exist_ok=True)
     fat = target.with_suffix(f".{os.getpid()}")
     subprocess.run([*command, source, "-o", fat], capture_output=True, text=True, check=True)
@@ -225,6 +230,7 @@ def bridge_module(torch: Path | None) -> Module:
         depends=paths("csrc/include/*.h", "csrc/bridge/*.h"),
         include_dirs=["csrc/include"],
         compile_args=["-std=c++20", "-fvisibility=hidden", "-g0"],
+        link_args=["-ldl"],
         libraries=["c10", "torch_cpu", "torch_python"],
         language="c++",
     )
@@ -290,6 +296,8 @@ def main() -> None:
                 except subprocess.CalledProcessError as e:
                     CUDA_IMAGE.unlink(missing_ok=True)
                     self.warn(f"the kernels are left out: {nvcc} failed\n{e.stdout}{e.stderr}")
+            if CUDA_IMAGE.exists():
+                native.depends.append(str(CUDA_IMAGE))
 
         def check_prototypes(self) -> None:
             """Compares our prototypes of CUDA's functions with its headers, where there are any."""

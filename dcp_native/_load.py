@@ -173,6 +173,8 @@ class NativeLoad:
             "kind": "load",
             "path": "native",
             "reason": None,
+            "comm": self.group.kind,
+            "comm_reason": self.group.reason,
             "planner": "native",
             "reader": "native",
             "failed": False,

@@ -109,8 +109,13 @@ _Failures = list[tuple[int, bytes | BaseException]] | None
 
 class Group:
     def __new__(
-        cls, process_group: dist.ProcessGroup | None = None, coordinator_rank: int = 0
+        cls,
+        process_group: dist.ProcessGroup | None = None,
+        coordinator_rank: int = 0,
+        device_index: int = -1,
+        stream: int = 0,
     ) -> Group: ...
+    reason: str | None
     @property
     def rank(self) -> int: ...
     @property
@@ -120,6 +125,7 @@ class Group:
     @property
     def coordinator_rank(self) -> int: ...
     def forget_plan(self) -> None: ...
+    def reduce_min(self, numbers: Sequence[int], /) -> list[int]: ...
 
 class Store:
     def __new__(cls, process_group: dist.ProcessGroup) -> Store: ...

@@ -66,6 +66,9 @@ def last_report() -> dict[str, Any] | None:
         kind: ``"save"``, ``"async_save"`` or ``"load"``.
         path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else.
         reason: why not native, or None.
+        comm: over what the ranks of a native call agreed: ``"nccl"``, the name of the CPU backend
+            (``"gloo"``), or ``"local"`` for a process alone.
+        comm_reason: why over that; None for a process alone, and before its group's ranks agreed.
         devices: those whose memory was read or filled without torch, ``["cuda:0"]``.
         device_copied_bytes, device_copies_count: to or from their memory, and in how many copies.
         device_packed_bytes, device_packed_count: of these, what kernels gathered or scattered.

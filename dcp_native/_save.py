@@ -404,7 +404,10 @@ class NativeSave:
         """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
         info = self.info()
         roles = role_report(None, self._planner_reason, info["planned_outside"])
-        set_report({"kind": self.kind, "path": "native", "reason": None, **roles, **info, **facts})
+        comm = {"comm": self.group.kind, "comm_reason": self.group.reason}
+        set_report(
+            {"kind": self.kind, "path": "native", "reason": None, **comm, **roles, **info, **facts}
+        )
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()

@@ -1,5 +1,5 @@
 /*
- * check_prototypes.c: our own prototypes of CUDA's functions against its headers.
+ * check_prototypes.c: our own prototypes of CUDA's and NCCL's functions against their headers.
  *
  * Compiled where the headers are present, never linked.  Every line of the lists in cuda_api.h has
  * to be compatible with the real declaration, every value with the real enumerator, every struct
@@ -43,6 +43,7 @@ SAME_VALUE(0, CUDA_SUCCESS);
 #include <cufile.h>
 
 SAME_VALUE(DCP_CUFILE_HANDLE_FD, CU_FILE_HANDLE_TYPE_OPAQUE_FD);
+SAME_VALUE(DCP_CUFILE_ALREADY_OPEN, CU_FILE_DRIVER_ALREADY_OPEN);
 SAME_VALUE(0, CU_FILE_SUCCESS);
 _Static_assert(sizeof(struct cufile_status) == sizeof(CUfileError_t) &&
                    offsetof(struct cufile_status, error) == offsetof(CUfileError_t, err) &&
@@ -58,4 +59,37 @@ _Static_assert(sizeof(struct cufile_description) == sizeof(CUfileDescr_t) &&
 #define cufile_status CUfileError_t
 #define cufile_description CUfileDescr_t
 CUFILE_FUNCTIONS(SAME_TYPE)
+#endif
+
+#if __has_include(<nccl.h>)
+#include <nccl.h>
+
+#include "nccl_api.h"
+
+#define SAME_FIELD(ours, theirs)                                                                   \
+    _Static_assert(offsetof(struct nccl_config, ours) == offsetof(ncclConfig_t, theirs),           \
+                   "ncclConfig_t." #theirs " lies elsewhere")
+
+SAME_VALUE(0, ncclSuccess);
+SAME_VALUE(DCP_NCCL_IN_PROGRESS, ncclInProgress);
+SAME_VALUE(DCP_NCCL_MIN, ncclMin);
+SAME_VALUE(DCP_NCCL_UINT8, ncclUint8);
+SAME_VALUE(DCP_NCCL_INT64, ncclInt64);
+SAME_VALUE(DCP_NCCL_CONFIG_UNSET, NCCL_CONFIG_UNDEF_INT);
+SAME_VALUE(DCP_NCCL_CONFIG_VERSION, NCCL_VERSION(2, 18, 0));
+_Static_assert(NCCL_VERSION_CODE >= DCP_NCCL_CONFIG_VERSION, "NCCL 2.18 or newer is needed here");
+SAME_FIELD(size, size);
+SAME_FIELD(magic, magic);
+SAME_FIELD(version, version);
+SAME_FIELD(blocking, blocking);
+SAME_FIELD(cga_cluster_size, cgaClusterSize);
+SAME_FIELD(min_ctas, minCTAs);
+SAME_FIELD(max_ctas, maxCTAs);
+SAME_FIELD(net_name, netName);
+SAME_FIELD(split_share, splitShare);
+SAME_VALUE(DCP_NCCL_CONFIG_MAGIC, NCCL_API_MAGIC);
+
+#define nccl_config ncclConfig_t
+NCCL_FUNCTIONS(SAME_TYPE)
+NCCL_NEWER_FUNCTIONS(SAME_TYPE)
 #endif

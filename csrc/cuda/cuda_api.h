@@ -45,12 +45,12 @@ enum {
     DCP_CUDA_CAPTURE_RELAXED = 2, /* enum cudaStreamCaptureMode */
     DCP_CUDA_ATTRIBUTE_MEMORY_POOLS = 115,
     DCP_CUFILE_HANDLE_FD = 1,
+    DCP_CUFILE_ALREADY_OPEN = 5026,
 };
 
 /* X(result, name, parameters), of the runtime. */
 #define CUDART_FUNCTIONS(X)                                                                        \
     X(const char *, cudaGetErrorString, (cuda_status status))                                      \
-    X(const char *, cudaGetErrorName, (cuda_status status))                                        \
     X(cuda_status, cudaGetLastError, (void))                                                       \
     X(cuda_status, cudaDeviceGetAttribute, (int *value, cuda_enum attribute, int device))          \
     X(cuda_status, cudaStreamCreateWithFlags, (cuda_stream * stream, unsigned int flags))          \

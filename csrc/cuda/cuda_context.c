@@ -174,3 +174,12 @@ cuda_leave(struct cuda_stay *stay)
     (void)stay->runtime->cudaThreadExchangeStreamCaptureMode(&stay->capture_mode);
     (void)stay->driver->cuCtxPopCurrent_v2(&context);
 }
+
+void
+cuda_context_forget(void)
+{
+    for (int i = 0; i < CUDA_MAX_DEVICES; i++) {
+        atomic_store(&contexts[i], NULL);
+    }
+    atomic_store(&used_by_pid, 0);
+}

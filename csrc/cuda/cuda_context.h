@@ -25,6 +25,9 @@ struct cuda_stay {
 int cuda_enter(int32_t index, struct cuda_stay *ret_stay, struct dcp_error *err) DCP_MUST_CHECK;
 void cuda_leave(struct cuda_stay *stay);
 
+/* Tests: as before the first entry. */
+void cuda_context_forget(void);
+
 /* 0 for success; else fills *err with "cuda:N: cannot <what>: ..." and returns its code, after the
  * runtime has forgotten the error, so that torch does not find it.  Out of memory is DCP_E_NOMEM, a
  * capture in the way is DCP_E_UNSUPPORTED, all else DCP_E_IO. */

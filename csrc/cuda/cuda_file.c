@@ -58,7 +58,8 @@ open_locked(const struct cuda_stay *stay, struct dcp_error *err)
                              (int)stay->index);
     }
     struct cufile_status status = api->cuFileDriverOpen();
-    if (status.error != 0) {
+    /* torch may have started it. */
+    if (status.error != 0 && status.error != DCP_CUFILE_ALREADY_OPEN) {
         return refused(stay, "start", status.error, err);
     }
     atomic_store(&is_open, true);

@@ -181,4 +181,5 @@ dcp_cuda_clean_up(void)
     (void)pthread_mutex_unlock(&tables_mutex);
     cuda_kernels_forget();
     cuda_file_forget();
+    cuda_context_forget();
 }

@@ -136,6 +136,12 @@
 /* Copies of a save or load that failed get this long to end before their memory is given up. */
 #define DCP_DEVICE_GRACE_NS 60000000000u
 
+/* What messages over NCCL pass through on their way, on the device and pinned on the host: a round
+ * of a gather takes this much of all ranks together. */
+#define DCP_NCCL_SCRATCH_BYTES (8u << 20)
+/* A communicator that is given up gets this long to end, before it is left to its fate. */
+#define DCP_NCCL_GRACE_NS 10000000000u
+
 /* The agreement of a background save, in ns.  Looks at the store begin with the first pause, which
  * doubles: at most to the coordinator's, and for the others to a share of the store's time for each
  * rank, within bounds, so that a store of one thread answers 10,000 ranks and hears 2,500 calls a

@@ -1,10 +1,12 @@
 """Builds the two extension modules and the writer's executable; everything else about the package
 is in pyproject.toml.
 
-`_native` is C11 and needs libc alone.  `_writer` is the same core with a main instead of Python:
-the process that writes background saves, installed beside the modules.  `_bridge` is the one C++
-source and is tied to the torch release whose headers it sees, so torch must be installed first and
-build isolation must be off:
+`_native` is C11 and needs libc alone, with CUDA and without: it looks CUDA's functions up at run
+time.  Where nvcc is found its kernels are compiled and embedded, where CUDA's headers are found our
+prototypes are compared with them; without them the rest is built all the same.  `_writer` is the
+same core with a main instead of Python: the process that writes background saves, installed beside
+the modules.  `_bridge` is the one C++ source and is tied to the torch release whose headers it
+sees, so torch must be installed first and build isolation must be off:
 
     pip install torch setuptools wheel
     pip install --no-build-isolation -e .
@@ -15,6 +17,7 @@ Switches, from the environment:
     DCP_NATIVE_SANITIZE=address,undefined   compile and link with these sanitizers
     DCP_NATIVE_DEBUG=1                      no optimisation, debug info, core assertions on
     DCP_NATIVE_COVERAGE=1                   count executed lines (gcov)
+    DCP_NATIVE_CUDA=0                       build as where there is no CUDA toolkit
 
 tools/compile_commands.py reads the flags from here, so this file imports setuptools late.
 """
@@ -25,6 +28,8 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +78,68 @@ def paths(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
+CUDA_IMAGE = Path("build/cuda/kernels_image.inc")
+"""The kernels as numbers for C, where nvcc made them: csrc/cuda/cuda_image.c looks for it."""
+
+PROTOTYPES = "csrc/cuda/check_prototypes.c"
+"""Compiled where there is something to compare with, and linked nowhere."""
+
+CUDA_ARCHITECTURES = ("80", "90", "100")
+"""Code for these; newer devices compile the oldest one's PTX when it is loaded."""
+
+
+def cuda_roots() -> list[Path]:
+    """Where a CUDA toolkit may be, the one that was asked for first."""
+    if os.environ.get("DCP_NATIVE_CUDA") == "0":
+        return []
+    asked = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    found = [str(Path(on_path).resolve().parent.parent)] if on_path else []
+    return [Path(root) for root in [*asked, *found, "/usr/local/cuda"]]
+
+
+def find_nvcc() -> Path | None:
+    return next((n for root in cuda_roots() if (n := root / "bin" / "nvcc").exists()), None)
+
+
+def cuda_include_dirs() -> list[str]:
+    """Headers of CUDA, cuFile and NCCL: of torch's wheels, which it was built with, or a toolkit.
+
+    Empty where CUDA's are not among them.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
+    places = [p for wheel in wheels for p in sorted(wheel.glob("*/include"))]
+    places += [root / "include" for root in cuda_roots()]
+    # The wheels lack what the runtime's header includes from crt/.
+    needed = ("cuda_runtime_api.h", "cuda.h", "crt/host_defines.h")
+    holders = [next((p for p in places if (p / name).exists()), None) for name in needed]
+    if None in holders:
+        return []
+    holders += [next((p for p in places if (p / n).exists()), None) for n in ("cufile.h", "nccl.h")]
+    return list(dict.fromkeys(str(p) for p in holders if p is not None))
+
+
+def compile_kernels(nvcc: Path, source: str, target: Path) -> None:
+    """A fat binary of the kernels, for the architectures that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    known = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in listed.stdout.split()]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in known]
+    codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in known[:1]]
+    # Old drivers cannot unpack what new compilers compress.
+    command = [nvcc, "--fatbin", "--no-compress", "-std=c++17", "-O3", *codes]
+    command += ["-Icsrc/include", "-Icsrc/cuda"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fat = target.with_suffix(f".{os.getpid()}")
+    subprocess.run([*command, source, "-o", fat], capture_output=True, text=True, check=True)
+    image = fat.read_bytes()
+    image += b"\0" * (-len(image) % 8)
+    words = [f"{int.from_bytes(image[i : i + 8], 'little'):#x}," for i in range(0, len(image), 8)]
+    lines = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
+    fat.write_text("\n".join(lines) + "\n")
+    fat.replace(target)
+
+
 def is_on(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
@@ -113,11 +180,24 @@ def native_module(torch: Path | None) -> Module:
     return apply_switches(
         Module(
             name="dcp_native._native",
-            sources=paths("csrc/core/*.c", "csrc/py/*.c"),
-            depends=paths("csrc/include/*.h", "csrc/core/*.h", "csrc/py/*.h"),
-            include_dirs=["csrc/include", "csrc/core", "csrc/py"],
+            sources=[
+                path
+                for path in paths("csrc/core/*.c", "csrc/cuda/*.c", "csrc/py/*.c")
+                if path != PROTOTYPES
+            ],
+            depends=paths(
+                "csrc/include/*.h",
+                "csrc/core/*.h",
+                "csrc/cuda/*.h",
+                "csrc/cuda/*.cu",
+                "csrc/py/*.h",
+            ),
+            include_dirs=[
+                *("csrc/include", "csrc/core", "csrc/cuda", "csrc/py"),
+                str(CUDA_IMAGE.parent),
+            ],
             compile_args=["-std=c11", "-fvisibility=hidden", "-O3", "-pthread"],
-            link_args=["-pthread"],
+            link_args=["-pthread", "-ldl"],
             macros=[
                 ("_GNU_SOURCE", None),
                 ("DCP_BUILD_ID", f'"{build_id()}"'),
@@ -150,6 +230,7 @@ def bridge_module(torch: Path | None) -> Module:
         depends=paths("csrc/include/*.h", "csrc/bridge/*.h"),
         include_dirs=["csrc/include"],
         compile_args=["-std=c++20", "-fvisibility=hidden", "-g0"],
+        link_args=["-ldl"],
         libraries=["c10", "torch_cpu", "torch_python"],
         language="c++",
     )
@@ -199,8 +280,39 @@ def main() -> None:
             super().run()
 
         def build_extensions(self) -> None:
+            self.build_kernels()
+            self.check_prototypes()
             super().build_extensions()
             self.build_writer()
+
+        def build_kernels(self) -> None:
+            """What a build without nvcc lacks only makes some copies faster."""
+            nvcc, inputs = find_nvcc(), paths("csrc/cuda/kernel*", "csrc/include/dcp_limits.h")
+            if nvcc is None:
+                CUDA_IMAGE.unlink(missing_ok=True)
+            elif self.force or not CUDA_IMAGE.exists() or newer_group(inputs, str(CUDA_IMAGE)):
+                try:
+                    compile_kernels(nvcc, "csrc/cuda/kernels.cu", CUDA_IMAGE)
+                except subprocess.CalledProcessError as e:
+                    CUDA_IMAGE.unlink(missing_ok=True)
+                    self.warn(f"the kernels are left out: {nvcc} failed\n{e.stdout}{e.stderr}")
+            if CUDA_IMAGE.exists():
+                native.depends.append(str(CUDA_IMAGE))
+
+        def check_prototypes(self) -> None:
+            """Compares our prototypes of CUDA's functions with its headers, where there are any."""
+            places = cuda_include_dirs()
+            (target,) = self.compiler.object_filenames([PROTOTYPES], output_dir=self.build_temp)
+            inputs = [PROTOTYPES, "setup.py", *native.depends]
+            if not places or not (self.force or newer_group(inputs, target)):
+                return
+            self.compiler.compile(
+                [PROTOTYPES],
+                output_dir=self.build_temp,
+                macros=native.macros,
+                include_dirs=native.include_dirs,
+                extra_postargs=["-std=c11"] + [f"-idirafter{place}" for place in places],
+            )
 
         def build_writer(self) -> None:
             """Links main and the objects that `_native` has just been made of."""

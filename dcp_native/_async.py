@@ -1,5 +1,8 @@
 """async_save: vote, plan and stage on the calling thread, then hand the save to the background.
 
+With a stager of torch's that stages asynchronously, the copies of tensors on devices are only put
+on their way; the background waits for their end, and the trainer's next step runs beside them.
+
 The background (_uploads.py, csrc/core/upload.c) runs no collective: ranks count up a key of the
 group's store when their bytes are durable, the coordinator commits when all have, and says so under
 another key.
@@ -106,12 +109,18 @@ def start(
         # The others are past their last collective: they hear of it over the store.
         save.fail(error)
     try:
-        survive = in_process and config().survive_trainer
-        upload.facts["staging"] = (
-            "borrowed" if own is not None else save.stage(shared=in_process, survive=survive)
-        )
+        upload.facts["staging"] = "borrowed"
+        if own is None:
+            survive = in_process and config().survive_trainer
+            upload.facts["staging"] = save.stage(
+                shared=in_process, survive=survive, background=staging is not None
+            )
     except BaseException as error:  # an interrupt between the steps
         save.fail(error)
+    if save.is_staging():
+        staging = upload.staging = _running()
+        if hasattr(stager, "_staging_future"):  # for its synchronize_staging()
+            stager._staging_future = staging
     interrupt = save.interrupt()
     _begin(upload)
     if interrupt is not None:
@@ -172,6 +181,12 @@ def _stages_asynchronously(stager: AsyncStager | None) -> bool:
 def _done() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
+    return future
+
+
+def _running() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
     return future
 
 

@@ -29,6 +29,13 @@ class Config:
             the ranks of one host, which hand it over through shared memory; ``"group"``: what all
             ranks want whole also across hosts, through the process group, if every rank asks for
             it; ``"off"``: every rank reads what it wants.
+        comm: over what the ranks agree on a plan and on the outcome.  ``"auto"``: over NCCL where
+            the state dict of any rank holds CUDA tensors and the process group has an NCCL
+            communicator, connected and well on all ranks; else over its CPU backend.  ``"nccl"``:
+            the communicator is connected if need be, and where it can not be used every rank
+            raises; one rank that asks for it is enough.  ``"cpu"``: the CPU backend, for all ranks
+            when one has this set.  A group's first save decides for its life; a group without a CPU
+            backend uses NCCL, and ``"cpu"`` raises.  Background saves talk over the store.
         incremental_links: how a save with ``base=`` takes over unchanged data files.
             ``"reflink"`` shares their blocks (btrfs, XFS, bcachefs and the like; where the file
             system cannot, everything is written and the report says so).  ``"hard"`` makes hard
@@ -77,6 +84,7 @@ class Config:
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
     read_once: Literal["host", "group", "off"] = "host"
+    comm: Literal["auto", "nccl", "cpu"] = "auto"
     incremental_links: Literal["reflink", "hard"] = "reflink"
     content_hash: bool = False
     io_uring: Literal["auto", "off", "on"] = "auto"
@@ -100,6 +108,8 @@ class Config:
             raise ValueError(
                 f"read_once must be one of {sorted(READ_ONCE)}, not {self.read_once!r}"
             )
+        if self.comm not in COMM:
+            raise ValueError(f"comm must be one of {list(COMM)}, not {self.comm!r}")
         if self.direct_io not in DIRECT_IO:
             raise ValueError(
                 f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
@@ -145,6 +155,7 @@ VERIFY = {False: 0, True: 1, "strict": 2}
 """``verify`` of _native.Load."""
 READ_ONCE = {"host": 0, "group": 1, "off": 2}
 """Values of enum dcp_read_once (csrc/include/dcp_transfer.h)."""
+COMM = ("auto", "nccl", "cpu")
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
 ASYNC_OVERLAP = ("wait", "skip", "fail")
@@ -205,6 +216,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
     "DCP_NATIVE_READ_ONCE": ("read_once", str),
+    "DCP_NATIVE_COMM": ("comm", str),
     "DCP_NATIVE_INCREMENTAL_LINKS": ("incremental_links", str),
     "DCP_NATIVE_CONTENT_HASH": ("content_hash", _as_bool),
     "DCP_NATIVE_IO_URING": ("io_uring", str),

@@ -1,17 +1,23 @@
-"""One native Group per ProcessGroup: its comm table and the plan its ranks installed."""
+"""One native Group per ProcessGroup: its comm table and the plan its ranks installed.
+
+A group that may talk over NCCL as well as over its CPU backend has one of each until its ranks have
+agreed (_group_comm.py); the plan is kept with the one that they use.
+"""
 
 from __future__ import annotations
 
 import os
 import weakref
+from typing import Any
 
 import torch.distributed as dist
 
 from . import _native
 from ._fork import fork_safe
+from ._group_comm import GroupComm
 
 _lock = fork_safe()
-_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, _native.Group]] = (
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, GroupComm]] = (
     weakref.WeakKeyDictionary()
 )
 # Made here, so that what the extension borrows from torch is there, or found missing, before any
@@ -21,13 +27,23 @@ _alone_pid = os.getpid()  # a forked child makes its own
 
 
 def group_for(
-    process_group: dist.ProcessGroup | None, no_dist: bool, coordinator_rank: int = 0
+    process_group: dist.ProcessGroup | None,
+    no_dist: bool,
+    coordinator_rank: int = 0,
+    *,
+    state_dict: Any = None,
+    is_save: bool = False,
 ) -> _native.Group:
     """The native group of ``process_group`` (default: the default group), or this process alone:
     where that is asked for, or nothing is distributed.
 
     ``coordinator_rank`` is a rank of the group.  The same object is returned while the ProcessGroup
-    lives, so that a plan installed by one save serves the next.
+    lives, so that a plan installed by one save serves the next; another one only once, where the
+    ranks change to NCCL.
+
+    Args:
+        state_dict: of a call that all ranks make, which is collective then if they have not agreed
+            yet over what to talk; its tensors and the kind of call have a part in that.
     """
     global _alone, _alone_pid
     with _lock():
@@ -39,5 +55,6 @@ def group_for(
             process_group = dist.distributed_c10d._get_default_group()
         by_coordinator = _groups.setdefault(process_group, {})
         if coordinator_rank not in by_coordinator:
-            by_coordinator[coordinator_rank] = _native.Group(process_group, coordinator_rank)
-        return by_coordinator[coordinator_rank]
+            by_coordinator[coordinator_rank] = GroupComm(process_group, coordinator_rank)
+        comm = by_coordinator[coordinator_rank]
+    return comm.group(process_group, state_dict, is_save=is_save)

@@ -20,7 +20,7 @@ from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
 from ._filter import KeyFilter
 from ._lazy_metadata import refusal
-from ._receive import Receiver, settle_devices
+from ._receive import Receiver
 from ._report import LISTED_NAMES, logger, names_of, set_report
 from ._save import hash64
 
@@ -173,6 +173,8 @@ class NativeLoad:
             "kind": "load",
             "path": "native",
             "reason": None,
+            "comm": self.group.kind,
+            "comm_reason": self.group.reason,
             "planner": "native",
             "reader": "native",
             "failed": False,
@@ -267,14 +269,10 @@ class NativeLoad:
         raise_failures(step, failures, self.group.rank, self.error, native.interrupt())
 
     def _read(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
-        objects, tensors = native.results()
+        objects, _ = native.results()
         receiver = Receiver(self.reader, native.metadata)
-        copies = native.info()["copies_count"] > 0
-        if copies:
-            settle_devices(tensors)
         native.read(receiver)
-        if copies:
-            settle_devices(tensors)  # the reading thread's copies are on a stream of its own
+        receiver.settle()
         self.by_python = _PARTLY
         for target, fqn, path in objects:
             if path is None:

@@ -233,11 +233,11 @@ def _leaves(value: Any, name: str = "") -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the core reads its memory; all others it copies or serialises at once."""
+    """Whether the core may read its memory later; all others it copies or serialises at once."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
+        and tensor.device.type in ("cpu", "cuda")
         and not tensor.is_quantized
     )
 
@@ -270,11 +270,11 @@ def _mistakable(data: Any, item: WriteItem) -> Any:
 
 def _private(data: Any, own: Container[int]) -> Any:
     """``data``, in memory that stays as it is until the next item was asked for and longer: that of
-    the leaf of its name, or a copy.  Planners may convert every tensor in one buffer, which may be
-    another leaf."""
+    the leaf of its name, or a copy on the host.  Planners may convert every tensor in one buffer,
+    which may be another leaf."""
     if not isinstance(data, torch.Tensor):
         return data
     data = data.detach()  # of a subclass of Parameter: a plain tensor
     if not _is_plain(data) or data.untyped_storage().data_ptr() in own:
         return data
-    return data.clone()
+    return data.clone() if data.is_cpu else data.cpu()

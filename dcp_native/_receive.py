@@ -47,6 +47,7 @@ class Receiver:
         self._transforms = reader.transforms
         self._metadata = metadata
         self._storage_data: dict[MetadataIndex, Any] | None = None
+        self._devices: set[torch.device] = set()
 
     def piece(
         self,
@@ -60,7 +61,7 @@ class Receiver:
         at: int,
     ) -> None:
         """Copy a box, dense in ``slab``, to where it lies in a plain strided tensor."""
-        with _copying(fqn, destination):
+        with self._copying(fqn, destination):
             source = slab[:bytes_count].view(dtype).view(lengths)
             offset = destination.storage_offset() + at
             destination.as_strided(lengths, strides, offset).copy_(source)
@@ -74,7 +75,7 @@ class Receiver:
         lengths: tuple[int, ...],
     ) -> None:
         """Copy the overlap of a chunk with the destination, as torch does: any class of tensor."""
-        with _copying(fqn, destination):
+        with self._copying(fqn, destination):
             narrow_tensor_by_index(destination, offsets, lengths).copy_(source)
 
     def record(
@@ -93,7 +94,7 @@ class Receiver:
         with naming(fqn), self._opened(index, LoadItemType.TENSOR, data, transformed) as file:
             saved = torch.load(file, map_location="cpu", weights_only=True)
         source = narrow_tensor_by_index(saved, chunk_offsets, lengths)
-        with _copying(fqn, destination):
+        with self._copying(fqn, destination):
             into = narrow_tensor_by_index(destination.detach(), target_offsets, lengths)
             if into.size() != source.size():
                 raise AssertionError(f"req {index} mismatch sizes {into.size()} vs {source.size()}")
@@ -105,6 +106,23 @@ class Receiver:
         opened = self._opened(index, LoadItemType.BYTE_IO, data, transformed)
         with opened as file, naming(fqn):
             self.values[target] = load_object(file, fqn)
+
+    def settle(self) -> None:
+        """Wait until the reading thread's copies are there: they are on a stream of its own."""
+        for device in self._devices:
+            torch.accelerator.synchronize(device)
+
+    @contextlib.contextmanager
+    def _copying(self, fqn: str, destination: torch.Tensor) -> Iterator[None]:
+        """Copy into ``destination``, whose grad mode and inference mode belong to another thread,
+        behind what the caller's streams still do to it."""
+        device = destination.device
+        if device.type != "cpu" and device not in self._devices and _is_accelerator(device):
+            torch.accelerator.synchronize(device)
+            self._devices.add(device)
+        inference = torch.inference_mode() if destination.is_inference() else torch.no_grad()
+        with naming(fqn), inference:
+            yield
 
     @contextlib.contextmanager
     def _opened(
@@ -170,22 +188,9 @@ def naming(fqn: str) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _copying(fqn: str, destination: torch.Tensor) -> Iterator[None]:
-    """Copy into ``destination``, whose grad mode and inference mode belong to another thread."""
-    inference = torch.inference_mode() if destination.is_inference() else torch.no_grad()
-    with naming(fqn), inference:
-        yield
-
-
-def settle_devices(tensors: list[torch.Tensor | None]) -> None:
-    """Wait for what the caller's streams still do to tensors that another thread will write."""
-    if not torch.accelerator.is_available():
-        return
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    for device in devices:
-        if device.type == torch.accelerator.current_accelerator().type:
-            torch.accelerator.synchronize(device)
+def _is_accelerator(device: torch.device) -> bool:
+    current = torch.accelerator.current_accelerator()
+    return current is not None and device.type == current.type
 
 
 def load_object(file: IO[bytes], fqn: str) -> Any:

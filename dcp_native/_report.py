@@ -66,6 +66,17 @@ def last_report() -> dict[str, Any] | None:
         kind: ``"save"``, ``"async_save"`` or ``"load"``.
         path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else.
         reason: why not native, or None.
+        comm: over what the ranks of a native call agreed: ``"nccl"``, the name of the CPU backend
+            (``"gloo"``), or ``"local"`` for a process alone.
+        comm_reason: why over that; None for a process alone, and before its group's ranks agreed.
+        devices: those whose memory was read or filled without torch, ``["cuda:0"]``.
+        device_copied_bytes, device_copies_count: to or from their memory, and in how many copies.
+        device_packed_bytes, device_packed_count: of these, what kernels gathered or scattered.
+        device_slab_bytes: of their memory, that was taken for that, at most at a time.
+        device_wait_ns: the host waited for a device.
+        device_by_torch_count, device_by_torch_bytes: tensors on devices that torch copied instead.
+        device_reason: the first thing that made a device do less than it could (copies by torch,
+            memory that could not be pinned, no kernels), or None.
 
     Loads, roles (also of a load on torch's path):
         reader, planner: where it ran: ``"native"``; or why in torch's own implementation, with
@@ -103,6 +114,7 @@ def last_report() -> dict[str, Any] | None:
         copies_count, whole_copies: targets that torch's own copy fills (devices, odd memory); parts
             of them that went through a temporary of their full size.
         wall_ns: of reading.
+        device_targets_count: targets on devices that are filled without torch.
         rank_local: read through ``__{rank}.metadata``.
         foreign: what of the metadata only Python could rebuild, and nobody needed; else None.
 
@@ -134,6 +146,7 @@ def last_report() -> dict[str, Any] | None:
     Saves, time and memory:
         vote_ns, plan_ns, hash_ns, compare_ns, metadata_ns, write_ns, commit_ns: steps, in order.
         stage_ns: of ``async_save``: from the agreed plan to a private copy of every byte.
+        stage_begin_ns: of that, before ``async_save`` returns where it goes on in the background.
         settle_ns: from the last durable byte of this rank to the outcome that all ranks agree on.
         staging: how that copy was made: ``"arena"``; ``"streamed"`` (no memory: written before
             ``async_save`` returned); ``"borrowed"`` from the stager of the user's own.

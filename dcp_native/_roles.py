@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import (
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from . import _hf_reader, _state_dict_stager, filesystem, quantized_hf_storage, staging
 from ._config import config
+from ._group_comm import has_cpu, has_nccl
 from ._stock import _state_dict_stager as _torch_stager
 from ._stock import staging as _torch_staging
 from .hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -166,8 +166,10 @@ def load_planner_reason(planner: Any) -> str | None:
     return None if planner is None else _not_stock(planner, "planner", DefaultLoadPlanner)
 
 
-def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str | None:
-    """None when the ranks can talk over the group's CPU backend, else why not.
+def group_reason(
+    process_group: dist.ProcessGroup | None, no_dist: bool, use_collectives: bool = True
+) -> str | None:
+    """None when the ranks can talk over the group's CPU backend or its NCCL, else why not.
 
     The same on all ranks: this is what they can not agree on.
     """
@@ -176,9 +178,11 @@ def group_reason(process_group: dist.ProcessGroup | None, no_dist: bool) -> str 
     if no_dist or not (dist.is_available() and dist.is_initialized()):
         return None
     group = process_group or dist.distributed_c10d._get_default_group()
-    if torch.device("cpu") not in group._device_types:
+    if has_cpu(group):
+        return None
+    if not has_nccl(group):
         return "the process group has no CPU backend"
-    return None
+    return None if use_collectives else "the process group has no CPU backend to be found by"
 
 
 def stage_reason(stager: AsyncStager | None, writer: Any) -> str | None:

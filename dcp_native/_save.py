@@ -208,11 +208,15 @@ class NativeSave:
             except BaseException as error:
                 self.fail(error)
 
-    def stage(self, *, shared: bool, survive: bool) -> str:
+    def stage(self, *, shared: bool, survive: bool, background: bool) -> str:
         """Build this rank's files in memory, so that the caller may go on.
 
         One that is to survive the trainer must be in memory: a rank that streams could not say
         when its files are whole.
+
+        Args:
+            background: where tensors lie on devices their copies are only begun: see
+                :meth:`is_staging`.
 
         Returns:
             ``"arena"``; ``"streamed"`` where there is no memory for that: then they are written and
@@ -221,7 +225,9 @@ class NativeSave:
         if self.error is not None:
             return "failed"
         try:
-            reason = self._native.stage(shared=shared, cap_bytes=config().arena_cap_bytes)
+            reason = self._native.stage(
+                shared=shared, cap_bytes=config().arena_cap_bytes, background=background
+            )
             if reason is None:
                 return "arena"
             if survive:
@@ -232,6 +238,10 @@ class NativeSave:
             return "failed"
         self.write()
         return "streamed"
+
+    def is_staging(self) -> bool:
+        """Whether tensors are still read: the upload copies them, and says when it has."""
+        return self._native.is_staging()
 
     def warm_up(
         self,
@@ -275,6 +285,10 @@ class NativeSave:
     def upload_state(self) -> str:
         """``"running"``, ``"settled"`` (there is a result) or ``"ended"``."""
         return self._native.upload_state()
+
+    def upload_staged(self) -> bool:
+        """Whether the tensors may change.  Raises once, then, what their copy met."""
+        return self._native.upload_staged()
 
     def upload_result(self) -> list[tuple[int, Any]] | None:
         """None when it was committed, or what failed where."""
@@ -390,7 +404,10 @@ class NativeSave:
         """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
         info = self.info()
         roles = role_report(None, self._planner_reason, info["planned_outside"])
-        set_report({"kind": self.kind, "path": "native", "reason": None, **roles, **info, **facts})
+        comm = {"comm": self.group.kind, "comm_reason": self.group.reason}
+        set_report(
+            {"kind": self.kind, "path": "native", "reason": None, **comm, **roles, **info, **facts}
+        )
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()

@@ -84,6 +84,8 @@ class StateDictStager(_torch.StateDictStager):
         self._deepcopy_dispatch: dict[type, Any] = {}  # torch's code looks here; _walk is first
         self._cached_storage_mapping: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._closed = False
+        self.devices_in_use: set[torch.device] = set()
+        """Devices from which a call with ``non_blocking`` has put copies on their way."""
 
     def stage(self, state_dict: Any, non_blocking: bool = False) -> Any:
         """Copy ``state_dict``; afterwards every byte of the result is its own.
@@ -201,7 +203,7 @@ class StateDictStager(_torch.StateDictStager):
         if fresh and x.is_cpu:
             memo[_PENDING].append((y, x))
         elif fresh:
-            staged.copy_(storage, non_blocking=non_blocking)
+            self._copy_from_device(staged, storage, non_blocking)
         if x.is_conj():
             y = torch._conj(y)
         if x.is_neg():
@@ -216,8 +218,15 @@ class StateDictStager(_torch.StateDictStager):
         if storage.device == _CPU:
             _native.copy_storages([(_bytes_of(staged), _bytes_of(storage))])
         else:
-            staged.copy_(storage, non_blocking=non_blocking)
+            self._copy_from_device(staged, storage, non_blocking)
         return staged
+
+    def _copy_from_device(
+        self, staged: UntypedStorage, storage: UntypedStorage, non_blocking: bool
+    ) -> None:
+        staged.copy_(storage, non_blocking=non_blocking)
+        if non_blocking:
+            self.devices_in_use.add(storage.device)
 
     def _take(self, storage: UntypedStorage) -> UntypedStorage:
         """Memory for a copy of ``storage``."""

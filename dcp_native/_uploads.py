@@ -120,6 +120,8 @@ class Upload:
         """None: this process alone."""
         self.facts: dict[str, Any] = {}
         self.timeout_s = 0.0
+        self.staging: Future[None] | None = None
+        """Done when tensors on devices may change, if that is later than the call's return."""
         self.stager: AsyncStager | None = None
         """The user's own, whose memory is read until the bytes are written."""
         self.store: _native.Store | None = None
@@ -165,9 +167,11 @@ class Upload:
     def look(self) -> bool:
         """Set the future when there is a result.  True when nothing of the upload runs any more."""
         state = self.save.upload_state()
-        if state == "running" and self.left_s() <= 0:
+        expired = state == "running" and self.left_s() <= 0
+        if expired:
             self.save.expire()
             state = self.save.upload_state()
+        self._look_at_staging(expired)
         if state != "running" and not self.future.done():
             self._settle()
         if state == "ended":
@@ -175,6 +179,26 @@ class Upload:
             self.future._report.update(stats)
             self.give_back(in_touch=stats["in_touch"])
         return state == "ended"
+
+    def _look_at_staging(self, expired: bool) -> None:
+        """Tell the trainer when its tensors are its own again.
+
+        That is so, too, when the save failed elsewhere before they were copied: why, is on the
+        save's future.  A device that does not answer is waited for until the deadline.
+        """
+        staging = self.staging
+        if staging is None or staging.done():
+            return
+        try:
+            if self.save.upload_staged():
+                staging.set_result(None)
+            elif expired:
+                raise TimeoutError(
+                    "tensors were still being copied from their device when the save reached its "
+                    "deadline; what was copied is not used"
+                )
+        except BaseException as error:
+            staging.set_exception(forget_frames(error))
 
     def left_s(self) -> float:
         """Seconds until an upload that has no result is given up."""

@@ -81,11 +81,15 @@ class DefaultStager(_torch.DefaultStager):
         return self._staging_future
 
     def _stage(self, state_dict: STATE_DICT_TYPE, **kwargs: Any) -> STATE_DICT_TYPE:
-        if not self._non_blocking:
-            return self._state_dict_stager.stage(state_dict)
-        with self._staging_stream or nullcontext():
-            staged = self._state_dict_stager.stage(state_dict, non_blocking=True)
-        (self._staging_stream or torch.accelerator).synchronize()
+        stager, stream = self._state_dict_stager, self._staging_stream
+        with stream or nullcontext():
+            staged = stager.stage(state_dict, non_blocking=self._non_blocking)
+        while stager.devices_in_use:
+            device = stager.devices_in_use.pop()
+            if stream is not None and stream.device == device:
+                stream.synchronize()
+            else:  # copied on its current stream, which `stream` says nothing about
+                torch.accelerator.synchronize(device)
         return staged
 
     def synchronize_staging(self) -> None:

@@ -167,7 +167,7 @@ def _tell(
     group_reason = _roles.group_reason(process_group, no_dist)
     elsewhere = bool(read_reason or plan_reason)
     if group_reason is None:
-        group = group_for(process_group, no_dist, coordinator_rank)
+        group = group_for(process_group, no_dist, coordinator_rank, state_dict=())
         NativeLoad(None if elsewhere else cast(Any, reader), planner, group).tell(error)
     elif isinstance(error, Exception):
         with contextlib.suppress(CheckpointException):
@@ -199,7 +199,7 @@ def _load_state_dict(
     plan_reason = _roles.load_planner_reason(planner) or _roles.files_reason(storage_reader)
     group_reason = _roles.group_reason(process_group, no_dist)
     if group_reason is None:
-        group = group_for(process_group, no_dist, coordinator_rank)
+        group = group_for(process_group, no_dist, coordinator_rank, state_dict=state_dict)
         reader = None if read_reason or plan_reason else cast(Any, storage_reader)
         try:
             NativeLoad(reader, planner, group, keys, verify, top_is_copy).run(state_dict)

@@ -207,7 +207,10 @@ def _async_save(
 
     native = None
     if _roles.group_reason(group, group is None) is None:
-        native = group_for(group, group is None, coordinator_rank)
+        native = group_for(
+            group, group is None, coordinator_rank,
+            state_dict=state_dict if use_collectives else None, is_save=True,
+        )  # fmt: skip
     if reason is not None:
         if native is None or native.size == 1 or not use_collectives:
             return by_torch(state_dict)
@@ -256,7 +259,7 @@ def warm_up(
     if reason is not None and _roles.group_reason(group, group is None) is not None:
         logger.debug("warm_up: nothing to do, because %s", reason)
         return
-    native = group_for(group, group is None)
+    native = group_for(group, group is None, state_dict=state_dict, is_save=True)
     try:
         if reason is not None:
             other = SaveElsewhere(native)
@@ -330,13 +333,16 @@ def _save(
 ) -> Metadata:
     """``mapped``: addresses of memory that is a file's, mapped, and that nobody has written to."""
     writer_reason = _roles.writer_reason(writer)
-    group_reason = _roles.group_reason(process_group, no_dist)
+    group_reason = _roles.group_reason(process_group, no_dist, use_collectives)
     reason = writer_reason or group_reason
     _tell_roles("save", reason, writer, planner, base)
     if group_reason is not None:
         state_dict = _stateful_to_state_dict(state_dict) if call_stateful else state_dict
     else:
-        group = group_for(process_group, no_dist, coordinator_rank)
+        group = group_for(
+            process_group, no_dist, coordinator_rank,
+            state_dict=state_dict if use_collectives else None, is_save=True,
+        )  # fmt: skip
         if writer_reason is not None:
             other = SaveElsewhere(group, use_collectives)
             state_dict = other.resolve(state_dict) if call_stateful else state_dict

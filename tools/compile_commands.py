@@ -46,7 +46,7 @@ def commands() -> list[dict[str, object]]:
         arguments += module.compile_args + python_include
         entries += [entry(compiler, arguments, source) for source in module.sources]
     tests = ["-std=c11", "-D_GNU_SOURCE", "-DDCP_DEBUG"]
-    tests += [f"-I{path}" for path in ("csrc/include", "csrc/core", "tests/c")]
+    tests += [f"-I{path}" for path in ("csrc/include", "csrc/core", "csrc/cuda", "tests/c")]
     entries += [entry("cc", tests, source) for source in setup.paths("tests/c/*.c")]
     return entries
 

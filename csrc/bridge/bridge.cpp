@@ -23,6 +23,7 @@ namespace
 {
 
 using dcp_bridge::comm_from_group;
+using dcp_bridge::nccl_comm_of_group;
 using dcp_bridge::store_from_group;
 using dcp_bridge::tensor_mutable_data;
 using dcp_bridge::tensor_view;
@@ -31,7 +32,7 @@ constexpr struct dcp_bridge_table table = {
     DCP_BRIDGE_VERSION,  sizeof(struct dcp_bridge_table),
     TORCH_VERSION,       tensor_view,
     tensor_mutable_data, comm_from_group,
-    store_from_group,
+    store_from_group,    nccl_comm_of_group,
 };
 
 /* "2.13.0+cpu" is release 2.13.0: what follows the plus names the build, not the headers. */

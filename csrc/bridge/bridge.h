@@ -16,6 +16,8 @@ uint8_t *tensor_mutable_data(void *object) noexcept;
 int comm_from_group(void *process_group, struct dcp_comm *ret_comm, struct dcp_error *err) noexcept;
 int store_from_group(void *process_group, struct dcp_store *ret_store,
                      struct dcp_error *err) noexcept;
+int nccl_comm_of_group(void *process_group, struct dcp_bridge_nccl *ret,
+                       struct dcp_error *err) noexcept;
 
 } // namespace dcp_bridge
 

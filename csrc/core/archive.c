@@ -51,7 +51,7 @@ static int
 write_payload(struct dcp_writer *writer, const uint8_t *data, uint64_t len, uint32_t *ret_crc,
               struct dcp_error *err)
 {
-    struct dcp_source source = {data, NULL};
+    struct dcp_source source = {.data = data};
     struct dcp_write_payload payload = {.source = &source, .item_bytes = 1, .len_bytes = len};
     int rc = dcp_write_stream_payload(writer, &payload, err);
     *ret_crc = payload.crc;

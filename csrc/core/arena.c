@@ -9,7 +9,8 @@
  * No lock: one that another thread holds during a fork stays locked in the child.  Slots are
  * swapped atomically, and the count of bytes carries the process that it counts for: a child starts
  * with no arena and a count of 0, whatever its parent was doing.  Mappings are not inherited, so of
- * a parent's arena a child frees the record alone.
+ * a parent's arena a child frees the record alone.  The same goes for pinned memory: it is unpinned
+ * before it moves or is unmapped, by the process that pinned it.
  *
  * Invariants: an arena is in one slot or with one save; the count is of all mappings of this
  * process, and of those about to be made.
@@ -140,6 +141,17 @@ mapping_bytes(uint64_t bytes)
 
 /* ---- one arena ---- */
 
+/* Before its memory moves or goes: what a device may write to must be there. */
+static void
+unpin(struct dcp_arena *arena)
+{
+    if (arena->pinned_by != NULL) {
+        arena->pinned_by->unpin(arena->pinned_by->ctx, arena->memory);
+    }
+    arena->pinned_by = NULL;
+    arena->pinned_bytes = 0;
+}
+
 static void
 destroy(struct dcp_arena *arena)
 {
@@ -147,6 +159,7 @@ destroy(struct dcp_arena *arena)
         return;
     }
     if (is_ours(arena)) {
+        unpin(arena);
         if (arena->kind == DCP_ARENA_SHARED) {
             dcp_memfd_free(arena->fd, arena->memory, arena->bytes);
         } else {
@@ -195,6 +208,7 @@ grow(struct dcp_arena *arena, uint64_t bytes, const struct dcp_arena_limits *lim
         return rc;
     }
     uint8_t *memory = NULL;
+    unpin(arena);
     if (arena->kind == DCP_ARENA_SHARED) {
         rc = dcp_memfd_grow(arena->fd, arena->memory, arena->bytes, bytes, &memory, err);
     } else {
@@ -343,4 +357,28 @@ dcp_arena_populate(struct dcp_arena *arena, uint64_t bytes, atomic_int *cancel,
         }
     }
     return 0;
+}
+
+int
+dcp_arena_pin(struct dcp_arena *arena, const struct dcp_device *device, uint64_t bytes,
+              struct dcp_error *err)
+{
+    uint64_t want = dcp_max_u64(mapping_bytes(bytes), arena->touched_bytes);
+    if (!is_ours(arena) || mapping_bytes(bytes) == 0 || want > arena->bytes) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
+                             "%llu bytes of a staging arena of %llu were to be pinned, by process "
+                             "%lld for process %lld",
+                             (unsigned long long)bytes, (unsigned long long)arena->bytes,
+                             (long long)getpid(), (long long)arena->pid);
+    }
+    if (want <= arena->pinned_bytes) {
+        return 0;
+    }
+    unpin(arena);
+    int rc = device->pin(device->ctx, arena->memory, want, err);
+    if (rc == 0) {
+        arena->pinned_by = device;
+        arena->pinned_bytes = want;
+    }
+    return rc;
 }

@@ -1,7 +1,8 @@
 /*
  * image.c: a save's data files as they will be, in memory.
  *
- * The writer's walk (writer.c) makes the bytes; here they stay where they are put.  Each file
+ * The writer's walk (writer.c) makes the bytes; here they stay where they are put.  Payloads on
+ * devices are put there by the devices (device_stage.c), before and beside the walk.  Each file
  * starts on a multiple of DCP_DIRECT_ALIGN_BYTES and is followed by zeros up to the next one, so
  * direct I/O writes it without a copy.
  *
@@ -59,10 +60,32 @@ dcp_image_clean_up(struct dcp_image *image)
 }
 
 int
-dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
-               const struct dcp_layout *layout, const struct dcp_source *sources,
-               const struct dcp_save_id *save_id, uint64_t n0,
-               const struct dcp_engine_options *options, uint32_t *ret_crcs, struct dcp_error *err)
+dcp_image_begin(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
+                const struct dcp_layout *layout, const struct dcp_source *sources,
+                const struct dcp_engine_options *options, struct dcp_device_stage **ret_stage,
+                bool *ret_idle, struct dcp_error *err)
+{
+    const struct dcp_device_stage_params params = {
+        .devices = options->devices,
+        .plan = plan,
+        .layout = layout,
+        .sources = sources,
+        .image = image,
+        .memory = memory,
+        /* For content hashes the host reads every byte, and a CRC on the way costs nothing. */
+        .checksums = !plan->content_hash || options->hashes != NULL,
+        .cancel = options->cancel,
+        .stats = options->device_stats,
+    };
+    return dcp_device_stage_begin(&params, ret_stage, ret_idle, err);
+}
+
+int
+dcp_image_end(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
+              const struct dcp_layout *layout, const struct dcp_source *sources,
+              const struct dcp_save_id *save_id, uint64_t n0,
+              const struct dcp_engine_options *options, struct dcp_device_stage *stage,
+              uint32_t *ret_crcs, struct dcp_error *err)
 {
     struct dcp_writer writer = {.options = options,
                                 .rank = plan->rank,
@@ -71,7 +94,8 @@ dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct dcp_
                                 .sources = sources,
                                 .save_id = save_id,
                                 .n0 = n0,
-                                .crcs = ret_crcs};
+                                .crcs = ret_crcs,
+                                .stage = stage};
     int rc = 0;
     DCP_ASSERT(image->files_count == layout->files_count && image->rank == plan->rank);
     for (uint32_t i = 0; rc == 0 && i < image->files_count; i++) {
@@ -87,4 +111,14 @@ dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct dcp_
     }
     dcp_buf_clean_up(&writer.scratch);
     return rc;
+}
+
+int
+dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
+               const struct dcp_layout *layout, const struct dcp_source *sources,
+               const struct dcp_save_id *save_id, uint64_t n0,
+               const struct dcp_engine_options *options, uint32_t *ret_crcs, struct dcp_error *err)
+{
+    return dcp_image_end(image, memory, plan, layout, sources, save_id, n0, options, NULL, ret_crcs,
+                         err);
 }

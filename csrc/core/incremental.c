@@ -15,6 +15,8 @@
  * Where anything was compared the hashes of all kept items are known afterwards, and the writer
  * stores them with what it writes.
  *
+ * What lies on devices is hashed as it comes off a stream (device_stream.c).
+ *
  * Threads: one.  Memory: 16 bytes per item, 32 per candidate, the hashes of one file, a scratch
  * buffer for strided tensors.
  */
@@ -25,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device.h"
 #include "group.h"
 
 enum {
@@ -132,33 +135,87 @@ check_cancel(const struct decision *d, struct dcp_error *err)
     return 0;
 }
 
-static int
-hash_item(const struct decision *d, uint32_t i, uint8_t *scratch, struct dcp_hash128 *ret_hash,
-          struct dcp_error *err)
+/* What hashing works with. */
+struct hashing {
+    const struct decision *d;
+    uint8_t *scratch;
+    struct dcp_device_stream *stream; /* NULL without devices */
+};
+
+/* The payloads on devices, in the order in which they are hashed. */
+static bool
+next_on_device(const void *ctx, uint64_t *cursor, struct dcp_device_payload *ret)
 {
-    const struct dcp_plan *plan = d->request->plan;
+    const struct decision *d = ctx;
+    const struct dcp_reuse_request *request = d->request;
+
+    while (*cursor < request->plan->items_count) {
+        uint32_t i = (uint32_t)(*cursor)++;
+        const struct dcp_item *item = &request->plan->items[i];
+        if (is_kept(d, i) && request->sources[i].device != 0 &&
+            dcp_item_payload_bytes(request->plan, item) > 0 &&
+            dcp_device_check_source(request->devices, request->plan, item, &request->sources[i],
+                                    NULL) == 0) {
+            *ret =
+                dcp_device_payload_of(request->devices, request->plan, item, &request->sources[i]);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The next bytes of an item, contiguous; `n` of them at most. */
+static int
+next_piece(const struct hashing *h, uint32_t i, uint64_t from, uint64_t n,
+           const uint8_t **ret_piece, uint64_t *ret_len, struct dcp_error *err)
+{
+    const struct dcp_plan *plan = h->d->request->plan;
     const struct dcp_item *item = &plan->items[i];
-    const struct dcp_source *source = &d->request->sources[i];
-    bool strided = item->slot_bytes == 0 && source->strides_bytes != NULL;
+    const struct dcp_source *source = &h->d->request->sources[i];
+
+    if (source->device != 0) {
+        return dcp_device_stream_peek(h->stream, (uint64_t)(uintptr_t)source->data, n,
+                                      h->d->request->cancel, ret_piece, ret_len, err);
+    }
+    *ret_piece = source->data + from;
+    *ret_len = dcp_min_u64(n, PIECE_BYTES);
+    if (item->slot_bytes == 0 && source->strides_bytes != NULL) {
+        *ret_piece = h->scratch;
+        *ret_len = dcp_min_u64(n, SCRATCH_BYTES);
+        dcp_box_gather(h->scratch, source->data, item->ndim, dcp_item_sizes(plan, item),
+                       source->strides_bytes, dcp_dtype_bytes(item->dtype), from, *ret_len);
+    }
+    return 0;
+}
+
+static int
+hash_item(const struct hashing *h, uint32_t i, struct dcp_hash128 *ret_hash, struct dcp_error *err)
+{
+    const struct dcp_reuse_request *request = h->d->request;
+    const struct dcp_plan *plan = request->plan;
+    const struct dcp_item *item = &plan->items[i];
+    const struct dcp_source *source = &request->sources[i];
     uint64_t len = item->slot_bytes != 0 ? item->slot_bytes : dcp_item_payload_bytes(plan, item);
     struct dcp_content_hash hash;
-    int rc = 0;
+    int rc;
 
     if (source->data == NULL && len > 0) {
         const struct dcp_name *name = &plan->names[item->name];
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
                              (int)dcp_min_u64(name->fqn_len, 256), name->fqn);
     }
+    rc = dcp_device_check_source(request->devices, plan, item, source, err);
     dcp_content_hash_begin(&hash);
-    for (uint64_t at = 0; at < len && rc == 0;) {
-        uint64_t piece = dcp_min_u64(len - at, strided ? SCRATCH_BYTES : PIECE_BYTES);
-        if (strided) {
-            dcp_box_gather(scratch, source->data, item->ndim, dcp_item_sizes(plan, item),
-                           source->strides_bytes, dcp_dtype_bytes(item->dtype), at, piece);
+    for (uint64_t at = 0, n = 0; at < len && rc == 0; at += n) {
+        const uint8_t *piece;
+        rc = next_piece(h, i, at, len - at, &piece, &n, err);
+        if (rc == 0) {
+            dcp_content_hash_add(&hash, piece, (size_t)n);
+            if (source->device != 0) {
+                dcp_device_stream_take(h->stream, n);
+            }
+            rc = check_cancel(h->d, err);
         }
-        dcp_content_hash_add(&hash, strided ? scratch : source->data + at, (size_t)piece);
-        at += piece;
-        rc = check_cancel(d, err);
     }
     *ret_hash = dcp_content_hash_end(&hash);
     return rc;
@@ -167,23 +224,32 @@ hash_item(const struct decision *d, uint32_t i, uint8_t *scratch, struct dcp_has
 static int
 hash_items(struct decision *d, struct dcp_error *err)
 {
-    const struct dcp_plan *plan = d->request->plan;
+    const struct dcp_reuse_request *request = d->request;
+    const struct dcp_plan *plan = request->plan;
+    struct hashing h = {.d = d, .scratch = dcp_malloc(SCRATCH_BYTES)};
+    struct dcp_device_stats stats = {0};
     uint64_t start_ns = dcp_now_ns();
-    uint8_t *scratch = dcp_malloc(SCRATCH_BYTES);
     int rc = 0;
 
     d->reuse->hashes =
         dcp_calloc(plan->items_count == 0 ? 1 : plan->items_count, sizeof *d->reuse->hashes);
-    if (scratch == NULL || d->reuse->hashes == NULL) {
+    if (h.scratch == NULL || d->reuse->hashes == NULL) {
         rc = dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for the hashes of %u items",
                            plan->items_count);
     }
+    if (rc == 0 && request->devices != NULL) {
+        rc = dcp_device_stream_new(request->devices, next_on_device, d, &stats, &h.stream, err);
+    }
     for (uint32_t i = 0; i < plan->items_count && rc == 0; i++) {
         if (is_kept(d, i)) {
-            rc = hash_item(d, i, scratch, &d->reuse->hashes[i], err);
+            rc = hash_item(&h, i, &d->reuse->hashes[i], err);
         }
     }
-    dcp_free(scratch);
+    dcp_device_stream_destroy(h.stream);
+    if (request->device_stats != NULL) {
+        dcp_device_stats_add(request->device_stats, &stats);
+    }
+    dcp_free(h.scratch);
     d->reuse->hash_ns = dcp_now_ns() - start_ns;
     return rc;
 }

@@ -112,6 +112,8 @@ struct dcp_reuse_request {
     const uint8_t *keep;
     uint64_t first_link_n; /* above the numbers of all files that the plan may write */
     const struct dcp_source *sources;
+    const struct dcp_device_list *devices; /* of the sources; NULL: there are none */
+    struct dcp_device_stats *device_stats; /* added to; NULL without devices */
     struct dcp_link_target target;
     atomic_int *cancel; /* may be NULL */
 };

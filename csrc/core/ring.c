@@ -5,6 +5,8 @@
  * are therefore kept in two slots (a save and a load at once), each swapped atomically.  No lock: a
  * fork at any instant leaves the child with slots that are empty or hold a ring of its parent,
  * which its pid gives away; such a ring is forgotten, because its mapping was never inherited.
+ * Rings that are pinned for a device have two slots of their own: pinning costs more than mapping,
+ * and what is pinned is unpinned before it is unmapped, by the process that pinned it alone.
  *
  * Threads: the ring functions from any thread; one pump belongs to the thread that made it.
  */
@@ -16,9 +18,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "device.h"
+
 enum { KEPT_RINGS = 2 };
 
-static _Atomic(struct dcp_ring *) kept_rings[KEPT_RINGS];
+/* Those that are not pinned, those that are. */
+static _Atomic(struct dcp_ring *) kept_rings[2][KEPT_RINGS];
 
 static void
 ring_destroy(struct dcp_ring *ring)
@@ -27,6 +32,9 @@ ring_destroy(struct dcp_ring *ring)
         return;
     }
     if (ring->pid == (int64_t)getpid()) {
+        if (ring->pinned_by != NULL) {
+            ring->pinned_by->unpin(ring->pinned_by->ctx, ring->memory);
+        }
         dcp_unmap_huge(ring->memory, ring->buffer_bytes * ring->buffers_count);
     }
     dcp_free(ring);
@@ -50,9 +58,9 @@ dcp_ring_shape(uint32_t *buffers_count, uint64_t *buffer_bytes, struct dcp_error
     return 0;
 }
 
-int
-dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
-                 struct dcp_error *err)
+static int
+acquire(bool pinned, uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
+        struct dcp_error *err)
 {
     uint32_t count = buffers_count;
     uint64_t bytes = buffer_bytes;
@@ -61,7 +69,7 @@ dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring 
         return rc;
     }
     for (int i = 0; i < KEPT_RINGS; i++) {
-        struct dcp_ring *ring = atomic_exchange(&kept_rings[i], NULL);
+        struct dcp_ring *ring = atomic_exchange(&kept_rings[pinned][i], NULL);
         if (ring == NULL) {
             continue;
         }
@@ -88,12 +96,44 @@ dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring 
     return 0;
 }
 
+int
+dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
+                 struct dcp_error *err)
+{
+    return acquire(false, buffers_count, buffer_bytes, ret_ring, err);
+}
+
+int
+dcp_ring_acquire_pinned(const struct dcp_device *device, struct dcp_device_stats *stats,
+                        struct dcp_ring **ret_ring, struct dcp_error *err)
+{
+    struct dcp_ring *ring;
+    int rc = acquire(true, 0, 0, &ring, err);
+    if (rc != 0) {
+        return rc;
+    }
+    if (ring->pinned_by == NULL) {
+        struct dcp_error refusal;
+        dcp_error_clear(&refusal);
+        rc = device->pin(device->ctx, ring->memory, ring->buffer_bytes * ring->buffers_count,
+                         &refusal);
+        if (rc == 0) {
+            ring->pinned_by = device;
+        } else {
+            dcp_device_because(stats, "pinning failed: %s", refusal.message);
+        }
+    }
+    *ret_ring = ring;
+    return 0;
+}
+
 void
 dcp_ring_release(struct dcp_ring *ring)
 {
+    bool pinned = ring != NULL && ring->pinned_by != NULL;
     for (int i = 0; ring != NULL && i < KEPT_RINGS; i++) {
         struct dcp_ring *empty = NULL;
-        if (atomic_compare_exchange_strong(&kept_rings[i], &empty, ring)) {
+        if (atomic_compare_exchange_strong(&kept_rings[pinned][i], &empty, ring)) {
             return;
         }
     }
@@ -104,7 +144,8 @@ void
 dcp_engine_trim(void)
 {
     for (int i = 0; i < KEPT_RINGS; i++) {
-        ring_destroy(atomic_exchange(&kept_rings[i], NULL));
+        ring_destroy(atomic_exchange(&kept_rings[false][i], NULL));
+        ring_destroy(atomic_exchange(&kept_rings[true][i], NULL));
     }
 }
 

@@ -19,6 +19,7 @@ struct dcp_ring {
     uint64_t buffer_bytes;
     uint32_t buffers_count;
     int64_t pid; /* the process that mapped it: a fork does not inherit the mapping */
+    const struct dcp_device *pinned_by; /* all of it; NULL: it is not pinned */
 };
 
 enum { DCP_RING_MOST_BUFFERS = 8 };
@@ -29,6 +30,9 @@ int dcp_ring_shape(uint32_t *buffers_count, uint64_t *buffer_bytes,
 /* 0 for either number: the default.  Takes a kept ring of that shape or maps a new one. */
 int dcp_ring_acquire(uint32_t buffers_count, uint64_t buffer_bytes, struct dcp_ring **ret_ring,
                      struct dcp_error *err) DCP_MUST_CHECK;
+/* The default shape, pinned for copies of devices where that can be had. */
+int dcp_ring_acquire_pinned(const struct dcp_device *device, struct dcp_device_stats *stats,
+                            struct dcp_ring **ret_ring, struct dcp_error *err) DCP_MUST_CHECK;
 /* Keeps it for the next save or frees it.  NULL is fine. */
 void dcp_ring_release(struct dcp_ring *ring);
 

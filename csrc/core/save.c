@@ -108,6 +108,10 @@ dcp_save_destroy(struct dcp_save *save)
     if (save->dirfd >= 0) {
         save->io->close(save->io->ctx, save->dirfd);
     }
+    if (save->stage != NULL &&
+        (save->pid != getpid() || !dcp_device_stage_end(save->stage, NULL))) {
+        save->arena = NULL; /* the parent's; or copies may still write to it */
+    }
     dcp_reuse_clean_up(&save->reuse);
     dcp_joined_reuse_clean_up(&save->joined);
     dcp_layout_clean_up(&save->layout);

@@ -7,6 +7,7 @@
 #include <sys/types.h>
 
 #include "dcp_image.h"
+#include "device.h"
 #include "group.h"
 #include "incremental.h"
 
@@ -53,13 +54,15 @@ struct dcp_save {
     /* Of a save that was compared with a base: what is reused, and what is left to write. */
     bool compared;
     struct dcp_reuse reuse;
-    struct dcp_joined_reuse joined; /* coordinator */
-    uint8_t *write;                 /* owned bitmap */
-    struct dcp_layout layout;       /* of `write` */
-    struct dcp_image image;         /* of a staged save */
-    struct dcp_arena *arena;        /* holds it, until it is written; else NULL */
-    struct dcp_last_crcs crcs;      /* of this save, until it is committed */
-    _Atomic uint32_t created_files; /* by this save: the first ones of the layout */
+    struct dcp_joined_reuse joined;        /* coordinator */
+    uint8_t *write;                        /* owned bitmap */
+    struct dcp_layout layout;              /* of `write` */
+    struct dcp_image image;                /* of a staged save */
+    struct dcp_arena *arena;               /* holds it, until it is written; else NULL */
+    const struct dcp_device_list *devices; /* borrows; NULL: there are none */
+    struct dcp_device_stage *stage;        /* between the two steps of staging; else NULL */
+    struct dcp_last_crcs crcs;             /* of this save, until it is committed */
+    _Atomic uint32_t created_files;        /* by this save: the first ones of the layout */
 };
 
 /* This rank's files: of all kept items, or of those that have changed since the base. */

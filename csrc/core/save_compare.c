@@ -104,6 +104,8 @@ decide(struct comparison *c, struct dcp_error *err)
         .keep = installed->keep,
         .first_link_n = installed->layout.files_count,
         .sources = c->sources,
+        .devices = save->devices,
+        .device_stats = &save->info.device,
         .target = {.io = save->io,
                    .dirfd = save->dirfd,
                    .rank = save->plan.rank,

@@ -180,6 +180,8 @@ write_all(struct dcp_save *save, const struct writing *how, struct dcp_error *er
         .cancel = how->cancel,
         .progress_bytes = how->progress_bytes,
         .hashes = save->reuse.hashes,
+        .devices = save->devices,
+        .device_stats = &save->info.device,
         .created_files = &save->created_files,
         .memory_lost = how->memory_lost,
     };

@@ -46,6 +46,8 @@ init(struct dcp_upload *upload, const struct dcp_upload_params *params)
     dcp_error_clear(&upload->error);
     upload->bytes = params->mine != NULL ? DCP_BYTES_FAILED : DCP_BYTES_WRITING;
     upload->writing = params->mine == NULL;
+    upload->staging = upload->writing && params->staging;
+    dcp_error_clear(&upload->stage_error);
     int rc = pthread_condattr_init(&attr);
     if (rc != 0) {
         return rc;
@@ -131,6 +133,21 @@ dcp_upload_result(struct dcp_upload *upload, const struct dcp_failure_list **ret
 }
 
 bool
+dcp_upload_staged(struct dcp_upload *upload, int *ret_rc, struct dcp_error *err)
+{
+    bool over;
+
+    pthread_mutex_lock(&upload->lock);
+    over = !upload->staging;
+    if (over) {
+        *ret_rc = upload->stage_rc;
+        *err = upload->stage_error;
+    }
+    pthread_mutex_unlock(&upload->lock);
+    return over;
+}
+
+bool
 dcp_upload_cancel(struct dcp_upload *upload)
 {
     bool running;
@@ -200,11 +217,14 @@ void
 dcp_upload_expire(struct dcp_upload *upload)
 {
     struct dcp_error err;
-    bool stuck, takes_over;
+    const char *what;
+    bool takes_over;
 
     atomic_store(&upload->cancel, 1);
     pthread_mutex_lock(&upload->lock);
-    stuck = upload->deciding || upload->writing;
+    what = upload->staging                       ? "a device whose memory it copies"
+           : upload->deciding || upload->writing ? "the storage"
+                                                 : "the store of the process group";
     takes_over = !upload->deciding && !upload->settled && !upload->expired;
     upload->expired = upload->expired || takes_over;
     upload->taking_over = upload->taking_over || takes_over;
@@ -217,8 +237,7 @@ dcp_upload_expire(struct dcp_upload *upload)
     dcp_error_set(&err, DCP_E_TIMEOUT, 0, NULL,
                   "the save had not ended at its deadline (%.0f s), and %s does not answer; it was "
                   "given up, and whether it was committed its .metadata tells",
-                  (double)upload->params.timeout_ns / 1e9,
-                  stuck ? "the storage" : "the store of the process group");
+                  (double)upload->params.timeout_ns / 1e9, what);
     if (dcp_upload_settle(upload, DCP_E_TIMEOUT, NULL, &err)) {
         dcp_upload_notify(upload);
     }

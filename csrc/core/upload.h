@@ -24,6 +24,9 @@ struct dcp_upload {
     pthread_mutex_t lock; /* guards all below */
     pthread_cond_t changed;
     enum dcp_bytes_state bytes; /* of this rank */
+    bool staging;               /* the writer waits for copies from devices */
+    int stage_rc;               /* what became of them, and why */
+    struct dcp_error stage_error;
     bool writing;               /* the writer runs */
     bool left_to_writer;        /* what it wrote is its own to undo when it comes back */
     bool deciding;              /* the agreement is in the storage */

@@ -99,11 +99,33 @@ dcp_upload_wind_up(struct dcp_upload *upload)
 
 /* ---- the writer ---- */
 
+/* From here on the owner's tensors may change. */
+static int
+end_staging(struct dcp_upload *upload, struct dcp_error *err)
+{
+    int rc = dcp_save_stage_end(upload->params.save, upload->params.sources, &upload->cancel, err);
+
+    pthread_mutex_lock(&upload->lock);
+    upload->staging = false;
+    upload->stage_rc = rc;
+    upload->stage_error = *err;
+    pthread_mutex_unlock(&upload->lock);
+    dcp_upload_notify(upload);
+    return rc;
+}
+
 static int
 write_bytes(struct dcp_upload *upload, struct dcp_error *err)
 {
     const struct dcp_upload_params *params = &upload->params;
 
+    if (params->staging) {
+        int rc = end_staging(upload, err);
+
+        if (rc != 0) {
+            return rc;
+        }
+    }
     if (params->written) {
         return 0;
     }

@@ -8,6 +8,9 @@
  *
  * The same walk fills an image (image.c): only the stream under it differs.
  *
+ * A payload on a device is like any other to the walk: for files its bytes are read off a stream
+ * that runs ahead, in an image they have landed where they belong.
+ *
  * Memory: the ring (32 MiB by default), 4 bytes per MiB of payload, 32 bytes per hashed record.
  * Threads: the calling thread copies; writer_run.c says who writes.
  */
@@ -102,7 +105,7 @@ write_ready(struct dcp_writer *writer, const struct dcp_placed_record *record,
     payload->item_bytes = 1;
     payload->ndim = 0;
     payload->len_bytes = record->length_bytes;
-    struct dcp_source dense = {payload->source->data, NULL};
+    struct dcp_source dense = {.data = payload->source->data};
     payload->source = &dense;
     return dcp_write_stream_payload(writer, payload, err);
 }
@@ -141,6 +144,42 @@ write_raw(struct dcp_writer *writer, const struct dcp_item *item,
     return rc == 0 ? dcp_write_stream_bytes(writer, scratch->data, scratch->len, err) : rc;
 }
 
+/* Before a record is written.  In an image devices may be writing to its place, and their copies
+ * bring rubbish between payloads: up to a payload that comes piece by piece, or else to the
+ * record's end, that is over. */
+static int
+prepare(struct dcp_writer *writer, uint32_t index, struct dcp_error *err)
+{
+    const struct dcp_placed_record *record = &writer->layout->records[index];
+    const struct dcp_item *item = &writer->plan->items[record->item];
+    const struct dcp_source *source = &writer->sources[record->item];
+    const struct dcp_device_list *devices = writer->options->devices;
+    const uint8_t *to;
+    if (source->data == NULL && record->payload_bytes > 0) {
+        const struct dcp_name *name = &writer->plan->names[item->name];
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
+                             (int)dcp_min_u64(name->fqn_len, 256), name->fqn);
+    }
+    int rc = dcp_device_check_source(devices, writer->plan, item, source, err);
+    if (rc != 0 || writer->stage == NULL) {
+        return rc;
+    }
+    bool late = dcp_device_stage_is_late(writer->stage, index);
+    uint8_t *payload_at = writer->buffer + record->payload_offset_bytes;
+    rc = dcp_device_stage_wait(writer->stage,
+                               source->device != 0 && !late && record->payload_bytes > 0
+                                   ? payload_at
+                                   : writer->buffer + record->offset_bytes + record->length_bytes,
+                               writer->options->cancel, &to, err);
+    if (rc == 0 && late) {
+        struct dcp_device_payload payload =
+            dcp_device_payload_of(devices, writer->plan, item, source);
+        rc = dcp_device_stage_gather(writer->stage, &payload, payload_at, writer->options->cancel,
+                                     err);
+    }
+    return rc;
+}
+
 /* Notes the record's content hash: `computed`, or NULL when the caller knew it before. */
 static void
 keep_hash(const struct dcp_writer *writer, const struct dcp_placed_record *record,
@@ -165,12 +204,10 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
         dcp_content_hash_begin(&hash);
         payload.hash = &hash;
     }
-    if (payload.source->data == NULL && record->payload_bytes > 0) {
-        const struct dcp_name *name = &writer->plan->names[item->name];
-        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
-                             (int)dcp_min_u64(name->fqn_len, 256), name->fqn);
+    int rc = prepare(writer, index, err);
+    if (rc == 0) {
+        rc = dcp_write_stream_zeros_to(writer, record->offset_bytes, err);
     }
-    int rc = dcp_write_stream_zeros_to(writer, record->offset_bytes, err);
     if (rc == 0) {
         rc = check_position(writer, record->offset_bytes, err);
     }
@@ -180,6 +217,8 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
     if (dcp_layout_lists(writer->plan, record)) {
         payload.block_crcs = blocks->crcs + blocks->crcs_count;
         blocks->crcs_count += blocks_of(record->payload_bytes);
+        payload.device_crcs =
+            writer->stage == NULL ? NULL : dcp_device_stage_checksums(writer->stage, index);
     }
     rc = is_raw(item) ? write_raw(writer, item, record, &payload, err)
                       : write_ready(writer, record, &payload, err);
@@ -276,6 +315,45 @@ stream_file(struct dcp_writer *writer, uint32_t index, struct dcp_error *err)
     return rc == 0 ? dcp_write_stream_flush(writer, err) : rc;
 }
 
+/* What the stream brings: in the order of the walk. */
+static bool
+next_on_device(const void *ctx, uint64_t *cursor, struct dcp_device_payload *ret)
+{
+    const struct dcp_writer *writer = ctx;
+    const struct dcp_device_list *devices = writer->options->devices;
+    while (*cursor < writer->layout->records_count) {
+        const struct dcp_placed_record *record = &writer->layout->records[(*cursor)++];
+        const struct dcp_item *item = &writer->plan->items[record->item];
+        const struct dcp_source *source = &writer->sources[record->item];
+        /* One that `prepare` will refuse is not looked at. */
+        if (source->device != 0 && record->payload_bytes > 0 &&
+            dcp_device_check_source(devices, writer->plan, item, source, NULL) == 0) {
+            *ret = dcp_device_payload_of(devices, writer->plan, item, source);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The files of a writer whose memory is there. */
+static int
+run(struct dcp_writer *writer, struct dcp_error *err)
+{
+    const struct dcp_engine_options *options = writer->options;
+    struct dcp_device_stats stats = {0};
+    int rc = 0;
+    if (options->devices != NULL) {
+        rc = dcp_device_stream_new(options->devices, next_on_device, writer, &stats,
+                                   &writer->stream, err);
+    }
+    rc = rc == 0 ? dcp_write_run(writer, err) : rc;
+    dcp_device_stream_destroy(writer->stream);
+    if (options->device_stats != NULL) {
+        dcp_device_stats_add(options->device_stats, &stats);
+    }
+    return rc;
+}
+
 int
 dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
                const struct dcp_plan *plan, const struct dcp_layout *layout,
@@ -307,7 +385,7 @@ dcp_writer_run(const struct dcp_io *io, int dirfd, const char *dir_path,
     }
     writer.request_bytes = writer.padded_bytes = writer.ring->buffer_bytes;
     writer.slots_count = writer.ring->buffers_count;
-    rc = dcp_write_run(&writer, err);
+    rc = run(&writer, err);
     writer.stats.ring_bytes = writer.ring->buffer_bytes * writer.ring->buffers_count;
     dcp_buf_clean_up(&writer.scratch);
     if (!writer.queue.lost) {

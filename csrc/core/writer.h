@@ -5,6 +5,8 @@
  * image (image.c), writer_image.c makes jobs of a ready image.  writer_run.c takes one file after
  * another and has the threads, writer_file.c opens files and runs the jobs, writer_queue.c has the
  * requests that are in flight without a thread.
+ * Payloads on devices come by themselves: in an image they are where they belong once they have
+ * landed (device_stage.c), for files they are read off a stream (device_stream.c).
  * The calling thread fills buffers.  Requests run on the pump's thread, or in the queue, or, where
  * neither pays, inside of the push; with several files a second pump syncs and closes them beside
  * the writing of the next.  A struct dcp_write_file belongs to the caller until its last job is
@@ -14,6 +16,7 @@
 #define DCP_WRITER_H
 
 #include "dcp_image.h"
+#include "device.h"
 #include "rate.h"
 #include "ring.h"
 
@@ -99,6 +102,8 @@ struct dcp_writer {
     uint32_t *crcs; /* per layout record; may be NULL */
     struct dcp_buf scratch;
     struct dcp_ring *ring;
+    struct dcp_device_stage *stage;   /* of an image: what devices bring; NULL: nothing */
+    struct dcp_device_stream *stream; /* of files: the same */
 
     /* ... or from an image; NULL: it is not */
     const struct dcp_image *image;
@@ -200,6 +205,7 @@ struct dcp_write_payload {
     uint32_t ndim, item_bytes;
     const uint64_t *sizes;
     uint64_t len_bytes;
+    const uint32_t *device_crcs;   /* of the blocks, where a device has computed them, or NULL */
     uint32_t *block_crcs;          /* out, one per started block; NULL when none are kept */
     uint32_t crc;                  /* out, of the whole */
     struct dcp_content_hash *hash; /* gets the bytes added; may be NULL */

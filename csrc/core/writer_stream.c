@@ -1,6 +1,9 @@
 /*
  * writer_stream.c: one file's bytes, in order, turned into write requests or put into an image.
  *
+ * Bytes of payloads on devices are at hand when they are asked for: in the image itself, or in a
+ * segment of pinned memory that stands for the source.
+ *
  * There are two sinks.  An image has room for the whole file: bytes are put where they belong and
  * nothing is pushed.  Otherwise they become requests.
  *
@@ -153,22 +156,33 @@ count_progress(const struct dcp_writer *writer, uint64_t n)
     }
 }
 
-/* How many of `left` bytes at `from` are taken in one step of at most `room`.  A mapped source is
- * in memory after that. */
+/* Where the next bytes of a payload lie, and how many of them are taken in one step of at most
+ * `room`.  A mapped source is in memory after that, one on a device has arrived. */
 static int
-source_step(const struct dcp_writer *writer, const struct block_crc *crc, const uint8_t *from,
-            uint64_t room, uint64_t left, uint64_t *ret, struct dcp_error *err)
+source_step(const struct dcp_writer *writer, const struct dcp_write_payload *payload,
+            const struct block_crc *crc, uint64_t room, const uint8_t **ret_from, uint64_t *ret,
+            struct dcp_error *err)
 {
-    *ret = block_room(crc, dcp_min_u64(room, left));
-    return source_is_mapped(writer->options, from, *ret)
-               ? source_pages_need(writer->options, from, *ret, err)
+    const struct dcp_source *source = payload->source;
+    uint64_t n = block_room(crc, dcp_min_u64(room, payload->len_bytes - crc->done_bytes));
+    if (source->device != 0) {
+        return dcp_device_stream_peek(writer->stream, (uint64_t)(uintptr_t)source->data, n,
+                                      writer->options->cancel, ret_from, ret, err);
+    }
+    *ret_from = source->data + crc->done_bytes;
+    *ret = n;
+    return source_is_mapped(writer->options, *ret_from, n)
+               ? source_pages_need(writer->options, *ret_from, n, err)
                : 0;
 }
 
 static void
-source_done(const struct dcp_writer *writer, const uint8_t *from, uint64_t n)
+source_done(const struct dcp_writer *writer, const struct dcp_write_payload *payload,
+            const uint8_t *from, uint64_t n)
 {
-    if (source_is_mapped(writer->options, from, n)) {
+    if (payload->source->device != 0) {
+        dcp_device_stream_take(writer->stream, n);
+    } else if (source_is_mapped(writer->options, from, n)) {
         source_pages_done(from, n);
     }
 }
@@ -187,14 +201,14 @@ payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
             return rc;
         }
         uint64_t left = payload->len_bytes - crc->done_bytes, n;
-        const uint8_t *from = payload->source->data + crc->done_bytes;
-        rc = source_step(writer, crc, from, room, left, &n, err);
+        const uint8_t *from;
+        rc = source_step(writer, payload, crc, room, &from, &n, err);
         if (rc != 0) {
             return rc;
         }
         crc->block = dcp_crc32_copy(crc->block, at, from, n, streaming);
         block_add(crc, from, n, n == left);
-        source_done(writer, from, n);
+        source_done(writer, payload, from, n);
         stream_took(writer, n);
         count_progress(writer, n);
     }
@@ -208,16 +222,21 @@ payload_in_place(struct dcp_writer *writer, const struct dcp_write_payload *payl
 {
     int rc = writer->filled_bytes > 0 ? push_buffer(writer, writer->filled_bytes, err) : 0;
     while (rc == 0 && crc->done_bytes < payload->len_bytes) {
-        const uint8_t *at = payload->source->data + crc->done_bytes;
+        const uint8_t *at;
         uint64_t left = payload->len_bytes - crc->done_bytes, n, number;
-        rc = source_step(writer, crc, at, DCP_WRITE_PIECE_BYTES, left, &n, err);
+        rc = source_step(writer, payload, crc, DCP_WRITE_PIECE_BYTES, &at, &n, err);
         if (rc != 0) {
             return rc;
         }
         crc->block = dcp_crc32(crc->block, at, n);
         block_add(crc, at, n, n == left);
         rc = dcp_write_push(writer, at, writer->position_bytes, n, 0, &number, err);
-        source_done(writer, at, n);
+        if (rc == 0 && payload->source->device != 0) {
+            /* The segment is filled again: with a pump from a direct file before it may be early.
+             */
+            rc = dcp_pump_wait(&writer->pump, number);
+        }
+        source_done(writer, payload, at, n);
         writer->position_bytes += n;
         count_progress(writer, n);
     }
@@ -264,6 +283,39 @@ payload_gather(struct dcp_writer *writer, const struct dcp_write_payload *payloa
             block_add(crc, at + done, part, done + part == left);
             done += part;
         }
+        stream_took(writer, n);
+        count_progress(writer, n);
+    }
+    return 0;
+}
+
+/* In an image, from a device: checksummed where it has landed. */
+static int
+payload_landed(struct dcp_writer *writer, const struct dcp_write_payload *payload,
+               struct block_crc *crc, struct dcp_error *err)
+{
+    const uint32_t *known = payload->hash == NULL ? payload->device_crcs : NULL;
+    while (crc->done_bytes < payload->len_bytes) {
+        const uint8_t *landed_to;
+        uint8_t *at;
+        uint64_t room, left = payload->len_bytes - crc->done_bytes;
+        int rc = stream_room(writer, &at, &room, err);
+        rc = rc == 0 ? dcp_device_stage_wait(writer->stage, at, writer->options->cancel, &landed_to,
+                                             err)
+                     : rc;
+        if (rc != 0) {
+            return rc;
+        }
+        uint64_t n = block_room(crc, dcp_min_u64(dcp_min_u64(left, room),
+                                                 (uint64_t)(uintptr_t)landed_to - (uintptr_t)at));
+        if (known != NULL) {
+            uint64_t block = crc->done_bytes / DCP_BLOCK_BYTES;
+            bool ends = n == left || (crc->done_bytes + n) % DCP_BLOCK_BYTES == 0;
+            crc->block = ends ? known[block] : 0;
+        } else {
+            crc->block = dcp_crc32(crc->block, at, n);
+        }
+        block_add(crc, at, n, n == left);
         stream_took(writer, n);
         count_progress(writer, n);
     }
@@ -335,8 +387,12 @@ dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *pa
 {
     struct block_crc crc = {.blocks = payload->block_crcs, .hash = payload->hash};
     int rc;
-    if (!dcp_box_is_row_major(payload->ndim, payload->sizes, payload->item_bytes,
-                              payload->source->strides_bytes)) {
+    bool on_device = payload->source->device != 0; /* its bytes come in row-major order */
+    if (on_device && writer->to_image) {
+        rc = payload_landed(writer, payload, &crc, err);
+    } else if (!on_device &&
+               !dcp_box_is_row_major(payload->ndim, payload->sizes, payload->item_bytes,
+                                     payload->source->strides_bytes)) {
         rc = payload_gather(writer, payload, &crc, err);
     } else if (writer->in_place && payload->len_bytes >= IN_PLACE_LEAST_BYTES) {
         rc = payload_in_place(writer, payload, &crc, err);

@@ -14,6 +14,7 @@
 
 #include <stdatomic.h>
 
+#include "dcp_device.h"
 #include "dcp_io.h"
 
 #ifdef __cplusplus
@@ -32,6 +33,8 @@ struct dcp_arena {
     enum dcp_arena_kind kind;
     int64_t pid;            /* whose mapping it is */
     uint64_t touched_bytes; /* from the start, by dcp_arena_populate: not touched again */
+    const struct dcp_device *pinned_by; /* through which it is unpinned; NULL: it is not pinned */
+    uint64_t pinned_bytes;              /* from the start */
 };
 
 struct dcp_arena_limits {
@@ -53,6 +56,10 @@ void dcp_arena_release(struct dcp_arena *arena);
  * its while before filling fresh SHARED memory too: pages come faster many at a time. */
 int dcp_arena_populate(struct dcp_arena *arena, uint64_t bytes, atomic_int *cancel,
                        struct dcp_error *err) DCP_MUST_CHECK;
+/* Pins the first `bytes`, and what is touched beyond them, for copies of devices of this kind; it
+ * stays so as long as the memory is where it is.  A failure costs speed alone. */
+int dcp_arena_pin(struct dcp_arena *arena, const struct dcp_device *device, uint64_t bytes,
+                  struct dcp_error *err) DCP_MUST_CHECK;
 /* Frees all kept arenas. */
 void dcp_arena_trim(void);
 /* Of all arenas of this process, kept and in use. */

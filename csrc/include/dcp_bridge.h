@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define DCP_BRIDGE_CAPSULE "dcp_native._bridge.table"
-enum { DCP_BRIDGE_VERSION = 2 };
+enum { DCP_BRIDGE_VERSION = 3 };
 
 enum dcp_tensor_class {
     DCP_NOT_A_TENSOR = 0,
@@ -54,6 +54,14 @@ struct dcp_tensor_view {
     uint32_t item_bytes;
 };
 
+/* A group's NCCL communicator; borrows from the group. */
+struct dcp_bridge_nccl {
+    void *raw; /* ncclComm_t */
+    uint32_t rank;
+    uint32_t size;
+    uint64_t timeout_ns; /* the group's; 0: it has none */
+};
+
 struct dcp_bridge_table {
     uint32_t version;          /* DCP_BRIDGE_VERSION */
     uint32_t table_bytes;      /* sizeof(struct dcp_bridge_table) */
@@ -76,6 +84,12 @@ struct dcp_bridge_table {
      * store written in Python take it. */
     int (*store_from_group)(void *process_group, struct dcp_store *ret_store,
                             struct dcp_error *err);
+
+    /* The communicator that torch uses for the device that is current on this thread.  Connects
+     * nothing.  The error's message says of the group what is in the way: DCP_E_MISSING: it is not
+     * connected yet; DCP_E_UNSUPPORTED: its backend will never have one that we can use. */
+    int (*nccl_comm_of_group)(void *process_group, struct dcp_bridge_nccl *ret,
+                              struct dcp_error *err);
 };
 
 #ifdef __cplusplus

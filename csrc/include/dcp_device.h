@@ -24,6 +24,8 @@
 extern "C" {
 #endif
 
+enum { DCP_DEVICE_REASON_BYTES = 160 };
+
 /* What a kernel of the table moves: `count` elements of the row-major image of a strided box, from
  * element `first` on, to or from `packed` bytes of dense memory. */
 struct dcp_device_box {
@@ -100,6 +102,15 @@ struct dcp_device {
 struct dcp_device_list {
     struct dcp_device *const *items;
     uint32_t count;
+};
+
+/* What the devices of a save or load did, and why not more of it at their best. */
+struct dcp_device_stats {
+    uint64_t copied_bytes, copies_count;  /* over the bus, and in how many copies */
+    uint64_t packed_bytes, packed_count;  /* of payload, and pieces, that kernels moved */
+    uint64_t slab_bytes;                  /* of device memory, at most at a time */
+    uint64_t wait_ns;                     /* the host waited for a device */
+    char reason[DCP_DEVICE_REASON_BYTES]; /* the first thing that made it slower; "" */
 };
 
 /* Polls until the event has happened: DCP_E_CANCELLED when `cancel` (may be NULL) is set meanwhile,

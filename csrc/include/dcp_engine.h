@@ -11,6 +11,7 @@
 
 #include <stdatomic.h>
 
+#include "dcp_device.h"
 #include "dcp_io.h"
 #include "dcp_metadata.h"
 #include "dcp_plan.h"
@@ -19,8 +20,9 @@
 /* Where the bytes of an item lie.  Tensors: `data` is element 0; strides in bytes per dim of the
  * item's box, NULL when row major.  Objects: the finished record of slot_bytes. */
 struct dcp_source {
-    const uint8_t *data;
+    const uint8_t *data; /* on a device: an address there, which is never followed */
     const int64_t *strides_bytes;
+    uint32_t device; /* 0: memory of the host; else 1 + an index in the list of devices */
 };
 
 enum dcp_direct {
@@ -69,6 +71,10 @@ struct dcp_engine_options {
     /* Writing: set when requests were given up that the kernel may still run: it goes on reading
      * the memory that they write from.  May be NULL. */
     bool *memory_lost;
+    /* Writing: those that sources name; NULL: there are none.  What they hold is that of now: our
+     * stream follows the trainer's already. */
+    const struct dcp_device_list *devices;
+    struct dcp_device_stats *device_stats; /* added to; may be NULL */
 };
 
 /* Frees the buffers that the process keeps between saves and loads (32 MiB each by default). */
@@ -106,12 +112,16 @@ enum dcp_target_kind {
 
 /* Memory to fill: a box of a global tensor. */
 struct dcp_target {
-    uint64_t entry;               /* index in metadata entries */
-    uint8_t *data;                /* element 0 of the box; handed over, and objects: NULL */
+    uint64_t entry; /* index in metadata entries */
+    uint8_t
+        *data; /* element 0 of the box; handed over, and objects: NULL; an address of `device` */
     const int64_t *strides_bytes; /* per dim; NULL when row major */
     uint64_t dims; /* index in dcp_read_plan.dims of 2 * ndim numbers: box offsets, box sizes */
     uint8_t kind;  /* enum dcp_target_kind */
     uint8_t dtype; /* of the memory, when it is another than saved (dcp_can_convert), else 0 */
+    /* 0: memory of the host; else 1 + an index in dcp_read_plan.devices, kind DCP_TARGET_PIECES:
+     * the plan's on_piece is dcp_device_put_piece. */
+    uint32_t device;
     uint64_t hole_bytes; /* that no saved chunk covers; known once the plan is built */
 };
 
@@ -157,6 +167,7 @@ struct dcp_read_plan {
     _Atomic uint64_t *delivered;
     dcp_piece_fn on_piece; /* set by the caller before reading; NULL without targets that need it */
     void *on_piece_ctx;
+    const struct dcp_device_list *devices; /* those that targets name; NULL: there are none */
 };
 
 void dcp_read_plan_clean_up(struct dcp_read_plan *plan);
@@ -252,6 +263,31 @@ int dcp_reader_run_path(const struct dcp_io *io, const char *dir_path,
                         const struct dcp_read_plan *plan, const struct dcp_engine_options *options,
                         dcp_record_fn on_record, void *on_record_ctx,
                         struct dcp_read_stats *ret_stats, struct dcp_error *err) DCP_MUST_CHECK;
+
+/* ---- targets on devices (device_put.c) ---- */
+struct dcp_device_put;
+
+/* Whether a target of this form can be filled: `from`, the saved dtype, can be converted to `to`
+ * (or is it), and the device has kernels for strides, or they leave runs that are worth a copy
+ * each.  Otherwise the target is to be filled another way. */
+bool dcp_device_put_can(const struct dcp_device *device, uint8_t from, uint8_t to, uint32_t ndim,
+                        const uint64_t *sizes, const int64_t *strides);
+/* For a plan that is built and whose `devices` are set.  Pieces of targets that name no device go
+ * to `host`, which may be NULL when there are none. */
+int dcp_device_put_new(const struct dcp_read_plan *plan, dcp_piece_fn host, void *host_ctx,
+                       struct dcp_device_put **ret_put, struct dcp_error *err) DCP_MUST_CHECK;
+/* The plan's on_piece; `put` is its context. */
+void dcp_device_put_piece(void *put, const struct dcp_piece *piece);
+/* Ends what pieces wait for a device for; may be NULL, as it is at first. */
+void dcp_device_put_set_cancel(struct dcp_device_put *put, atomic_int *cancel);
+/* After the reader ran, whether it failed or not, and before anybody asks for states: waits until
+ * all has arrived.  The first failure of any piece: then every target on a device that was touched
+ * is spoiled.  `cancel` may be NULL. */
+int dcp_device_put_finish(struct dcp_device_put *put, atomic_int *cancel,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+void dcp_device_put_get_stats(const struct dcp_device_put *put, struct dcp_device_stats *ret);
+/* Waits for what was not finished.  NULL is fine. */
+void dcp_device_put_destroy(struct dcp_device_put *put);
 
 /* ---- strided boxes (shared by writer and reader) ---- */
 

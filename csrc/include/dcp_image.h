@@ -37,12 +37,32 @@ int dcp_image_place(const struct dcp_layout *layout, uint32_t rank, uint64_t n0,
 void dcp_image_clean_up(struct dcp_image *image);
 
 /* Builds all files of `layout` in `memory` (image->bytes, page aligned).  Of `options` cancel,
- * hashes and progress_bytes are used.  `ret_crcs` as of dcp_writer_run. */
+ * hashes and progress_bytes are used.  `ret_crcs` as of dcp_writer_run.  All sources are memory of
+ * the host; else see dcp_image_begin. */
 int dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
                    const struct dcp_layout *layout, const struct dcp_source *sources,
                    const struct dcp_save_id *save_id, uint64_t n0,
                    const struct dcp_engine_options *options, uint32_t *ret_crcs,
                    struct dcp_error *err) DCP_MUST_CHECK;
+
+/* The same with sources on options->devices, in two steps.  The first puts the copies of all their
+ * payloads on the devices' streams, and counts into options->device_stats; it waits for none.
+ * *ret_idle false: it failed, and copies may still write to `memory`, for ever. */
+struct dcp_device_stage;
+int dcp_image_begin(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
+                    const struct dcp_layout *layout, const struct dcp_source *sources,
+                    const struct dcp_engine_options *options, struct dcp_device_stage **ret_stage,
+                    bool *ret_idle, struct dcp_error *err) DCP_MUST_CHECK;
+/* Fills the rest around them, and waits for each where it needs it.  Then, whatever it returns, the
+ * caller ends the stage. */
+int dcp_image_end(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
+                  const struct dcp_layout *layout, const struct dcp_source *sources,
+                  const struct dcp_save_id *save_id, uint64_t n0,
+                  const struct dcp_engine_options *options, struct dcp_device_stage *stage,
+                  uint32_t *ret_crcs, struct dcp_error *err) DCP_MUST_CHECK;
+/* Waits for copies that were not waited for; false: they may still write to `memory`, for ever.
+ * NULL is fine. */
+bool dcp_device_stage_end(struct dcp_device_stage *stage, struct dcp_error *err);
 
 /* Creates (O_EXCL), writes, syncs and closes every file, as dcp_writer_run does.  The progress is
  * of image->payload_bytes, by the share of file bytes that are written.  Requests have

@@ -122,13 +122,25 @@
 /* How late an idle writer process may notice a trainer that died and left its socket to a child. */
 #define DCP_WRITER_IDLE_SLICE_NS 1000000000u
 
-/* Dims of a strided box on a device once those that are one run are merged; a kernel's argument holds
- * them.  Boxes of more are copied another way. */
+/* Dims of a strided box on a device once those that are one run are merged; a kernel's argument
+ * holds them.  Boxes of more are copied another way. */
 #define DCP_DEVICE_DIMS 8
+/* Device memory in which kernels pack many payloads for one copy to the host: 16 MiB keep a bus of
+ * 50 GB/s busy for 30 times as long as it takes to start a kernel and a copy. */
+#define DCP_DEVICE_SLAB_BYTES (16u << 20)
+/* An event of the device for so many bytes that are staged: as many checksums as can be computed
+ * while the next are on their way. */
+#define DCP_DEVICE_LANDING_BYTES (32u << 20)
 /* A copy waits for all that the trainer had put on its streams: whole steps, but not this long. */
 #define DCP_DEVICE_TIMEOUT_NS 600000000000u
 /* Copies of a save or load that failed get this long to end before their memory is given up. */
 #define DCP_DEVICE_GRACE_NS 60000000000u
+
+/* What messages over NCCL pass through on their way, on the device and pinned on the host: a round
+ * of a gather takes this much of all ranks together. */
+#define DCP_NCCL_SCRATCH_BYTES (8u << 20)
+/* A communicator that is given up gets this long to end, before it is left to its fate. */
+#define DCP_NCCL_GRACE_NS 10000000000u
 
 /* The agreement of a background save, in ns.  Looks at the store begin with the first pause, which
  * doubles: at most to the coordinator's, and for the others to a share of the store's time for each

@@ -136,6 +136,11 @@ int dcp_save_settle_plan(struct dcp_save *save, const struct dcp_failure *mine,
                          struct dcp_failure_list *ret_failures,
                          struct dcp_error *err) DCP_MUST_CHECK;
 
+/* Once, before compare, stage or write, for sources on devices: the list, which outlives the use of
+ * the sources.  Every device's stream follows what the trainer's streams had been given by then
+ * (dcp_device.follow is the caller's). */
+void dcp_save_set_devices(struct dcp_save *save, const struct dcp_device_list *devices);
+
 /* After dcp_save_agree, once: moves the sources of items that were cut (see dcp_plan_cut) to the
  * rows that this rank keeps.  They borrow from the group until the next save on it agrees. */
 void dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources);
@@ -166,6 +171,15 @@ struct dcp_stage_params {
  * the caller writes from the sources instead. */
 int dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
                    const struct dcp_stage_params *params, struct dcp_error *err) DCP_MUST_CHECK;
+/* The same in two steps, for sources on devices.  The first takes the arena and puts all copies on
+ * the devices' streams; it waits for no device.  Failures as of dcp_save_stage. */
+int dcp_save_stage_begin(struct dcp_save *save, const struct dcp_source *sources,
+                         const struct dcp_stage_params *params,
+                         struct dcp_error *err) DCP_MUST_CHECK;
+/* On any thread: waits for the copies, and makes of them and of what lies on the host the files.
+ * After it, and not before, `sources` may change or go away, whatever it returns. */
+int dcp_save_stage_end(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
+                       struct dcp_error *err) DCP_MUST_CHECK;
 /* Touches arenas ahead that are as large as this save's would be; they are kept for the next.
  * DCP_E_IO: all but the process is ready. */
 int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, uint32_t arenas,
@@ -234,6 +248,8 @@ struct dcp_save_info {
     uint64_t trainable_items, trainable_bytes, trainable_unchanged;
     uint64_t vote_ns, plan_ns, hash_ns, compare_ns, metadata_ns, write_ns, commit_ns;
     uint64_t stage_ns, staged_bytes, arena_bytes; /* of a save that was staged */
+    uint64_t stage_begin_ns;                      /* of stage_ns: dcp_save_stage_begin */
+    struct dcp_device_stats device;               /* of comparing, staging and writing together */
     struct dcp_write_stats write;
     /* Coordinator: after dcp_save_write.  Others: after a dcp_save_finish that shared it. */
     struct dcp_span metadata;

@@ -25,7 +25,8 @@ enum dcp_upload_state {
 /* All pointers are borrowed until ENDED. */
 struct dcp_upload_params {
     struct dcp_save *save;
-    bool staged; /* else the files are written from `sources` */
+    bool staged;  /* else the files are written from `sources` */
+    bool staging; /* with `staged`: dcp_save_stage_begin was called, and its end comes first */
     const struct dcp_source *sources;
     struct dcp_writer_process *process; /* writes what was staged; NULL: a thread does */
     const struct dcp_failure *mine;     /* what failed on this rank before; NULL */
@@ -39,8 +40,8 @@ struct dcp_upload_params {
     const struct dcp_peers *peers;
     const struct dcp_shm *shm;
     uint64_t timeout_ns, host_timeout_ns;
-    /* Called at SETTLED and at ENDED from a thread of the upload, without any lock of it; must not
-     * destroy it.  `notify_ctx` is borrowed until dcp_upload_destroy. */
+    /* Called at SETTLED, at ENDED and when `staging` is over, from a thread of the upload, without
+     * any lock of it; must not destroy it.  `notify_ctx` is borrowed until dcp_upload_destroy. */
     void (*notify)(void *ctx);
     void *notify_ctx;
 };
@@ -52,6 +53,9 @@ enum dcp_upload_state dcp_upload_state(struct dcp_upload *upload);
 /* From SETTLED on: 0, DCP_E_PEER with the failures of the ranks (borrowed), or what `err` says. */
 int dcp_upload_result(struct dcp_upload *upload, const struct dcp_failure_list **ret_failures,
                       struct dcp_error *err);
+/* Whether nothing reads the sources of params.staging any more; then *ret_rc and `err` say how it
+ * went: DCP_E_CANCELLED where the save was over before. */
+bool dcp_upload_staged(struct dcp_upload *upload, int *ret_rc, struct dcp_error *err);
 /* Stops writing at the next request.  False when there is nothing left to stop. */
 bool dcp_upload_cancel(struct dcp_upload *upload);
 /* Payload bytes that were handed to the disk. */

@@ -6,9 +6,23 @@
  */
 #include "module.h"
 
+#include <structmember.h>
 #include <unistd.h>
 
+#include "dcp_nccl.h"
 #include "errors.h"
+#include "native_run.h"
+
+/* Numbers in one reduction: those of a vote. */
+enum { MAX_LANES = DCP_VOTE_LANES };
+
+/* What a group is made of. */
+struct group_args {
+    PyObject *process_group; /* borrowed */
+    unsigned int coordinator;
+    int device_index;          /* of the NCCL communicator to use; -1: the CPU backend */
+    unsigned long long stream; /* the caller's current one on that device */
+};
 
 struct dcp_group *
 group_object_get(PyObject *object)
@@ -25,36 +39,64 @@ group_object_get(PyObject *object)
 }
 
 static int
-make_comm(struct module_state *state, PyObject *process_group, struct dcp_comm *ret_comm)
+make_nccl_comm(const struct dcp_bridge_table *bridge, const struct group_args *args,
+               struct dcp_comm *ret_comm, struct dcp_error *err)
 {
-    struct dcp_error err;
+    struct dcp_bridge_nccl found;
+    struct dcp_nccl_source source;
+    int rc = bridge->nccl_comm_of_group(args->process_group, &found, err);
 
-    if (process_group == Py_None) {
+    if (rc != 0) {
+        return rc;
+    }
+    source = (struct dcp_nccl_source){
+        .raw = found.raw,
+        .device_index = args->device_index,
+        .rank = found.rank,
+        .size = found.size,
+        .timeout_ns = found.timeout_ns,
+        .stream = (void *)(uintptr_t)args->stream,
+    };
+    Py_BEGIN_ALLOW_THREADS;
+    rc = dcp_nccl_comm_make(&source, ret_comm, err);
+    Py_END_ALLOW_THREADS;
+    return rc;
+}
+
+static int
+make_comm(struct module_state *state, const struct group_args *args, struct dcp_comm *ret_comm)
+{
+    const struct dcp_bridge_table *bridge = state->native.bridge;
+    struct dcp_error err;
+    int rc;
+
+    if (args->process_group == Py_None) {
         dcp_comm_local(ret_comm);
         return 0;
     }
     dcp_error_clear(&err);
-    if (state->native.bridge->comm_from_group(process_group, ret_comm, &err) != 0) {
+    rc = args->device_index < 0 ? bridge->comm_from_group(args->process_group, ret_comm, &err)
+                                : make_nccl_comm(bridge, args, ret_comm, &err);
+    if (rc != 0) {
         native_set_error(state->error_class, &err);
-        return -1;
     }
-    return 0;
+    return rc;
 }
 
 static PyObject *
 group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"process_group", "coordinator_rank", NULL};
+    static char *names[] = {"process_group", "coordinator_rank", "device_index", "stream", NULL};
     struct module_state *state = module_state_of(type);
-    PyObject *process_group = Py_None;
-    unsigned int coordinator = 0;
+    struct group_args made_of = {.process_group = Py_None, .device_index = -1};
     struct group_object *self;
     struct dcp_comm comm = {0};
     struct dcp_error err;
 
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "|OI:Group", names, &process_group,
-                                     &coordinator) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "|OIiK:Group", names, &made_of.process_group,
+                                     &made_of.coordinator, &made_of.device_index,
+                                     &made_of.stream) ||
         native_state_load(PyType_GetModule(type)) != 0) {
         return NULL;
     }
@@ -63,12 +105,12 @@ group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->pid = getpid();
-    if (make_comm(state, process_group, &comm) != 0) {
+    if (make_comm(state, &made_of, &comm) != 0) {
         Py_DECREF(self);
         return NULL;
     }
     dcp_error_clear(&err);
-    if (dcp_group_new(&comm, coordinator, &self->group, &err) != 0) {
+    if (dcp_group_new(&comm, made_of.coordinator, &self->group, &err) != 0) {
         if (comm.destroy != NULL) {
             comm.destroy(comm.ctx);
         }
@@ -91,6 +133,7 @@ group_dealloc(PyObject *object)
         dcp_group_destroy(self->group);
         Py_END_ALLOW_THREADS;
     }
+    Py_XDECREF(self->reason);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -109,6 +152,100 @@ group_forget_plan(PyObject *self, PyObject *unused)
     }
     dcp_group_forget_plan(group);
     Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(reduce_min_doc,
+             "reduce_min(numbers, /)\n--\n\n"
+             "Collective: the least of every rank's numbers, at each place; signed, of 64 bits.");
+
+struct reduction {
+    const struct dcp_comm *comm;
+    size_t count;
+    int64_t lanes[MAX_LANES];
+    atomic_int cancel; /* there is no way to: the group's timeout ends it */
+};
+
+static int
+reduce(void *self, struct dcp_error *err)
+{
+    struct reduction *reduction = self;
+
+    return reduction->comm->all_reduce_min(reduction->comm->ctx, reduction->lanes, reduction->count,
+                                           err);
+}
+
+static int
+fill_lanes(struct reduction *reduction, PyObject *numbers)
+{
+    PyObject *items = PySequence_Fast(numbers, "reduce_min() takes a sequence of numbers");
+
+    if (items == NULL) {
+        return -1;
+    }
+    if (PySequence_Fast_GET_SIZE(items) > MAX_LANES) {
+        PyErr_Format(PyExc_ValueError, "reduce_min() takes %d numbers at most", MAX_LANES);
+        Py_DECREF(items);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items); i++) {
+        reduction->lanes[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i));
+        reduction->count++;
+    }
+    Py_DECREF(items);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *
+list_of_lanes(const struct reduction *reduction)
+{
+    PyObject *list = PyList_New((Py_ssize_t)reduction->count);
+
+    for (size_t i = 0; list != NULL && i < reduction->count; i++) {
+        PyObject *number = PyLong_FromLongLong(reduction->lanes[i]);
+
+        if (number == NULL) {
+            Py_CLEAR(list);
+        } else {
+            PyList_SET_ITEM(list, (Py_ssize_t)i, number);
+        }
+    }
+    return list;
+}
+
+static PyObject *
+group_reduce_min(PyObject *self, PyObject *numbers)
+{
+    struct dcp_group *group = group_object_get(self);
+    PyObject *pending = NULL, *result = NULL;
+    struct reduction *reduction;
+    struct dcp_error err;
+    int rc;
+
+    if (group == NULL) {
+        return NULL;
+    }
+    reduction = dcp_calloc(1, sizeof *reduction);
+    if (reduction == NULL) {
+        return PyErr_NoMemory();
+    }
+    reduction->comm = dcp_group_comm(group);
+    if (fill_lanes(reduction, numbers) != 0) {
+        dcp_free(reduction);
+        return NULL;
+    }
+    if (native_run(self, reduce, reduction, &reduction->cancel, &pending, &rc, &err) != 0) {
+        dcp_group_poison(group); /* its thread has `reduction` now */
+        native_raise_pending(&pending);
+        return NULL;
+    }
+    if (rc != 0) {
+        Py_CLEAR(pending);
+        native_set_error(module_error_class(self), &err);
+    } else if (native_raise_pending(&pending) == 0) {
+        result = list_of_lanes(reduction);
+    }
+    dcp_free(reduction);
+    return result;
 }
 
 static PyObject *
@@ -141,6 +278,7 @@ group_get_coordinator_rank(PyObject *self, void *unused)
 
 static PyMethodDef group_methods[] = {
     {"forget_plan", group_forget_plan, METH_NOARGS, forget_plan_doc},
+    {"reduce_min", group_reduce_min, METH_O, reduce_min_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -152,12 +290,26 @@ static PyGetSetDef group_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(group_doc, "Group(process_group=None, coordinator_rank=0)\n--\n\n"
-                        "The ranks of a torch ProcessGroup (CPU backend), or this process alone.");
+static PyMemberDef group_members[] = {
+    {"reason", T_OBJECT, offsetof(struct group_object, reason), 0,
+     "Why its ranks talk over what they do, for reports."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+PyDoc_STRVAR(group_doc,
+             "Group(process_group=None, coordinator_rank=0, device_index=-1, stream=0)\n--\n\n"
+             "The ranks of a torch ProcessGroup, or this process alone.\n\n"
+             "device_index: of the current device, over whose NCCL communicator they talk; -1: "
+             "over the CPU backend.  stream: the current one there.");
 
 static PyType_Slot group_slots[] = {
-    {Py_tp_doc, (void *)group_doc}, {Py_tp_new, group_new},       {Py_tp_dealloc, group_dealloc},
-    {Py_tp_methods, group_methods}, {Py_tp_getset, group_getset}, {0, NULL},
+    {Py_tp_doc, (void *)group_doc},
+    {Py_tp_new, group_new},
+    {Py_tp_dealloc, group_dealloc},
+    {Py_tp_methods, group_methods},
+    {Py_tp_getset, group_getset},
+    {Py_tp_members, group_members},
+    {0, NULL},
 };
 
 PyType_Spec group_type_spec = {

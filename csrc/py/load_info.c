@@ -23,6 +23,7 @@ static const struct native_number numbers[] = {
     OF_READER(wall_ns),
     OF_LOAD(hole_bytes),
     {"copies_count", offsetof(struct load_object, targets.copies_count)},
+    {"device_targets_count", offsetof(struct load_object, targets.device_count)},
     {"whole_copies", offsetof(struct load_object, receiver.whole_copies)},
 };
 
@@ -71,7 +72,8 @@ load_info(PyObject *object, PyObject *unused)
                       (unsigned long long)atomic_load(&self->progress_bytes));
 
     (void)unused;
-    if (dict != NULL && native_dict_put_numbers(dict, self, numbers, NUMBERS_COUNT) != 0) {
+    if (dict != NULL && (native_dict_put_numbers(dict, self, numbers, NUMBERS_COUNT) != 0 ||
+                         device_set_report(self->devices, &self->put_stats, dict) != 0)) {
         Py_CLEAR(dict);
     }
     return dict;

@@ -137,8 +137,10 @@ load_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
 
     PyObject_GC_UnTrack(object);
+    dcp_device_put_destroy(self->put);
     load_receiver_clean_up(&self->receiver);
     load_targets_clean_up(&self->targets);
+    device_set_clean_up(&self->devices);
     dcp_load_destroy(self->load);
     dcp_failure_list_clean_up(&self->failures);
     Py_XDECREF(self->mine_record);
@@ -200,10 +202,14 @@ plan_targets(struct load_object *self, struct module_state *state, PyObject *sta
     int rc;
 
     load_targets_clean_up(&self->targets);
+    device_set_clean_up(&self->devices);
     if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, options,
-                           &self->targets) != 0) {
+                           &self->targets) != 0 ||
+        device_set_follow(self->devices) != 0) { /* torch's code ran while targets were made */
+        device_set_give_back(self->devices);
         return -1;
     }
+    self->targets.plan.devices = device_set_list(self->devices);
     dcp_error_clear(&err);
     Py_BEGIN_ALLOW_THREADS rc =
         dcp_read_plan_build(&self->targets.plan, self->strict_coverage, &self->hole_bytes, &err);
@@ -255,6 +261,7 @@ load_set_targets(PyObject *object, PyObject *args, PyObject *kwargs)
     options.flatten_state_dict = flatten != 0;
     options.flatten_sharded_tensors = flatten_sharded != 0;
     options.allow_partial_load = partial != 0;
+    options.devices = &self->devices;
     if (plan_targets(self, state, state_dict, &options) == 0) {
         result = options.filter != NULL ? key_filter_result(&filter) : Py_NewRef(Py_None);
     }
@@ -324,9 +331,59 @@ static int
 step_read(void *arg, struct dcp_error *err)
 {
     struct load_object *self = arg;
+    struct dcp_error put_err;
+    int rc = dcp_load_read(self->load, &self->targets.plan, &self->cancel, &self->progress_bytes,
+                           load_receive_record, &self->receiver, &self->stats, err);
+    int put_rc;
 
-    return dcp_load_read(self->load, &self->targets.plan, &self->cancel, &self->progress_bytes,
-                         load_receive_record, &self->receiver, &self->stats, err);
+    if (self->put == NULL) {
+        return rc;
+    }
+    dcp_error_clear(&put_err);
+    put_rc = dcp_device_put_finish(self->put, &self->cancel, &put_err);
+    dcp_device_put_get_stats(self->put, &self->put_stats);
+    if (rc == 0 && put_rc != 0) {
+        *err = put_err;
+    }
+    return rc != 0 ? rc : put_rc;
+}
+
+/* Pieces go to the targets on devices; what is not theirs goes to Python. */
+static int
+begin_pieces(struct load_object *self, struct module_state *state, PyObject *receiver)
+{
+    struct dcp_read_plan *plan = &self->targets.plan;
+    struct dcp_error err;
+
+    load_receiver_init(&self->receiver, &state->native, &self->targets, receiver, &self->cancel);
+    plan->on_piece = load_receive_piece;
+    plan->on_piece_ctx = &self->receiver;
+    if (self->targets.device_count == 0) {
+        return 0;
+    }
+    dcp_error_clear(&err);
+    if (dcp_device_put_new(plan, load_receive_piece, &self->receiver, &self->put, &err) != 0) {
+        native_set_error(state->error_class, &err);
+        return -1;
+    }
+    plan->on_piece = dcp_device_put_piece;
+    plan->on_piece_ctx = self->put;
+    return 0;
+}
+
+/* Everything has arrived or will not.  0, or -1 with an exception. */
+static int
+end_pieces(struct load_object *self)
+{
+    struct dcp_device_put *put = self->put;
+    int rc;
+
+    self->put = NULL;
+    Py_BEGIN_ALLOW_THREADS dcp_device_put_destroy(put);
+    Py_END_ALLOW_THREADS rc = device_set_lead(self->devices);
+    device_set_give_back(self->devices);
+    load_receiver_finish(&self->receiver);
+    return rc;
 }
 
 static PyObject *
@@ -340,13 +397,13 @@ load_read(PyObject *object, PyObject *receiver)
     if (state == NULL || native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
-    load_receiver_init(&self->receiver, &state->native, &self->targets, receiver, &self->cancel);
-    self->targets.plan.on_piece = load_receive_piece;
-    self->targets.plan.on_piece_ctx = &self->receiver;
-    if (!run_step(object, step_read, &rc, &err)) {
+    if (begin_pieces(self, state, receiver) != 0 || !run_step(object, step_read, &rc, &err)) {
         return NULL;
     }
-    load_receiver_finish(&self->receiver);
+    if (end_pieces(self) != 0 && rc == 0) {
+        return NULL;
+    }
+    PyErr_Clear();
     if (native_raise_pending(&self->pending) != 0 || load_receiver_raise(&self->receiver) != 0) {
         return NULL;
     }

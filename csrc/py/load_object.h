@@ -20,6 +20,9 @@ struct load_object {
     struct dcp_load *load;
     enum phase phase;
     struct load_targets targets;
+    struct device_set *devices; /* of the targets; NULL: none */
+    struct dcp_device_put *put; /* while reading, with devices */
+    struct dcp_device_stats put_stats;
     struct dcp_failure mine; /* argument of the collective call in progress */
     bool mine_given;
     PyObject *mine_record;

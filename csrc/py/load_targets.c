@@ -2,8 +2,9 @@
  * load_targets.c: one pass from a target state dict and metadata to targets.
  *
  * The checks, their order and their texts are torch's create_default_local_load_plan.  The reader
- * writes the caller's memory itself when that is plain, on the CPU, does not overlap itself and is
- * of the saved dtype or of one that it can convert to.  Everything else is the work of the
+ * writes the caller's memory itself when that is plain, does not overlap itself and is of the saved
+ * dtype or of one that it can convert to: on the CPU, or on a device of which a table was lent that
+ * can (device_put.c).  Everything else is the work of the
  * destination's own copy_, which knows about casts, devices and subclasses: in pieces where any
  * strided view of the destination is its memory, in whole overlaps, as torch does, where that is
  * not known.
@@ -223,6 +224,17 @@ takes_pieces(enum dcp_tensor_class tensor_class, const struct dcp_tensor_view *v
            !(view->flags & DCP_TENSOR_OVERLAPS);
 }
 
+static uint64_t
+tensor_bytes(const struct dcp_tensor_view *view)
+{
+    uint64_t bytes = view->item_bytes;
+
+    for (uint32_t d = 0; d < view->ndim; d++) {
+        bytes *= (uint64_t)view->sizes[d]; /* of memory that exists */
+    }
+    return bytes;
+}
+
 static int
 add_memory(struct load_builder *b, const struct dcp_tensor_view *view, uint8_t *data,
            const uint64_t *offsets, const uint64_t *sizes, PyObject *tensor)
@@ -239,6 +251,50 @@ add_memory(struct load_builder *b, const struct dcp_tensor_view *view, uint8_t *
     } else {
         b->targets->straight_count++;
     }
+    return 0;
+}
+
+/* Adds a target whose memory a device fills by itself: 1: torch has to; 0; -1. */
+static int
+add_device_memory(struct load_builder *b, enum dcp_tensor_class tensor_class,
+                  const struct dcp_tensor_view *view, const uint64_t *offsets,
+                  const uint64_t *sizes, PyObject *tensor)
+{
+    struct device_set **devices = b->options->devices;
+    const int64_t *strides;
+    uint32_t number;
+    uint64_t target;
+    uint8_t *data;
+    int rc;
+
+    if (devices == NULL || !takes_pieces(tensor_class, view) || !(view->flags & DCP_TENSOR_CUDA)) {
+        return 1;
+    }
+    rc = device_set_find(devices, b->state, view->device_index, &number);
+    if (rc < 0) {
+        return -1;
+    }
+    if (rc == 0 || view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG) ||
+        !dcp_device_put_can((*devices)->items[number - 1], b->entry->dtype, (uint8_t)view->dtype,
+                            view->ndim, sizes, view->strides)) {
+        device_set_refuse(*devices, tensor_bytes(view),
+                          rc == 0 ? NULL : "a target has strides or a dtype that only torch fills");
+        return 1;
+    }
+    data = b->state->bridge->tensor_mutable_data(tensor);
+    if (data == NULL) {
+        return 1;
+    }
+    if (load_strides(&b->targets->strides, view, 1, &strides) != 0 ||
+        add_target(b, data, strides, offsets, sizes, tensor, &target) != 0) {
+        return -1;
+    }
+    b->targets->plan.targets[target].kind = DCP_TARGET_PIECES;
+    b->targets->plan.targets[target].device = number;
+    if (view->dtype != b->entry->dtype) {
+        b->targets->plan.targets[target].dtype = (uint8_t)view->dtype;
+    }
+    b->targets->device_count++;
     return 0;
 }
 
@@ -342,7 +398,8 @@ load_add_box(struct load_builder *b, const uint64_t *offsets, const uint64_t *si
             return add_memory(b, &view, data, offsets, sizes, tensor);
         }
     }
-    return add_copy(b, tensor_class, &view, offsets, sizes, tensor);
+    rc = add_device_memory(b, tensor_class, &view, offsets, sizes, tensor);
+    return rc <= 0 ? rc : add_copy(b, tensor_class, &view, offsets, sizes, tensor);
 }
 
 int

@@ -5,6 +5,7 @@
 #ifndef DCP_LOAD_TARGETS_H
 #define DCP_LOAD_TARGETS_H
 
+#include "device_set.h"
 #include "native_state.h"
 
 #include "dcp_engine.h"
@@ -15,7 +16,8 @@ struct load_targets_options {
     bool flatten_state_dict;
     bool flatten_sharded_tensors;
     bool allow_partial_load;
-    struct key_filter *filter; /* borrows; NULL: every leaf is loaded */
+    struct key_filter *filter;   /* borrows; NULL: every leaf is loaded */
+    struct device_set **devices; /* of targets that are filled there; NULL: torch fills them */
 };
 
 /* What a load wants of an entry of the metadata; bits of load_targets.marks. */
@@ -51,6 +53,7 @@ struct load_targets {
     uint64_t straight_count; /* targets read straight into the caller's memory */
     uint64_t cast_count;     /* targets of another dtype than saved */
     uint64_t copies_count;   /* targets filled by torch's copy_ */
+    uint64_t device_count;   /* targets on devices, filled without torch */
     uint64_t missing_count;  /* wanted, not in the checkpoint (allow_partial_load) */
     uint64_t replaced_count; /* tensor targets that a saved object replaces */
     uint16_t *marks;         /* owned: enum load_mark bits of each entry */

@@ -33,7 +33,8 @@ PyObject *module_error_class(PyObject *object);
 /* Group: the comm table of a process group and what its saves share. */
 struct group_object {
     PyObject_HEAD struct dcp_group *group;
-    pid_t pid; /* a forked child refuses to use it */
+    PyObject *reason; /* a string of whoever chose how its ranks talk; NULL: None */
+    pid_t pid;        /* a forked child refuses to use it */
 };
 /* NULL with an exception when the group is not usable in this process. */
 struct dcp_group *group_object_get(PyObject *group);

@@ -94,7 +94,21 @@ load_references(struct native_state *state)
     return 0;
 }
 
-/* What may be missing in an older torch. */
+/* Leaves *ret NULL when the module lacks it. */
+static int
+import_optional(const char *module_name, const char *path, PyObject **ret)
+{
+    *ret = import_path(module_name, path);
+    if (*ret == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            return -1;
+        }
+        PyErr_Clear();
+    }
+    return 0;
+}
+
+/* What may be missing in an older torch, or one that is built without it. */
 static int
 load_optional(struct native_state *state)
 {
@@ -112,16 +126,12 @@ load_optional(struct native_state *state)
         Py_XDECREF(name);
     }
     Py_DECREF(torch);
-    if (rc < 0) {
+    if (rc < 0 ||
+        import_optional("torch.distributed.checkpoint", "CheckpointableTensor",
+                        &state->checkpointable_type) != 0 ||
+        import_optional("torch._C", "_cuda_getCurrentRawStream", &state->current_cuda_stream) !=
+            0) {
         return -1;
-    }
-    state->checkpointable_type =
-        import_path("torch.distributed.checkpoint", "CheckpointableTensor");
-    if (state->checkpointable_type == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
-            return -1;
-        }
-        PyErr_Clear();
     }
     return 0;
 }
@@ -215,6 +225,7 @@ native_state_traverse(struct native_state *state, visitproc visit, void *arg)
     Py_VISIT(state->bridge_module);
     Py_VISIT(state->error_class);
     Py_VISIT(state->checkpointable_type);
+    Py_VISIT(state->current_cuda_stream);
     return 0;
 }
 
@@ -234,6 +245,7 @@ native_state_clear(struct native_state *state)
     Py_CLEAR(state->bridge_module);
     Py_CLEAR(state->error_class);
     Py_CLEAR(state->checkpointable_type);
+    Py_CLEAR(state->current_cuda_stream);
     state->loaded = false;
 }
 

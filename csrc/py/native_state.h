@@ -108,6 +108,7 @@ struct native_state {
 #undef X
     PyObject *error_class;         /* dcp_native.NativeError, or RuntimeError without one */
     PyObject *checkpointable_type; /* torch's CheckpointableTensor (2.14); NULL: torch has none */
+    PyObject *current_cuda_stream; /* (device index) -> handle; NULL: torch is built without CUDA */
     /* Where a DTensor keeps its slots; 0 when this torch has none and attributes are asked for. */
     Py_ssize_t local_tensor_offset, spec_offset;
     bool loaded;

@@ -65,6 +65,7 @@ static const struct native_number numbers[] = {
     OF_SAVE(write_ns),
     OF_SAVE(commit_ns),
     OF_SAVE(stage_ns),
+    OF_SAVE(stage_begin_ns),
     OF_SAVE(staged_bytes),
     OF_SAVE(arena_bytes),
     OF_SAVE(planned_bytes),

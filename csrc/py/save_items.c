@@ -3,8 +3,8 @@
  *
  * Plain tensors and DTensors over plain tensors are described from their C++ fields; everything
  * else is described by torch's own _create_write_items, so that hooks, ShardedTensors and what a
- * later torch adds behave as there.  A plan holds numbers only; memory is borrowed from tensors
- * that the keepalive list holds, or owned as finished records.
+ * later torch adds behave as there.  A plan holds numbers only; where the bytes of a tensor come
+ * from is save_tensor.c's to say.
  *
  * Invariant: sources and plan.items have equal length after every leaf.  All functions need the
  * GIL; torch code runs in between, so nothing borrowed from a tensor is used after such a call
@@ -54,9 +54,8 @@ save_add_item(struct save_builder *b, const struct dcp_item *item, const struct 
     return 0;
 }
 
-/* Takes the block, also on failure. */
-static int
-own_block(struct save_builder *b, uint8_t *block)
+int
+save_own_block(struct save_builder *b, uint8_t *block)
 {
     struct save_items *items = b->items;
 
@@ -84,7 +83,7 @@ add_object_block(struct save_builder *b, uint8_t *block, uint64_t len)
     struct save_box box = {0};
     struct dcp_source source = {.data = block};
 
-    if (own_block(b, block) != 0) {
+    if (save_own_block(b, block) != 0) {
         return -1;
     }
     b->items->objects_count++;
@@ -114,206 +113,6 @@ save_add_bytes(struct save_builder *b, const void *bytes, size_t len)
     }
     memcpy(block, bytes, len);
     return add_object_block(b, block, len);
-}
-
-/* ---- tensors to bytes ---- */
-
-static int
-refuse_data(const struct save_builder *b, PyObject *error, const char *what)
-{
-    PyObject *fqn = save_fqn(b);
-
-    if (fqn != NULL) {
-        PyErr_Format(error, "cannot save %R: %s", fqn, what);
-        Py_DECREF(fqn);
-    }
-    return -1;
-}
-
-PyObject *
-save_fqn(const struct save_builder *b)
-{
-    return PyUnicode_DecodeUTF8(b->leaf->fqn, (Py_ssize_t)b->leaf->fqn_len, NULL);
-}
-
-static bool
-view_has_elements(const struct dcp_tensor_view *view)
-{
-    for (uint32_t d = 0; view->sizes != NULL && d < view->ndim; d++) {
-        if (view->sizes[d] == 0) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static bool
-view_fits(const struct dcp_tensor_view *view, const struct dcp_item *item,
-          const struct save_box *box)
-{
-    if (view->dtype != item->dtype || view->ndim != item->ndim) {
-        return false;
-    }
-    for (uint32_t d = 0; d < view->ndim; d++) {
-        if ((uint64_t)view->sizes[d] != box->sizes[d]) {
-            return false;
-        }
-    }
-    return true;
-}
-
-/* The tensor's own memory is the source. */
-static int
-add_memory(struct save_builder *b, const struct dcp_item *item, const struct save_box *box,
-           PyObject *tensor, const struct dcp_tensor_view *view)
-{
-    struct dcp_source source = {.data = view->data};
-
-    if (!(view->flags & DCP_TENSOR_CONTIGUOUS)) {
-        int64_t *strides =
-            dcp_bump_alloc(&b->items->strides, view->ndim * sizeof(int64_t), sizeof(int64_t));
-
-        if (strides == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        for (uint32_t d = 0; d < view->ndim; d++) {
-            strides[d] = view->strides[d] * (int64_t)view->item_bytes;
-        }
-        source.strides_bytes = strides;
-    }
-    if (PyList_Append(b->items->keepalive, tensor) != 0) {
-        return -1;
-    }
-    return save_add_item(b, item, box, &source);
-}
-
-/* A record by torch.save, of what torch's own writer would hand to it: detached, on the CPU, and
- * without the rest of a larger storage. */
-static int
-add_record(struct save_builder *b, struct dcp_item *item, const struct save_box *box,
-           PyObject *tensor)
-{
-    struct dcp_tensor_view view;
-    struct dcp_source source = {0};
-    PyObject *data = native_call(tensor, b->state->name_detach);
-    uint64_t bytes;
-    uint8_t *block;
-    int rc;
-
-    if (data != NULL) {
-        Py_SETREF(data, native_call(data, b->state->name_cpu));
-    }
-    if (data == NULL) {
-        return -1;
-    }
-    if (b->state->bridge->tensor_view(data, &view) != DCP_NOT_A_TENSOR && view.sizes != NULL) {
-        bytes = view.item_bytes;
-        for (uint32_t d = 0; d < view.ndim; d++) {
-            bytes *= (uint64_t)view.sizes[d];
-        }
-        if (bytes != view.storage_bytes) {
-            Py_SETREF(data, native_call(data, b->state->name_clone));
-        }
-    }
-    rc = data == NULL ? -1 : save_record_tensor(b->state, data, &block, &item->slot_bytes);
-    Py_XDECREF(data);
-    if (rc != 0) {
-        return -1;
-    }
-    source.data = block;
-    if (own_block(b, block) != 0) {
-        return -1;
-    }
-    b->items->records_count++;
-    return save_add_item(b, item, box, &source);
-}
-
-/* The value of a tensor whose memory is elsewhere or is not the value; returns new. */
-static PyObject *
-materialise(struct save_builder *b, PyObject *tensor, const struct dcp_tensor_view *view)
-{
-    PyObject *data = native_call(tensor, b->state->name_detach);
-
-    if (data != NULL && !(view->flags & DCP_TENSOR_CPU)) {
-        Py_SETREF(data, native_call(data, b->state->name_cpu));
-    }
-    if (data != NULL && view->flags & DCP_TENSOR_CONJ) {
-        Py_SETREF(data, native_call(data, b->state->name_resolve_conj));
-    }
-    if (data != NULL && view->flags & DCP_TENSOR_NEG) {
-        Py_SETREF(data, native_call(data, b->state->name_resolve_neg));
-    }
-    return data;
-}
-
-static int
-add_materialised(struct save_builder *b, struct dcp_item *item, const struct save_box *box,
-                 PyObject *tensor, const struct dcp_tensor_view *tensor_view)
-{
-    struct dcp_tensor_view view;
-    PyObject *data = materialise(b, tensor, tensor_view);
-    int rc = -1;
-
-    if (data == NULL) {
-        return -1;
-    }
-    if (b->state->bridge->tensor_view(data, &view) == DCP_PLAIN_TENSOR &&
-        view.flags & DCP_TENSOR_CPU && view.flags & DCP_TENSOR_HAS_MEMORY &&
-        !(view.flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)) && view_fits(&view, item, box)) {
-        b->items->copied_count++;
-        b->items->copied_bytes += view.storage_bytes;
-        rc = add_memory(b, item, box, data, &view);
-    } else {
-        rc = add_record(b, item, box, data);
-    }
-    Py_DECREF(data);
-    return rc;
-}
-
-int
-save_add_tensor(struct save_builder *b, struct dcp_item *item, const struct save_box *box,
-                PyObject *tensor, enum dcp_tensor_class tensor_class,
-                const struct dcp_tensor_view *view)
-{
-    const uint32_t wants = DCP_TENSOR_STRIDED | DCP_TENSOR_CPU | DCP_TENSOR_HAS_MEMORY;
-    bool plain = tensor_class == DCP_PLAIN_TENSOR && view->flags & DCP_TENSOR_STRIDED;
-
-    if (plain && (view->flags & wants) == wants &&
-        !(view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)) && view_fits(view, item, box)) {
-        return add_memory(b, item, box, tensor, view);
-    }
-    if (plain && !view_has_elements(view) && view_fits(view, item, box)) {
-        static const struct dcp_source nothing;
-
-        return save_add_item(b, item, box, &nothing);
-    }
-    if (tensor_class == DCP_NOT_A_TENSOR) {
-        return refuse_data(b, PyExc_TypeError, "its write item is a tensor's, its data is not");
-    }
-    if (plain && view->flags & DCP_TENSOR_META && view_has_elements(view)) {
-        return refuse_data(b, PyExc_NotImplementedError,
-                           "Cannot copy out of meta tensor; no data!");
-    }
-    if (plain && view->flags & DCP_TENSOR_CPU && !(view->flags & DCP_TENSOR_HAS_MEMORY)) {
-        return refuse_data(b, PyExc_RuntimeError,
-                           "its storage has no memory (it was freed or resized to 0)");
-    }
-    if (!plain) {
-        int fake = PyObject_IsInstance(tensor, b->state->fake_tensor_type);
-
-        if (fake != 0) {
-            return fake < 0 ? -1
-                            : refuse_data(b, PyExc_NotImplementedError,
-                                          "it is a FakeTensor, which has no data");
-        }
-        return add_record(b, item, box, tensor);
-    }
-    if (view->flags & DCP_TENSOR_META ||
-        (view->flags & DCP_TENSOR_CPU && !(view->flags & (DCP_TENSOR_CONJ | DCP_TENSOR_NEG)))) {
-        return add_record(b, item, box, tensor);
-    }
-    return add_materialised(b, item, box, tensor, view);
 }
 
 /* ---- native leaves ---- */

@@ -5,6 +5,7 @@
 #ifndef DCP_SAVE_ITEMS_H
 #define DCP_SAVE_ITEMS_H
 
+#include "device_set.h"
 #include "native_state.h"
 
 #include "dcp_engine.h"
@@ -16,6 +17,9 @@ struct save_items_options {
     bool single_file_per_rank;
     bool flatten_state_dict;
     bool flatten_sharded_tensors;
+    /* Where to note the devices of sources that stay on one; NULL: torch copies those to the host.
+     */
+    struct device_set **devices;
 };
 
 /* Zero-initialised is valid.  Sources borrow from `keepalive`, `strides` and `blocks`; they stay
@@ -32,8 +36,9 @@ struct save_items {
     /* For reports. */
     uint64_t tensors_count, dtensors_count; /* read straight from their memory */
     uint64_t python_count;                  /* items that torch's own functions described */
-    uint64_t copied_count, copied_bytes;    /* copied first: other devices, lazy conjugates */
-    uint64_t records_count;                 /* tensors serialised by torch.save */
+    uint64_t copied_count, copied_bytes;    /* by torch, first: other devices, lazy conjugates */
+    uint64_t device_count, device_bytes; /* stay on their device until they are staged or written */
+    uint64_t records_count;              /* tensors serialised by torch.save */
     uint64_t objects_count, objects_bytes;
 };
 

@@ -83,8 +83,9 @@ save_dealloc(PyObject *object)
     if (!save_upload_release(self)) {
         return; /* its threads use the object and its group for ever: both stay */
     }
+    save_stage_give_up(self);
     dcp_save_destroy(self->save);
-    save_items_clean_up(&self->items);
+    save_drop_sources(self);
     save_exchange_clean_up(&self->exchange);
     dcp_failure_list_clean_up(&self->failures);
     Py_XDECREF(self->mine_record);
@@ -168,8 +169,13 @@ save_add(PyObject *object, PyObject *args, PyObject *kwargs)
     options.single_file_per_rank = single != 0;
     options.flatten_state_dict = flatten != 0;
     options.flatten_sharded_tensors = flatten_sharded != 0;
-    save_items_clean_up(&self->items);
+    options.devices = &self->devices;
+    save_drop_sources(self);
     if (save_items_build(&state->native, state_dict, &options, &self->items) != 0) {
+        save_drop_sources(self);
+        return NULL;
+    }
+    if (save_take_devices(self) != 0) {
         return NULL;
     }
     dcp_save_set_plan(self->save, &self->items.plan);
@@ -272,6 +278,9 @@ save_write(PyObject *object, PyObject *unused)
     (void)unused;
     rc = native_raise_pending(&self->pending) != 0 ? -1
                                                    : save_run_step(object, step_write, false, &rc);
+    if (!self->left) {
+        save_end_sources(self);
+    }
     if (rc != 0 || native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
@@ -388,10 +397,15 @@ save_info(PyObject *object, PyObject *unused)
 {
     struct save_object *self = as_save(object);
     struct dcp_save_info info;
+    PyObject *dict;
 
     (void)unused;
     dcp_save_get_info(self->save, &info);
-    return save_info_as_dict(&info, atomic_load(&self->progress_bytes));
+    dict = save_info_as_dict(&info, atomic_load(&self->progress_bytes));
+    if (dict != NULL && device_set_report(self->devices, &info.device, dict) != 0) {
+        Py_CLEAR(dict);
+    }
+    return dict;
 }
 
 static PyMethodDef save_methods[] = {

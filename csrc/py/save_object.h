@@ -46,7 +46,9 @@ struct save_object {
     bool left;        /* a step was left running on the group's plan */
     struct save_items items;
     struct save_exchange exchange;
+    struct device_set *devices; /* of the sources; NULL: none */
     bool staged;
+    bool stage_open; /* staging was begun: the devices are read until it has ended */
     struct dcp_stage_params staging; /* of the step in progress */
     unsigned int arenas;             /* the same */
     uint64_t orphan_timeout_ns;      /* the same */
@@ -73,6 +75,13 @@ as_save(PyObject *object)
 
 /* Idempotent; needs the GIL. */
 void save_exchange_clean_up(struct save_exchange *exchange);
+
+/* Before items are built anew, and after it: the devices of their sources are the save's.  0 or -1
+ * with an exception. */
+void save_drop_sources(struct save_object *self);
+int save_take_devices(struct save_object *self);
+/* Nothing reads the sources any more: tensors and devices go back. */
+void save_end_sources(struct save_object *self);
 
 /* Runs a core step off the GIL; -1 with the exception of the core, of a signal handler, or of the
  * runner. */

@@ -214,8 +214,13 @@ save_add_items(PyObject *object, PyObject *args, PyObject *kwargs)
     options.rank = rank;
     options.thread_count = thread_count;
     options.single_file_per_rank = single != 0;
-    save_items_clean_up(&self->items);
+    options.devices = &self->devices;
+    save_drop_sources(self);
     if (save_items_build_given(&state->native, write_items, resolve, &options, &self->items) != 0) {
+        save_drop_sources(self);
+        return NULL;
+    }
+    if (save_take_devices(self) != 0) {
         return NULL;
     }
     dcp_save_set_plan(self->save, &self->items.plan);

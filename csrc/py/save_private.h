@@ -1,6 +1,6 @@
 /*
- * save_private.h: what the two halves of save_items share: the native one (save_items.c) and the
- * one that asks torch (save_torch.c).
+ * save_private.h: what the parts of save_items share: the native one (save_items.c), the one that
+ * asks torch (save_torch.c), and where the bytes of tensors come from (save_tensor.c).
  */
 #ifndef DCP_SAVE_PRIVATE_H
 #define DCP_SAVE_PRIVATE_H
@@ -37,6 +37,8 @@ PyObject *save_fqn(const struct save_builder *b);
 int save_add_item(struct save_builder *b, const struct dcp_item *item, const struct save_box *box,
                   const struct dcp_source *source);
 int save_add_object(struct save_builder *b, PyObject *object);
+/* Keeps a record until the items are cleaned up: takes the block, also on failure. */
+int save_own_block(struct save_builder *b, uint8_t *block);
 /* An object whose record is given: copied. */
 int save_add_bytes(struct save_builder *b, const void *bytes, size_t len);
 /* Adds `item` with the bytes of `tensor`: its memory, a copy of it, or a record by torch.save.

@@ -8,6 +8,32 @@
 
 #include "errors.h"
 
+void
+save_drop_sources(struct save_object *self)
+{
+    save_items_clean_up(&self->items);
+    device_set_clean_up(&self->devices);
+}
+
+int
+save_take_devices(struct save_object *self)
+{
+    /* Torch's code ran while items were made, and may have launched what fills them. */
+    if (device_set_follow(self->devices) != 0) {
+        save_drop_sources(self);
+        return -1;
+    }
+    dcp_save_set_devices(self->save, device_set_list(self->devices));
+    return 0;
+}
+
+void
+save_end_sources(struct save_object *self)
+{
+    save_items_clean_up(&self->items);
+    device_set_give_back(self->devices);
+}
+
 int
 save_run_step(PyObject *object, native_fn fn, bool collective, int *ret_rc)
 {

@@ -7,6 +7,8 @@
  */
 #include "save_upload.h"
 
+#include <unistd.h>
+
 #include "errors.h"
 #include "upload_parts.h"
 
@@ -91,24 +93,11 @@ save_meet(PyObject *object, PyObject *unused)
 }
 
 static int
-parse_staging(PyObject *object, PyObject *args, PyObject *kwargs, const char *format)
+set_staging(struct save_object *self, int shared, uint64_t cap_bytes, PyObject *process)
 {
-    static char *names[] = {"shared", "cap_bytes", "arenas", "process", NULL};
-    const struct module_state *state = module_state_of(Py_TYPE(object));
-    struct save_object *self = as_save(object);
     struct dcp_group *group = group_object_get(self->group);
-    unsigned long long cap_bytes = 0;
-    PyObject *process = Py_None;
-    int shared = 0;
 
-    self->arenas = 1;
-    if (group == NULL || state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &shared, &cap_bytes,
-                                     &self->arenas, &process)) {
-        return -1;
-    }
-    if (process != Py_None && !Py_IS_TYPE(process, state->writer_process_type)) {
-        PyErr_SetString(PyExc_TypeError, "warm_up() takes a _native.WriterProcess");
+    if (group == NULL) {
         return -1;
     }
     self->staging = (struct dcp_stage_params){.kind = shared ? DCP_ARENA_SHARED : DCP_ARENA_PRIVATE,
@@ -136,7 +125,8 @@ run_staging(PyObject *object, native_fn fn, int answer)
     if (native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
-    self->left = native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0;
+    self->left =
+        native_run(object, fn, self, &self->cancel, &self->pending, &rc, &err) != 0 || self->left;
     if (self->interrupt == NULL) {
         self->interrupt = Py_XNewRef(self->pending);
     }
@@ -153,9 +143,11 @@ run_staging(PyObject *object, native_fn fn, int answer)
 }
 
 const char save_stage_doc[] =
-    "stage(*, shared=False, cap_bytes=0)\n--\n\n"
+    "stage(*, shared=False, cap_bytes=0, background=False)\n--\n\n"
     "Build this rank's files in memory; afterwards the tensors may change.  None, or the text that "
-    "says which limit left no memory for it: then write().";
+    "says which limit left no memory for it: then write().\n\n"
+    "`background`: where tensors lie on devices it is only begun (is_staging()): every copy is on "
+    "its way, upload() ends it, and upload_staged() says when the tensors may change.";
 
 static int
 step_stage(void *arg, struct dcp_error *err)
@@ -165,26 +157,75 @@ step_stage(void *arg, struct dcp_error *err)
     return dcp_save_stage(self->save, self->items.sources, &self->staging, err);
 }
 
+static int
+step_stage_begin(void *arg, struct dcp_error *err)
+{
+    struct save_object *self = arg;
+    int rc = dcp_save_stage_begin(self->save, self->items.sources, &self->staging, err);
+
+    self->stage_open = rc == 0; /* here: an interrupt may be all that the caller hears of */
+    return rc;
+}
+
 PyObject *
 save_stage(PyObject *object, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"shared", "cap_bytes", "background", NULL};
     struct save_object *self = as_save(object);
+    unsigned long long cap_bytes = 0;
+    int shared = 0, background = 0;
     PyObject *result;
 
-    if (parse_staging(object, args, kwargs, "|$pKI:stage") != 0) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$pKp:stage", names, &shared, &cap_bytes,
+                                     &background) ||
+        set_staging(self, shared, cap_bytes, Py_None) != 0) {
         return NULL;
     }
-    result = run_staging(object, step_stage, 0);
-    if (result == Py_None) {
-        self->staged = true;
-        save_items_clean_up(&self->items);
+    background = background && self->items.device_count > 0;
+    result = run_staging(object, background ? step_stage_begin : step_stage, 0);
+    if (result != Py_None) {
+        return result;
+    }
+    self->staged = true;
+    if (!self->stage_open) {
+        save_end_sources(self);
     }
     return result;
 }
 
+const char save_is_staging_doc[] = "is_staging()\n--\n\n"
+                                   "Whether stage() was only begun, and has not been ended yet.";
+
+PyObject *
+save_is_staging(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(as_save(object)->stage_open);
+}
+
+void
+save_stage_give_up(struct save_object *self)
+{
+    struct dcp_error err;
+    int rc;
+
+    /* The copies of a parent are not those of a forked child. */
+    if (!self->stage_open || ((struct group_object *)self->group)->pid != getpid()) {
+        return;
+    }
+    self->stage_open = self->staged = false;
+    atomic_store(&self->cancel, 1);
+    dcp_error_clear(&err);
+    Py_BEGIN_ALLOW_THREADS rc =
+        dcp_save_stage_end(self->save, self->items.sources, &self->cancel, &err);
+    Py_END_ALLOW_THREADS(void) rc; /* why the save fails is known */
+    save_end_sources(self);
+}
+
 const char save_warm_up_doc[] =
     "warm_up(*, shared=False, cap_bytes=0, arenas=1, process=None)\n--\n\n"
-    "Touch the memory ahead that staging will use, and have the process that will write it map it. "
+    "Touch the memory ahead that staging will use, pin it where tensors lie on devices, and have "
+    "the process that will write it map it. "
     "None, or the text that says which limit left no memory for it, or what became of the process.";
 
 static int
@@ -198,7 +239,29 @@ step_warm_up(void *arg, struct dcp_error *err)
 PyObject *
 save_warm_up(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    return parse_staging(object, args, kwargs, "|$pKIO:warm_up") != 0
-               ? NULL
-               : run_staging(object, step_warm_up, DCP_E_IO);
+    static char *names[] = {"shared", "cap_bytes", "arenas", "process", NULL};
+    const struct module_state *state = module_state_of(Py_TYPE(object));
+    struct save_object *self = as_save(object);
+    unsigned long long cap_bytes = 0;
+    PyObject *process = Py_None, *result;
+    int shared = 0;
+
+    self->arenas = 1;
+    if (state == NULL ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "|$pKIO:warm_up", names, &shared, &cap_bytes,
+                                     &self->arenas, &process)) {
+        return NULL;
+    }
+    if (process != Py_None && !Py_IS_TYPE(process, state->writer_process_type)) {
+        PyErr_SetString(PyExc_TypeError, "warm_up() takes a _native.WriterProcess");
+        return NULL;
+    }
+    if (set_staging(self, shared, cap_bytes, process) != 0) {
+        return NULL;
+    }
+    result = run_staging(object, step_warm_up, DCP_E_IO);
+    if (!self->left) {
+        save_end_sources(self);
+    }
+    return result;
 }

@@ -50,6 +50,7 @@ fill_params(struct save_object *self, struct dcp_upload_params *params)
 
     params->save = self->save;
     params->staged = self->staged;
+    params->staging = self->stage_open;
     params->sources = self->items.sources;
     params->process = self->process == Py_None ? NULL : writer_process_object_get(self->process);
     params->store = self->store == Py_None ? NULL : store_object_get(self->store);
@@ -108,6 +109,9 @@ save_upload(PyObject *object, PyObject *args, PyObject *kwargs)
     self->store = Py_NewRef(store);
     Py_XSETREF(self->process, Py_NewRef(process));
     self->upload_record = Py_NewRef(failure);
+    if (given) {
+        save_stage_give_up(self); /* nobody will look at what it copies */
+    }
     self->phase = PHASE_OVER;
     fill_params(self, &params);
     self->upload_mine.rank = params.rank;
@@ -216,6 +220,37 @@ save_upload_stats(PyObject *object, PyObject *unused)
                          (unsigned long long)stats.settle_ns, "store_calls",
                          (unsigned long long)stats.store_calls, "in_touch",
                          stats.in_touch ? Py_True : Py_False);
+}
+
+const char save_upload_staged_doc[] =
+    "upload_staged()\n--\n\n"
+    "Whether nothing reads the tensors any more.  Once raises why their copy failed, unless it was "
+    "the save that ended before it.";
+
+PyObject *
+save_upload_staged(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+    struct dcp_upload *upload = upload_of(object);
+    struct dcp_error err;
+    int rc;
+
+    (void)unused;
+    if (upload == NULL) {
+        return NULL;
+    }
+    if (!self->stage_open) {
+        Py_RETURN_TRUE;
+    }
+    if (!dcp_upload_staged(upload, &rc, &err)) {
+        Py_RETURN_FALSE;
+    }
+    self->stage_open = false;
+    save_end_sources(self);
+    if (rc != 0 && rc != DCP_E_CANCELLED) {
+        return native_set_error(module_error_class(object), &err);
+    }
+    Py_RETURN_TRUE;
 }
 
 const char save_upload_left_doc[] = "upload_left_s()\n--\n\n"

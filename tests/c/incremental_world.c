@@ -68,8 +68,9 @@ memory_make(struct memory *memory, const struct tensors *tensors)
         }
         memory->strides[i][0] = (int64_t)(ndim == 2 ? sizes[1] * step : step) * 4;
         memory->strides[i][1] = (int64_t)step * 4;
-        memory->sources[i] = (struct dcp_source){(const uint8_t *)memory->values[i],
-                                                 strided ? memory->strides[i] : NULL};
+        memory->sources[i] =
+            (struct dcp_source){.data = (const uint8_t *)memory->values[i],
+                                .strides_bytes = strided ? memory->strides[i] : NULL};
     }
 }
 

@@ -133,7 +133,7 @@ lay_out(struct rank_save *s)
     snprintf(fqn, sizeof fqn, "object.%u", s->rank);
     maker_object(&plan, fqn, fails ? 0 : OBJECT_BYTES);
     memset(s->object, (int)(16 * (uint32_t)s->number + s->rank), sizeof s->object);
-    s->source = (struct dcp_source){s->object, NULL};
+    s->source = (struct dcp_source){.data = s->object};
     CHECK(dcp_save_laid_out(s->save) == NULL);
     dcp_save_set_plan(s->save, &plan);
     if (dcp_save_lay_out(s->save, &s->why) == 0) {

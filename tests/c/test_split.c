@@ -551,7 +551,7 @@ sources_move_to_the_rows_that_are_kept(void)
             struct dcp_cuts list = {.cuts = &cut, .count = 1};
             struct dcp_own_cuts own;
             struct dcp_buf buf = {0};
-            struct dcp_source source = {(const uint8_t *)memory, strides};
+            struct dcp_source source = {.data = (const uint8_t *)memory, .strides_bytes = strides};
             const uint8_t keep[] = {1};
             uint32_t part[A * B * C];
             maker_start_plans(&plan, 1);

@@ -124,6 +124,15 @@ class StoreTable(ctypes.Structure):
     )
 
 
+class NcclComm(ctypes.Structure):
+    _fields_ = (
+        ("raw", ctypes.c_void_p),
+        ("rank", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("timeout_ns", ctypes.c_uint64),
+    )
+
+
 class BridgeTable(ctypes.Structure):
     _fields_ = (
         ("version", ctypes.c_uint32),
@@ -149,6 +158,15 @@ class BridgeTable(ctypes.Structure):
                 ctypes.c_int,
                 ctypes.py_object,
                 ctypes.POINTER(StoreTable),
+                ctypes.POINTER(Error),
+            ),
+        ),
+        (
+            "nccl_comm_of_group",
+            ctypes.PYFUNCTYPE(
+                ctypes.c_int,
+                ctypes.py_object,
+                ctypes.POINTER(NcclComm),
                 ctypes.POINTER(Error),
             ),
         ),

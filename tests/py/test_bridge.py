@@ -40,7 +40,7 @@ RELEASE = torch.__version__.split("+")[0]
 
 
 def test_the_table_has_the_layout_of_the_header():
-    assert TABLE.version == 2
+    assert TABLE.version == 3
     assert TABLE.table_bytes == ctypes.sizeof(BridgeTable)
     assert TABLE.torch_version.decode() == _bridge.torch_version == RELEASE
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-C_FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".c", ".h", ".cpp"))
+C_FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".c", ".h", ".cpp", ".cu"))
 OWN_FILES = C_FILES + sorted((ROOT / "dcp_native").glob("*.py"))
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 70
@@ -84,11 +84,37 @@ def test_the_writer_is_core_and_a_main(path):
     assert not calls_of(path) & (FILE_CALLS | ALLOCATION)
 
 
+@pytest.mark.parametrize("path", sorted((CSRC / "cuda").iterdir()), ids=lambda p: p.name)
+def test_cuda_needs_none_of_its_headers_and_nothing_of_the_core(path):
+    """What is compiled everywhere sees our own prototypes alone."""
+    for name in includes_of(path):
+        border, own = CSRC / "include" / name, CSRC / "cuda" / name
+        if name in ("kernels_image.inc",) or border.exists() or own.exists():
+            continue
+        if path.name == "check_prototypes.c":
+            assert name in ("cuda.h", "cuda_runtime_api.h", "cufile.h", "nccl.h"), name
+        else:
+            assert not (CSRC / "core" / name).exists(), name
+            assert not re.search(r"Python|torch|c10|ATen|cuda|cufile|nccl|pybind", name), name
+    assert not calls_of(path) & (BANNED | ALLOCATION)
+    assert not calls_of(path) & (FILE_CALLS - {"nanosleep"})
+
+
+def test_the_package_links_nothing_of_cuda():
+    (native,) = (ROOT / "dcp_native").glob("_native*.so")
+    symbols = subprocess.run(["nm", "-D", native], capture_output=True, text=True, check=True)
+    needed = subprocess.run(["readelf", "-d", native], capture_output=True, text=True, check=True)
+    assert "PyInit__native" in symbols.stdout
+    assert not re.search(r"\b(cuda|cu[A-Z]|cuFile|nccl)\w*$", symbols.stdout, re.M)
+    assert not re.search(r"NEEDED.*(cuda|cudart|cufile|nccl)", needed.stdout)
+
+
 @pytest.mark.parametrize("path", sorted((CSRC / "py").glob("*.c")), ids=lambda p: p.name)
 def test_glue_opens_no_file_and_knows_no_cpp(path):
     assert not calls_of(path) & (FILE_CALLS | BANNED)
     for name in includes_of(path):
-        assert not re.search(r"torch|c10|ATen|cuda|nccl|pybind", name), name
+        if not (CSRC / "include" / name).exists():
+            assert not re.search(r"torch|c10|ATen|cuda|nccl|pybind", name), name
 
 
 def test_the_bridge_is_the_only_cpp():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
+import conftest  # noqa: F401  (puts tests/py/ranks on the path)
+import jobs
 import pytest
-from conftest import ROOT
 
 RANKS = Path(__file__).resolve().parent / "ranks"
 MODULES = {
@@ -39,56 +36,29 @@ MODULES = {
 }
 
 
-def case_names(module: str) -> list[str]:
-    return re.findall(r"^def (case_\w+)", (RANKS / f"{module}.py").read_text(), re.M)
-
-
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """Runs a module once per world size, when its first case is asked for."""
-    done: dict[tuple[str, int], dict[str, list[str | None]]] = {}
 
+    @functools.cache
     def run(module: str, size: int) -> dict[str, list[str | None]]:
-        if (module, size) not in done:
-            out = tmp_path_factory.mktemp(f"{module}-{size}")
-            # The package may be built in place and not installed.
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-            job = subprocess.run(
-                [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", str(size), str(RANKS / "runner.py"), module, str(out),
-                ],
-                capture_output=True, text=True, timeout=300,
-                env={**os.environ, "PYTHONPATH": path},
-            )  # fmt: skip
-            outcome: dict[str, list[str | None]] = {}
-            for rank in range(size):
-                log = out / f"rank{rank}.jsonl"
-                for line in log.read_text().splitlines() if log.exists() else ():
-                    entry = json.loads(line)
-                    outcome.setdefault(entry["case"], []).append(entry["failure"])
-            outcome["output"] = [job.stderr[-4000:]]
-            done[module, size] = outcome
-        return done[module, size]
+        out = tmp_path_factory.mktemp(f"{module}-{size}")
+        return jobs.run_cases(RANKS / f"{module}.py", size, out)
 
     return run
 
 
 @pytest.mark.parametrize(
     ("module", "size", "case"),
-    [(m, s, c) for m, sizes in MODULES.items() for s in sizes for c in case_names(m)],
+    [
+        (module, size, case)
+        for module, sizes in MODULES.items()
+        for size in sizes
+        for case in jobs.case_names(RANKS / f"{module}.py")
+    ],
 )
 def test_case_holds_on_every_rank(results, module, size, case):
     outcome = results(module, size)
-    if case not in outcome and case in skipped(module, size):
+    if case not in outcome and case in jobs.skipped(RANKS / f"{module}.py", size):
         pytest.skip(f"meant for other sizes than {size}")
-    failures = outcome.get(case, [])
-    assert len(failures) == size, f"not every rank finished: {outcome['output'][0]}"
-    for rank, failure in enumerate(failures):
-        assert failure is None, f"rank {rank}:\n{failure}"
-
-
-def skipped(module: str, size: int) -> set[str]:
-    """Cases that say `@sizes(...)` without this one."""
-    found = re.findall(r"@sizes\(([\d, ]+)\)\ndef (case_\w+)", (RANKS / f"{module}.py").read_text())
-    return {name for listed, name in found if str(size) not in listed.replace(" ", "").split(",")}
+    jobs.assert_held(outcome, case, size)

@@ -1,0 +1,123 @@
+/*
+ * nccl_split.c: one communicator of ours, split off the group's, with a deadline.
+ *
+ * All ranks of the group take the same color, in the same order, so ranks stay what they are.  Ours
+ * does not block.  Whether the call itself does is up to the group's communicator, and torch's do:
+ * it returns when all ranks have come.  So it runs on a thread that can be left behind; what it
+ * makes after all is aborted then.
+ *
+ * Resources: whether a split communicator shares its parent's is decided by the parent's
+ * configuration alone (split_share in the options of torch's group).  Where it does, aborting ours
+ * can take the group's with it; a save that failed has lost a rank then anyway.
+ *
+ * Threads: one at a time for a link.
+ */
+#include "nccl_link.h"
+
+struct splitting {
+    const struct nccl_api *nccl;
+    nccl_comm parent;
+    int rank;
+    int32_t device_index;
+    uint64_t deadline_ns;
+    nccl_comm comm; /* NULL until it is made */
+    int rc;
+    struct dcp_error err;
+};
+
+static int
+wait_until_made(struct splitting *splitting, nccl_comm asked)
+{
+    static const char what[] = "splitting the group's NCCL communicator";
+    struct nccl_link link = {.nccl = splitting->nccl, .comm = asked};
+    return nccl_link_check(&link, DCP_NCCL_IN_PROGRESS, what, splitting->deadline_ns,
+                           &splitting->err);
+}
+
+static int
+split(struct splitting *splitting)
+{
+    nccl_config config = {
+        .size = sizeof config,
+        .magic = DCP_NCCL_CONFIG_MAGIC,
+        .version = DCP_NCCL_CONFIG_VERSION,
+        .blocking = 0,
+        .cga_cluster_size = DCP_NCCL_CONFIG_UNSET,
+        .min_ctas = DCP_NCCL_CONFIG_UNSET,
+        .max_ctas = DCP_NCCL_CONFIG_UNSET,
+        .split_share = DCP_NCCL_CONFIG_UNSET,
+    };
+    nccl_status status = splitting->nccl->ncclCommSplit(splitting->parent, 0, splitting->rank,
+                                                        &splitting->comm, &config);
+    if (status != 0 && status != DCP_NCCL_IN_PROGRESS) {
+        return nccl_error(splitting->nccl, splitting->parent, status,
+                          "splitting the group's NCCL communicator", &splitting->err);
+    }
+    /* One that does not block gives ours only when it has come to its end. */
+    int rc = wait_until_made(splitting, splitting->parent);
+    if (rc == 0 && splitting->comm == NULL) {
+        rc = dcp_error_set(&splitting->err, DCP_E_INTERNAL, 0, NULL,
+                           "splitting the group's NCCL communicator gave none");
+    }
+    return rc != 0 ? rc : wait_until_made(splitting, splitting->comm);
+}
+
+static void
+abort_made(struct splitting *splitting)
+{
+    if (splitting->comm != NULL) {
+        (void)splitting->nccl->ncclCommAbort(splitting->comm);
+        splitting->comm = NULL;
+    }
+}
+
+static void
+split_on_device(void *self)
+{
+    struct splitting *splitting = self;
+    struct cuda_stay stay;
+    splitting->rc = cuda_enter(splitting->device_index, &stay, &splitting->err);
+    if (splitting->rc == 0) {
+        splitting->rc = split(splitting);
+        if (splitting->rc != 0) {
+            abort_made(splitting);
+        }
+        cuda_leave(&stay);
+    }
+}
+
+static void
+come_late(void *self)
+{
+    struct splitting *splitting = self;
+    abort_made(splitting);
+    dcp_free(splitting);
+}
+
+int
+nccl_split(const struct nccl_link *link, uint64_t deadline_ns, nccl_comm *ret_comm,
+           struct dcp_error *err)
+{
+    struct splitting *splitting = dcp_calloc(1, sizeof *splitting);
+    if (splitting == NULL) {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory to split a communicator");
+    }
+    splitting->nccl = link->nccl;
+    splitting->parent = link->source.raw;
+    splitting->rank = (int)link->source.rank;
+    splitting->device_index = link->source.device_index;
+    splitting->deadline_ns = deadline_ns;
+    if (!nccl_run_apart(split_on_device, come_late, splitting, deadline_ns)) {
+        return dcp_error_set(err, DCP_E_TIMEOUT, 0, NULL,
+                             "splitting the group's NCCL communicator: timed out: the group's "
+                             "timeout has passed and not all ranks came");
+    }
+    int rc = splitting->rc;
+    if (rc == 0) {
+        *ret_comm = splitting->comm;
+    } else {
+        (void)dcp_error_set(err, rc, 0, NULL, "%s", splitting->err.message);
+    }
+    dcp_free(splitting);
+    return rc;
+}

@@ -1,0 +1,120 @@
+"""What goes wrong on a device: said by name, and the previous checkpoint is what it was."""
+
+from __future__ import annotations
+
+import fake
+import pytest
+import torch
+from device_values import assert_same, blank, everywhere, layouts, on, payload, raw
+
+import dcp_native as dcp
+
+
+def small(count=500):
+    return {f"t{i}": raw(torch.float32, 6, 5, seed=i).t() for i in range(count)}
+
+
+def assert_loads(path, tensors):
+    target = blank("cpu", tensors)
+    dcp.load(target, checkpoint_id=path)
+    assert_same(target, tensors)
+
+
+def case_without_memory_for_a_slab_the_save_does_without(c):
+    tensors = small()
+    state = everywhere("cuda:0", tensors)
+    torch.cuda.synchronize()
+    with fake.largest_allocation(1):
+        dcp.save(state, checkpoint_id=c.dir / "save")
+        future = dcp.async_save(state, checkpoint_id=c.dir / "async")
+        future.result(timeout=60)
+        dcp.load(state, checkpoint_id=c.dir / "save")
+    assert_loads(c.dir / "save", tensors)
+    assert_loads(c.dir / "async", tensors)
+    assert_same(state, tensors)
+    assert fake.last_error() == 0
+
+
+def case_memory_that_cannot_be_pinned_is_copied_to_all_the_same(c):
+    tensors = layouts(torch.float32)
+    state = everywhere("cuda:0", tensors)
+    dcp.trim()
+    with fake.failing("cudaHostRegister", fake.NOT_SUPPORTED):
+        dcp.async_save(state, checkpoint_id=c.dir / "x").result(timeout=60)
+    assert_loads(c.dir / "x", tensors)
+    assert fake.last_error() == 0
+
+
+def case_kernels_that_cannot_be_loaded_are_done_without(c):
+    """The first save of a process would load them: this case has to come before others do."""
+    tensors = small()
+    with fake.largest_allocation(1):
+        dcp.save(everywhere("cuda:0", tensors), checkpoint_id=c.dir / "x")
+    assert_loads(c.dir / "x", tensors)
+
+
+def case_an_error_of_the_device_fails_the_save_by_name(c):
+    before = layouts(torch.float32, seed=1)
+    dcp.save(everywhere("cuda:0", before), checkpoint_id=c.dir / "x")
+    for works in (0, 3, 9):
+        state = everywhere("cuda:1", layouts(torch.float32, seed=2))
+        torch.cuda.synchronize(1)
+        with fake.dying(1, works), pytest.raises(dcp.CheckpointException, match="illegal memory"):
+            dcp.save(state, checkpoint_id=c.dir / "x")
+        assert_loads(c.dir / "x", before)
+
+
+def case_an_error_of_the_device_fails_the_background_save_by_name(c):
+    before = layouts(torch.float32, seed=1)
+    dcp.save(everywhere("cuda:0", before), checkpoint_id=c.dir / "x")
+    for mode in (dcp.AsyncCheckpointerType.THREAD, dcp.AsyncCheckpointerType.PROCESS):
+        state = everywhere("cuda:1", layouts(torch.float32, seed=2))
+        torch.cuda.synchronize(1)
+        with fake.dying(1, 2):
+            future = dcp.async_save(state, checkpoint_id=c.dir / "x", async_checkpointer_type=mode)
+            with pytest.raises(dcp.CheckpointException, match="illegal memory"):
+                future.result(timeout=60)
+        assert_loads(c.dir / "x", before)
+
+
+def case_an_error_of_the_device_fails_the_load_by_name(c):
+    tensors = layouts(torch.float32)
+    dcp.save(tensors, checkpoint_id=c.dir / "x")
+    target = blank("cuda:1", tensors)
+    torch.cuda.synchronize(1)
+    with fake.dying(1, 2), pytest.raises(dcp.CheckpointException, match="illegal memory"):
+        dcp.load(target, checkpoint_id=c.dir / "x")
+
+
+def case_saves_go_on_after_a_device_has_failed_and_come_back(c):
+    tensors = layouts(torch.float32)
+    dcp.save(everywhere("cuda:1", tensors), checkpoint_id=c.dir / "x")
+    assert_loads(c.dir / "x", tensors)
+
+
+def case_a_copy_that_is_refused_fails_the_save_by_name(c):
+    tensors = layouts(torch.float32)
+    state = everywhere("cuda:0", tensors)
+    dcp.save(state, checkpoint_id=c.dir / "x")
+    with (
+        fake.failing("cudaMemcpyAsync", fake.ILLEGAL_ADDRESS, 2),
+        pytest.raises(dcp.CheckpointException, match="illegal memory"),
+    ):
+        dcp.save(state, checkpoint_id=c.dir / "x")
+    assert_loads(c.dir / "x", tensors)
+
+
+def case_the_capture_of_a_graph_is_refused_by_name(c):
+    state = {"x": on("cuda:0", raw(torch.float32, 1000))}
+    dcp.save(state, checkpoint_id=c.dir / "x")
+    want = payload(c.dir / "x")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), fake.capturing(side):
+        with pytest.raises(dcp.CheckpointException, match="captur"):
+            dcp.save(state, checkpoint_id=c.dir / "x")
+        with pytest.raises(dcp.CheckpointException, match="captur"):
+            dcp.async_save(state, checkpoint_id=c.dir / "x").result(timeout=60)
+        with pytest.raises(dcp.CheckpointException, match="captur"):
+            dcp.load(state, checkpoint_id=c.dir / "x")
+    assert payload(c.dir / "x") == want
+    dcp.save(state, checkpoint_id=c.dir / "x")

@@ -76,6 +76,13 @@ build/ctest/dcp_writer: csrc/writer/main.c build/libcore.a $(HEADERS)
 
 build/ctest/test_writer_mappings build/ctest/test_writer_message build/ctest/test_writer_process build/ctest/test_writer_survive: build/ctest/dcp_writer
 
+# CUDA and NCCL as their tests have them.
+build/fake/.built: $(wildcard tests/fake/*)
+	sh tests/fake/build.sh $(CURDIR)/build/fake
+	@touch $@
+
+build/ctest/test_nccl_comm: build/fake/.built
+
 # ---- benchmarks in C: the core as the package has it, without sanitizers ----
 
 BENCH_FLAGS := -std=c11 -D_GNU_SOURCE -O3 -g -Icsrc/include -Icsrc/core $(C_WARN)

@@ -26,7 +26,7 @@ C_WARN  := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla
 C_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -DDCP_DEBUG -Icsrc/include -Icsrc/core -Icsrc/cuda -Itests/c $(C_WARN)
 SANITIZE ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-clients bench lint ctest ctest-build clean set-up build compile_commands FORCE
+.PHONY: demo test test-clients test-cuda build-cuda bench lint ctest ctest-build clean set-up build compile_commands FORCE
 
 # T=name runs one.
 CTEST_WANTED := $(if $(filter *,$(T)),$(CTESTS),$(addprefix build/ctest/test_,$(T)))
@@ -150,6 +150,7 @@ test: build
 	$(MAKE) --no-print-directory ctest
 	$(MAKE) --no-print-directory lint
 	$(RUN_PY) -m pytest -q
+	$(MAKE) --no-print-directory test-cuda
 
 # Real clients from the registry over the package as a user installs it; not part of `make test`.
 CLIENTS := build/clients
@@ -163,6 +164,37 @@ $(CLIENTS)/.set-up: tests/clients/requirements.txt
 test-clients: $(CLIENTS)/.set-up
 	$(CLIENTS)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	$(CLIENTS)/bin/python -m pytest -q tests/clients $(if $(filter *,$(T)),,-k '$(T)')
+
+# torch's build for CUDA with devices and NCCL that are fakes: no GPU is needed.  It has an environment
+# and a copy of the tree of its own.  With such a torch already installed:
+#     make test-cuda PYTHON_CUDA=/path/to/python
+CUDA_TORCH := torch==2.14.1
+CUDA_VENV  := .venv-cuda
+CUDA_TREE  := build/cuda-tree
+
+ifdef PYTHON_CUDA
+RUN_CUDA    := $(PYTHON_CUDA)
+CUDA_SET_UP :=
+else
+RUN_CUDA    := $(CURDIR)/$(CUDA_VENV)/bin/python
+CUDA_SET_UP := $(CUDA_VENV)/.set-up
+endif
+
+$(CUDA_VENV)/.set-up: requirements-test.txt
+	@test -x $(CUDA_VENV)/bin/python || { echo "== making $(CUDA_VENV)"; $(BASE) -m venv $(CUDA_VENV); }
+	@echo "== installing $(CUDA_TORCH) with CUDA's libraries into $(CUDA_VENV) (3 GB the first time)"
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) 'setuptools>=77' wheel -r $<
+	@touch $@
+
+build-cuda: $(CUDA_SET_UP)
+	@echo "== building dcp_native for $(RUN_CUDA) in $(CUDA_TREE)"
+	@$(RUN_CUDA) tools/copy_tree.py $(CUDA_TREE)
+	@cd $(CUDA_TREE) && mkdir -p build && $(RUN_CUDA) -c 'import sys; print(sys.executable)' > build/.new && \
+	    { cmp -s build/.new build/.id || rm -rf build/temp* build/lib* dcp_native/*.so; } && \
+	    $(RUN_CUDA) setup.py --quiet build_ext --inplace && mv build/.new build/.id
+
+test-cuda: build-cuda
+	cd $(CUDA_TREE) && $(RUN_CUDA) -m pytest -q tests/cuda $(if $(filter *,$(T)),,-k '$(T)')
 
 bench: build
 	$(RUN_PY) benchmarks/bench.py $(BENCH)

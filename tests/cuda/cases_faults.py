@@ -56,7 +56,7 @@ def case_kernels_that_cannot_be_loaded_are_done_without(c):
 def case_an_error_of_the_device_fails_the_save_by_name(c):
     before = layouts(torch.float32, seed=1)
     dcp.save(everywhere("cuda:0", before), checkpoint_id=c.dir / "x")
-    for works in (0, 3, 9):
+    for works in (0, 1):  # the copies and the kernels of a save: more than one
         state = everywhere("cuda:1", layouts(torch.float32, seed=2))
         torch.cuda.synchronize(1)
         with fake.dying(1, works), pytest.raises(dcp.CheckpointException, match="illegal memory"):

@@ -15,6 +15,7 @@ DTYPES = [
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16,
     torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
+HEAD_BYTES = 64
 
 
 def raw(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
@@ -110,5 +111,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 
 def payload(directory: Path) -> dict[str, bytes]:
-    """The data files of a checkpoint."""
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.distcp"))}
+    """The data files of a checkpoint, but for their heads, which carry the save's id."""
+    return {
+        path.name: path.read_bytes()[HEAD_BYTES:] for path in sorted(directory.glob("*.distcp"))
+    }

@@ -98,6 +98,12 @@ build/bench/libcore.a: $(patsubst csrc/core/%.c,build/bench/obj/%.o,$(CORE_SRC))
 build/bench/%: benchmarks/%.c build/bench/libcore.a $(HEADERS)
 	$(CC) $(BENCH_FLAGS) $< build/bench/libcore.a -lpthread -o $@
 
+# The table over NCCL needs little of the core, and the fake libraries to run.
+build/bench/nccl_comm: benchmarks/nccl_comm.c $(wildcard csrc/cuda/nccl_*.c) build/fake/.built $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(BENCH_FLAGS) -Icsrc/cuda $< csrc/cuda/cuda_api.c csrc/cuda/cuda_context.c \
+	    $(wildcard csrc/cuda/nccl_*.c) csrc/core/error.c csrc/core/alloc.c -ldl -lpthread -o $@
+
 # ---- the package: environment, build, lint ----
 
 # What decides the package's binaries besides its sources: interpreter, torch, switches.

@@ -198,12 +198,13 @@ def case_a_group_without_a_cpu_backend_has_no_choice(c):
     assert save(group, c.dir) == ("nccl", "the group has no CPU backend")
 
 
-def case_a_save_without_collectives_asks_nobody(c):
+def case_a_save_without_collectives_chooses_nothing(c):
     group = new_group(connected=False)
-    if c.rank == 0:
-        state = state_of(4)
-        dcp.save(state, checkpoint_id=c.dir, process_group=group, use_collectives=False)
-    c.barrier()
+    state = state_of(4)
+    dcp.save(state, checkpoint_id=c.dir / "0", process_group=group, use_collectives=False)
+    assert (last_report()["comm"], last_report()["comm_reason"]) == ("gloo", None)
+    reduce(group)
+    assert save(group, c.dir / "1")[0] == "nccl"
 
 
 def case_a_background_save_agrees_on_the_calling_thread(c):

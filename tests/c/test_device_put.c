@@ -106,14 +106,14 @@ add_aim(struct scene *scene, struct maker_rng *rng, uint32_t t)
 
 static void
 scene_make(struct scene *scene, uint64_t seed, const struct world_options *options,
-           uint32_t per_tensor)
+           const struct device_sim_options *device, uint32_t per_tensor)
 {
     struct maker_rng rng = {seed};
     struct dcp_error err = {0};
     memset(scene, 0, sizeof *scene);
     world_make(&scene->world, options);
     disk_make(&scene->disk, &scene->world, seed % 3 == 0 ? 0 : 512);
-    devices_make(&scene->devices, 1 + (uint32_t)(seed % DEVICE_WORLD_MOST), device_of_seed(seed));
+    devices_make(&scene->devices, 1 + (uint32_t)(seed % DEVICE_WORLD_MOST), *device);
     scene->plan.md = &scene->world.md;
     scene->plan.devices = &scene->devices.list;
     for (uint32_t t = 0; t < scene->world.tensors_count; t++) {
@@ -201,9 +201,10 @@ all_arrives_and_nothing_beside_it_changes(void)
 {
     for (uint64_t seed = 0; seed < 72; seed++) {
         struct world_options options = device_world_of_seed(seed);
+        struct device_sim_options device = device_of_seed(seed);
         struct scene scene;
         struct dcp_error err = {0};
-        scene_make(&scene, seed, &options, 3);
+        scene_make(&scene, seed, &options, &device, 3);
         CHECK_OK(scene_load(&scene, &err), &err);
         for (uint32_t i = 0; i < scene.devices.list.count; i++) {
             const struct dcp_device *table = scene.devices.tables[i];
@@ -223,13 +224,17 @@ all_arrives_and_nothing_beside_it_changes(void)
 static void
 what_is_larger_than_all_slots_goes_through_them(void)
 {
-    for (uint64_t seed = 0; seed < 12; seed++) {
+    for (uint64_t seed = 0; seed < 4; seed++) {
+        struct device_sim_options device = {.seed = seed,
+                                            .features = DCP_DEVICE_PACKS,
+                                            .memory_bytes = 256u << 20,
+                                            .slab_most_bytes = seed % 2 ? UINT64_MAX : 3u << 20};
         struct world_options options = {
-            .seed = seed / 4, .tensors = 3, .thread_count = 1, .large_bytes = 20u << 20};
+            .seed = seed, .tensors = 3, .thread_count = 1, .large_bytes = 20u << 20};
         struct scene scene;
         struct dcp_device_stats stats;
         struct dcp_error err = {0};
-        scene_make(&scene, seed, &options, 2);
+        scene_make(&scene, seed, &options, &device, 2);
         CHECK_OK(scene_load(&scene, &err), &err);
         for (uint32_t i = 0; i < scene.aims_count; i++) {
             check_aim(&scene.aims[i]);
@@ -243,16 +248,18 @@ what_is_larger_than_all_slots_goes_through_them(void)
 static void
 fail_everywhere(bool work)
 {
-    for (uint64_t seed = 0; seed < 8; seed++) {
+    for (uint64_t seed = 1; seed < 6; seed += 2) {
         bool failed = true;
-        for (uint64_t n = 1; failed; n += 1 + n / 12) {
+        for (uint64_t n = 1; failed; n += 1 + n / 3) {
             struct world_options options = device_world_of_seed(seed);
             struct scene scene;
             struct dcp_device_stats stats;
             struct dcp_error err = {0};
             uint8_t states[MOST_AIMS];
+            struct device_sim_options device = device_of_seed(seed);
             options.tensors = 5;
-            scene_make(&scene, seed, &options, 2);
+            options.large_bytes = 0;
+            scene_make(&scene, seed, &options, &device, 2);
             if (work) {
                 device_sim_fail_work(scene.devices.sims[0], n);
             } else {
@@ -301,7 +308,8 @@ a_device_that_hangs_is_left_when_the_load_is_cancelled(void)
     struct dcp_error err = {0};
     atomic_int cancel = 1;
     struct dcp_engine_options engine = {.verify = true};
-    scene_make(&scene, 1, &options, 3);
+    struct device_sim_options device = device_of_seed(1);
+    scene_make(&scene, 1, &options, &device, 3);
     CHECK_OK(dcp_device_put_new(&scene.plan, NULL, NULL, &scene.put, &err), &err);
     scene.plan.on_piece = dcp_device_put_piece;
     scene.plan.on_piece_ctx = scene.put;

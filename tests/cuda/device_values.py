@@ -16,6 +16,8 @@ DTYPES = [
     torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
 HEAD_BYTES = 64
+SECOND = "cuda:1" if torch.cuda.device_count() > 1 else "cuda:0"
+"""Another device than the first, where there is one."""
 
 
 def raw(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:

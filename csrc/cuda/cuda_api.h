@@ -66,6 +66,7 @@ enum {
     X(cuda_status, cudaEventDestroy, (cuda_event event))                                           \
     X(cuda_status, cudaMemcpyAsync,                                                                \
       (void *to, const void *from, size_t bytes, cuda_enum kind, cuda_stream stream))              \
+    X(cuda_status, cudaMemsetAsync, (void *memory, int value, size_t bytes, cuda_stream stream))   \
     X(cuda_status, cudaMallocAsync, (void **memory, size_t bytes, cuda_stream stream))             \
     X(cuda_status, cudaFreeAsync, (void *memory, cuda_stream stream))                              \
     X(cuda_status, cudaHostAlloc, (void **memory, size_t bytes, unsigned int flags))               \

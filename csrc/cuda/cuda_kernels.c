@@ -252,10 +252,17 @@ checksum_with(struct cuda_table *table, const struct cuda_stay *stay,
               struct dcp_kernel_checksum *params, uint32_t blocks, uint32_t *crcs,
               struct dcp_error *err)
 {
-    int rc = launch(table, stay, table->kernels.checksum, blocks, DCP_KERNEL_CHECKSUM_THREADS,
-                    params, "compute checksums", err);
+    void *memory = (void *)(uintptr_t)params->crcs;
+    uint64_t bytes = (uint64_t)blocks * sizeof *crcs;
+    int rc = cuda_check(stay, stay->runtime->cudaMemsetAsync(memory, 0, bytes, table->stream),
+                        "set memory for checksums to zero", err);
+
     if (rc == 0) {
-        rc = cuda_copy_pieces(table, stay, crcs, params->crcs, blocks * sizeof *crcs, true, err);
+        rc = launch(table, stay, table->kernels.checksum, blocks * DCP_KERNEL_CRC_SLICES,
+                    DCP_KERNEL_CHECKSUM_THREADS, params, "compute checksums", err);
+    }
+    if (rc == 0) {
+        rc = cuda_copy_pieces(table, stay, crcs, params->crcs, bytes, true, err);
     }
     return rc;
 }
@@ -265,21 +272,22 @@ cuda_kernels_checksum(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs
                       struct dcp_error *err)
 {
     struct cuda_table *table = ctx;
-    struct dcp_kernel_checksum params = {.data = device, .bytes = bytes};
-    uint64_t blocks = bytes / DCP_BLOCK_BYTES + (bytes % DCP_BLOCK_BYTES != 0 ? 1 : 0);
+    struct dcp_kernel_checksum params;
     struct cuda_stay stay;
     void *memory = NULL;
     int rc;
 
     DCP_ASSERT((table->device.features & DCP_DEVICE_CHECKSUMS) != 0);
-    if (blocks == 0) {
+    if (bytes == 0) {
         return 0;
     }
-    if (blocks > INT32_MAX) {
+    uint64_t blocks = (bytes - 1) / DCP_BLOCK_BYTES + 1;
+    if (blocks > INT32_MAX / DCP_KERNEL_CRC_SLICES) {
         return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
-                             "cuda:%d: checksums of more than 2^31 blocks at once",
+                             "cuda:%d: checksums of more than 2^28 blocks at once",
                              (int)table->device.index);
     }
+    params = dcp_kernel_checksum_of(device, bytes);
     rc = cuda_enter(table->device.index, &stay, err);
     if (rc != 0) {
         return rc;
@@ -289,7 +297,6 @@ cuda_kernels_checksum(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs
                     "allocate memory for checksums", err);
     if (rc == 0) {
         params.crcs = (uint64_t)(uintptr_t)memory;
-        dcp_kernel_crc_powers(params.powers);
         rc = checksum_with(table, &stay, &params, (uint32_t)blocks, crcs, err);
         if (stay.runtime->cudaFreeAsync(memory, table->stream) != 0) {
             (void)stay.runtime->cudaGetLastError();

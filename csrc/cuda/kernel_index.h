@@ -9,11 +9,13 @@
  * from then on adds the digits of the number of threads, which takes none.
  *
  * CRC32: the remainder of a sum is the sum of remainders, so thread t takes the words t, t + T, t +
- * 2T, ... of a block: neighbours read neighbouring words.  From one of its words to the next its
- * remainder is multiplied by x^(32 T), by a table; at the end it is moved to its place by x^(32 (T
- * - t)), and all of them are added.  The block is lengthened in front, by zeros, to whole rows of T
- * words: they change no remainder.  The register that CRC32 starts with is added as what it becomes
- * in 8 n steps.  Polynomials are reflected: bit 31 is the coefficient of x^0.
+ * 2T, ... of a slice: neighbours read neighbouring words.  From one of its words to the next its
+ * remainder is multiplied by x^(32 T), by a table; at the end it is moved to its place in the slice
+ * by x^(32 (T - t)), the slice's sum to its place in the block, and all of them are added.  Slices
+ * are counted from the end of the block, so what is behind one is whole slices, and the first bytes
+ * of a block are preceded by zeros, which change no remainder, to whole rows of T words.  The
+ * register that CRC32 starts with is added as what it becomes in the length of the block.
+ * Polynomials are reflected: bit 31 is the coefficient of x^0.
  */
 #ifndef DCP_KERNEL_INDEX_H
 #define DCP_KERNEL_INDEX_H
@@ -145,16 +147,6 @@ dcp_kernel_crc_multiply(uint32_t a, uint32_t b)
     return product;
 }
 
-/* What struct dcp_kernel_checksum.powers holds. */
-DCP_KERNEL_FN void
-dcp_kernel_crc_powers(uint32_t ret_powers[DCP_KERNEL_CRC_POWERS_LEN])
-{
-    ret_powers[0] = 1u << 30;
-    for (int k = 1; k < DCP_KERNEL_CRC_POWERS_LEN; k++) {
-        ret_powers[k] = dcp_kernel_crc_multiply(ret_powers[k - 1], ret_powers[k - 1]);
-    }
-}
-
 /* value * x^bits modulo P. */
 DCP_KERNEL_FN uint32_t
 dcp_kernel_crc_shift(const uint32_t *powers, uint32_t value, uint32_t bits)
@@ -174,22 +166,39 @@ dcp_kernel_crc_table_entry(const uint32_t *powers, uint32_t threads, uint32_t i)
     return dcp_kernel_crc_shift(powers, (i & 255u) << (8u * (i >> 8)), 32u * threads);
 }
 
-/* Bytes of block `block` of the range. */
-DCP_KERNEL_FN uint32_t
-dcp_kernel_crc_block_bytes(const struct dcp_kernel_checksum *params, uint32_t block)
+/* The last `bytes` bytes of a slice, which may be fewer than it has room for, or none. */
+struct dcp_kernel_slice {
+    uint64_t data;
+    uint32_t bytes;
+    uint32_t behind; /* slices of the block behind it */
+    bool in_last;    /* block of the range */
+};
+
+DCP_KERNEL_FN struct dcp_kernel_slice
+dcp_kernel_crc_slice(const struct dcp_kernel_checksum *params, uint32_t index)
 {
-    uint64_t left = params->bytes - (uint64_t)block * DCP_BLOCK_BYTES;
-    return left < DCP_BLOCK_BYTES ? (uint32_t)left : DCP_BLOCK_BYTES;
+    uint64_t begin = (uint64_t)(index / DCP_KERNEL_CRC_SLICES) * DCP_BLOCK_BYTES;
+    uint64_t left = params->bytes - begin;
+    uint32_t block_bytes = left < DCP_BLOCK_BYTES ? (uint32_t)left : DCP_BLOCK_BYTES;
+    struct dcp_kernel_slice slice;
+
+    slice.in_last = left <= DCP_BLOCK_BYTES;
+    slice.behind = index % DCP_KERNEL_CRC_SLICES;
+    uint32_t behind_bytes = slice.behind * DCP_KERNEL_CRC_SLICE_BYTES;
+    uint32_t end = block_bytes > behind_bytes ? block_bytes - behind_bytes : 0;
+    slice.bytes = end < DCP_KERNEL_CRC_SLICE_BYTES ? end : DCP_KERNEL_CRC_SLICE_BYTES;
+    slice.data = params->data + begin + (end - slice.bytes);
+    return slice;
 }
 
 /* The word at `data` + `at`; bytes before `data` are zeros. */
 DCP_KERNEL_FN uint32_t
 dcp_kernel_crc_word(uint64_t data, int64_t at)
 {
+    uint32_t word = 0;
     if (at >= 0 && ((data + (uint64_t)at) & 3u) == 0) {
         return *(const dcp_kernel_word4 *)(uintptr_t)(data + (uint64_t)at);
     }
-    uint32_t word = 0;
     for (int i = 0; i < 4; i++) {
         if (at + i >= 0) {
             uint64_t address = data + (uint64_t)(at + i);
@@ -199,32 +208,79 @@ dcp_kernel_crc_word(uint64_t data, int64_t at)
     return word;
 }
 
-/* What thread `thread` of `threads` adds to the register of block `block`. */
+/* The register `sum`, one row of words later. */
+DCP_KERNEL_FN uint32_t
+dcp_kernel_crc_row(const uint32_t *table, uint32_t sum)
+{
+    return table[sum & 255u] ^ table[256u + ((sum >> 8) & 255u)] ^
+           table[512u + ((sum >> 16) & 255u)] ^ table[768u + (sum >> 24)];
+}
+
+/* What thread `thread` of `threads` adds to the register of a slice. */
 DCP_KERNEL_FN uint32_t
 dcp_kernel_crc_thread(const struct dcp_kernel_checksum *params, const uint32_t *table,
-                      uint32_t block, uint32_t thread, uint32_t threads)
+                      const struct dcp_kernel_slice *slice, uint32_t thread, uint32_t threads)
 {
-    uint32_t bytes = dcp_kernel_crc_block_bytes(params, block);
-    uint64_t data = params->data + (uint64_t)block * DCP_BLOCK_BYTES;
     uint32_t row_bytes = 4u * threads;
-    uint32_t rows = (bytes + row_bytes - 1) / row_bytes;
-    int64_t at = (int64_t)bytes - (int64_t)rows * row_bytes + 4 * (int64_t)thread;
-    uint32_t sum = 0;
+    uint32_t rows = (slice->bytes + row_bytes - 1) / row_bytes;
+    int64_t at = (int64_t)slice->bytes - (int64_t)rows * row_bytes + 4 * (int64_t)thread;
+    uint32_t sum = 0, row = 0;
 
-    for (uint32_t row = 0; row < rows; row++, at += row_bytes) {
-        sum = table[sum & 255u] ^ table[256u + ((sum >> 8) & 255u)] ^
-              table[512u + ((sum >> 16) & 255u)] ^ table[768u + (sum >> 24)] ^
-              dcp_kernel_crc_word(data, at);
+    if (rows > 0) {
+        sum = dcp_kernel_crc_word(slice->data, at);
+        at += row_bytes;
+        row = 1;
+    }
+    /* Several loads are under way before the first of them is needed. */
+    bool aligned = ((slice->data + (uint64_t)at) & 3u) == 0;
+    for (; aligned && rows - row >= DCP_KERNEL_CRC_LOADS; row += DCP_KERNEL_CRC_LOADS) {
+        uint32_t words[DCP_KERNEL_CRC_LOADS];
+        DCP_KERNEL_UNROLL
+        for (uint32_t i = 0; i < DCP_KERNEL_CRC_LOADS; i++, at += row_bytes) {
+            words[i] = *(const dcp_kernel_word4 *)(uintptr_t)(slice->data + (uint64_t)at);
+        }
+        DCP_KERNEL_UNROLL
+        for (uint32_t i = 0; i < DCP_KERNEL_CRC_LOADS; i++) {
+            sum = dcp_kernel_crc_row(table, sum) ^ words[i];
+        }
+    }
+    for (; row < rows; row++, at += row_bytes) {
+        sum = dcp_kernel_crc_row(table, sum) ^ dcp_kernel_crc_word(slice->data, at);
     }
     return dcp_kernel_crc_shift(params->powers, sum, 32u * (threads - thread));
 }
 
-/* The CRC of a block, from the sum of what its threads gave. */
+/* What a slice adds to the CRC of its block, from the sum of what its threads gave. */
 DCP_KERNEL_FN uint32_t
-dcp_kernel_crc_end(const struct dcp_kernel_checksum *params, uint32_t block, uint32_t sum)
+dcp_kernel_crc_of_slice(const struct dcp_kernel_checksum *params,
+                        const struct dcp_kernel_slice *slice, uint32_t sum)
 {
-    uint32_t bits = 8u * dcp_kernel_crc_block_bytes(params, block);
-    return ~(sum ^ dcp_kernel_crc_shift(params->powers, 0xFFFFFFFFu, bits));
+    sum =
+        dcp_kernel_crc_shift(params->powers, sum, 8u * DCP_KERNEL_CRC_SLICE_BYTES * slice->behind);
+    if (slice->behind == 0) {
+        sum ^= slice->in_last ? params->begin_of_last : params->begin_of_full;
+    }
+    return sum;
+}
+
+/* For whoever launches it: the blocks of a range, not empty, and all that follows from them but the
+ * place of the results. */
+DCP_KERNEL_FN struct dcp_kernel_checksum
+dcp_kernel_checksum_of(uint64_t data, uint64_t bytes)
+{
+    struct dcp_kernel_checksum params;
+    uint32_t last_bytes = (uint32_t)((bytes - 1) % DCP_BLOCK_BYTES) + 1;
+
+    params.data = data;
+    params.bytes = bytes;
+    params.crcs = 0;
+    params.powers[0] = 1u << 30;
+    for (int k = 1; k < DCP_KERNEL_CRC_POWERS_LEN; k++) {
+        params.powers[k] = dcp_kernel_crc_multiply(params.powers[k - 1], params.powers[k - 1]);
+    }
+    params.begin_of_full = ~dcp_kernel_crc_shift(params.powers, 0xFFFFFFFFu, 8u * DCP_BLOCK_BYTES);
+    params.begin_of_last = ~dcp_kernel_crc_shift(params.powers, 0xFFFFFFFFu, 8u * last_bytes);
+    return params;
 }
 
 #endif

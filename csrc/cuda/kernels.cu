@@ -52,7 +52,11 @@ __launch_bounds__(DCP_KERNEL_CHECKSUM_THREADS)
 {
     __shared__ uint32_t table[DCP_KERNEL_CRC_TABLE_LEN];
     __shared__ uint32_t sum;
+    const struct dcp_kernel_slice slice = dcp_kernel_crc_slice(&params, blockIdx.x);
 
+    if (slice.bytes == 0) {
+        return;
+    }
     for (uint32_t i = threadIdx.x; i < DCP_KERNEL_CRC_TABLE_LEN; i += blockDim.x) {
         table[i] = dcp_kernel_crc_table_entry(params.powers, blockDim.x, i);
     }
@@ -60,10 +64,11 @@ __launch_bounds__(DCP_KERNEL_CHECKSUM_THREADS)
         sum = 0;
     }
     __syncthreads();
-    atomicXor(&sum, dcp_kernel_crc_thread(&params, table, blockIdx.x, threadIdx.x, blockDim.x));
+    atomicXor(&sum, dcp_kernel_crc_thread(&params, table, &slice, threadIdx.x, blockDim.x));
     __syncthreads();
     if (threadIdx.x == 0) {
-        ((uint32_t *)(uintptr_t)params.crcs)[blockIdx.x] =
-            dcp_kernel_crc_end(&params, blockIdx.x, sum);
+        uint32_t *crcs = (uint32_t *)(uintptr_t)params.crcs;
+        atomicXor(crcs + blockIdx.x / DCP_KERNEL_CRC_SLICES,
+                  dcp_kernel_crc_of_slice(&params, &slice, sum));
     }
 }

@@ -8,7 +8,9 @@
  * work. The list lies in pinned memory of the host, which the device reads itself: a job is read
  * once, so a copy of it on the device would save nothing.
  *
- * checksum: thread block b computes the CRC32 of block b (DCP_BLOCK_BYTES) of the range.
+ * checksum: the CRC32 of every block (DCP_BLOCK_BYTES) of a range.  A block is divided into slices,
+ * one thread block each, which add what they have to its result: of a payload of a few blocks one
+ * thread block for each would take longer than the copy that runs beside it.
  */
 #ifndef DCP_KERNELS_H
 #define DCP_KERNELS_H
@@ -25,6 +27,10 @@ enum {
     /* Threads of a block.  Those of the checksum are a power of two. */
     DCP_KERNEL_MOVE_THREADS = 128,
     DCP_KERNEL_CHECKSUM_THREADS = 256,
+    /* Of a block of DCP_BLOCK_BYTES, counted from its end; a power of two. */
+    DCP_KERNEL_CRC_SLICES = 8,
+    DCP_KERNEL_CRC_SLICE_BYTES = DCP_BLOCK_BYTES / DCP_KERNEL_CRC_SLICES,
+    DCP_KERNEL_CRC_LOADS = 8, /* that a thread has under way */
     /* Shifts a CRC by one row of all threads' words: four bytes, 256 values each. */
     DCP_KERNEL_CRC_TABLE_LEN = 4 * 256,
     /* x^(2^k) modulo the CRC's polynomial. */
@@ -51,10 +57,13 @@ struct dcp_kernel_move {
     uint64_t jobs; /* address of struct dcp_kernel_job[] */
 };
 
-/* DCP_KERNEL_CHECKSUM: grid.x is the number of blocks, block.x DCP_KERNEL_CHECKSUM_THREADS. */
+/* DCP_KERNEL_CHECKSUM: grid.x is the number of blocks times DCP_KERNEL_CRC_SLICES, block.x
+ * DCP_KERNEL_CHECKSUM_THREADS. */
 struct dcp_kernel_checksum {
     uint64_t data, bytes;
-    uint64_t crcs; /* address of uint32_t[], one for each block */
+    uint64_t crcs;          /* address of uint32_t[], one for each block, zeros before the launch */
+    uint32_t begin_of_full; /* what CRC32's first register becomes in a full block, inverted */
+    uint32_t begin_of_last; /* and in the last block of the range */
     uint32_t powers[DCP_KERNEL_CRC_POWERS_LEN];
 };
 

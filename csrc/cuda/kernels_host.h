@@ -37,11 +37,12 @@ dcp_kernel_checksum_on_host(const struct dcp_kernel_checksum *params, uint32_t b
         table[i] = dcp_kernel_crc_table_entry(params->powers, threads, i);
     }
     for (uint32_t block = 0; block < blocks; block++) {
+        struct dcp_kernel_slice slice = dcp_kernel_crc_slice(params, block);
         uint32_t sum = 0;
         for (uint32_t thread = 0; thread < threads; thread++) {
-            sum ^= dcp_kernel_crc_thread(params, table, block, thread, threads);
+            sum ^= dcp_kernel_crc_thread(params, table, &slice, thread, threads);
         }
-        crcs[block] = dcp_kernel_crc_end(params, block, sum);
+        crcs[block / DCP_KERNEL_CRC_SLICES] ^= dcp_kernel_crc_of_slice(params, &slice, sum);
     }
 }
 

@@ -112,6 +112,9 @@ run_op(const struct op *op)
     case 'C':
         memcpy(op->to, op->from, op->bytes);
         break;
+    case 'Z':
+        memset(op->to, 0, op->bytes);
+        break;
     case 'K':
         DCP_ASSERT(dcp_kernel_run_on_host(op->kernel, op->grid, op->block, params));
         break;
@@ -314,6 +317,20 @@ memcpy_async(void *to, const void *from, size_t bytes, cuda_enum kind, cuda_stre
         op->from = from;
         op->bytes = bytes;
         stand_in.copies++;
+    }
+    return status;
+}
+
+static cuda_status
+memset_async(void *memory, int value, size_t bytes, cuda_stream stream)
+{
+    cuda_status status = runtime_call();
+
+    DCP_ASSERT(value == 0);
+    if (status == 0) {
+        struct op *op = put('Z', stream);
+        op->to = memory;
+        op->bytes = bytes;
     }
     return status;
 }
@@ -524,6 +541,7 @@ static const struct cudart_api runtime = {
     .cudaEventQuery = event_query,
     .cudaEventDestroy = event_destroy,
     .cudaMemcpyAsync = memcpy_async,
+    .cudaMemsetAsync = memset_async,
     .cudaMallocAsync = malloc_async,
     .cudaFreeAsync = free_async,
     .cudaHostAlloc = host_alloc,

@@ -36,7 +36,7 @@ struct stand_in {
 };
 
 /* The trainer's stream.  In `order` a lower-case letter is about it, an upper-case one about ours:
- * r record, w wait for an event, c copy, k kernel, f free. */
+ * r record, w wait for an event, c copy, z zeros, k kernel, f free. */
 extern void *const stand_in_stream;
 
 extern struct stand_in stand_in;

@@ -263,13 +263,13 @@ check_crcs(const uint8_t *data, uint64_t bytes)
     enum { MOST_BLOCKS = 4 };
     uint32_t crcs[MOST_BLOCKS + 1] = {0};
     uint32_t blocks = (uint32_t)((bytes + DCP_BLOCK_BYTES - 1) / DCP_BLOCK_BYTES);
-    struct dcp_kernel_checksum checksum = {
-        .data = (uint64_t)(uintptr_t)data, .bytes = bytes, .crcs = (uint64_t)(uintptr_t)crcs};
+    struct dcp_kernel_checksum checksum = dcp_kernel_checksum_of((uint64_t)(uintptr_t)data, bytes);
     void *params[] = {&checksum};
 
     CHECK(blocks <= MOST_BLOCKS);
-    dcp_kernel_crc_powers(checksum.powers);
-    CHECK(dcp_kernel_run_on_host(DCP_KERNEL_CHECKSUM, blocks, DCP_KERNEL_CHECKSUM_THREADS, params));
+    checksum.crcs = (uint64_t)(uintptr_t)crcs;
+    CHECK(dcp_kernel_run_on_host(DCP_KERNEL_CHECKSUM, blocks * DCP_KERNEL_CRC_SLICES,
+                                 DCP_KERNEL_CHECKSUM_THREADS, params));
     for (uint32_t block = 0; block < blocks; block++) {
         uint64_t from = (uint64_t)block * DCP_BLOCK_BYTES;
         CHECK_EQ(crcs[block],
@@ -293,6 +293,9 @@ checksums_are_those_of_the_core(void)
     }
     check_crcs(data, DCP_BLOCK_BYTES);
     check_crcs(data, DCP_BLOCK_BYTES - 1);
+    check_crcs(data, DCP_KERNEL_CRC_SLICE_BYTES);
+    check_crcs(data + 1, DCP_KERNEL_CRC_SLICE_BYTES + 1);
+    check_crcs(data + 4, 3 * DCP_KERNEL_CRC_SLICE_BYTES - 8);
     check_crcs(data + 3, DCP_BLOCK_BYTES + 1);
     check_crcs(data + 8, 3 * DCP_BLOCK_BYTES + 777);
     memset(data, 0, cap);

@@ -251,6 +251,10 @@ begin_save(struct dcp_group *group, struct dcp_save *save, const struct save_req
     if (!local->failed && request->fail_before_agree) {
         raise_here(local, "agree");
     }
+    if (request->devices != NULL) {
+        devices_take(&request->devices[rank], &state->plan, state->sources, rank, false, true);
+        dcp_save_set_devices(save, &request->devices[rank].list);
+    }
     dcp_save_set_plan(save, &state->plan);
     run_out_of_memory(group, request->fail_allocation_of_agree);
     if (!request->independent || !local->failed) {

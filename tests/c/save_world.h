@@ -12,6 +12,7 @@
 #define SAVE_WORLD_H
 
 #include "dcp_transfer.h"
+#include "device_world.h"
 #include "io_memory.h"
 
 #define SAVE_DIR "/ckpt"
@@ -49,6 +50,8 @@ struct save_request {
     uint64_t split_bytes; /* dcp_save_params.split_bytes; all replicas are small */
     bool stage;           /* write from a copy, as async saves do */
     bool independent, share_metadata;
+    /* Per rank: its tensors lie there, and come late; NULL: on the host. */
+    const struct devices *devices;
     /* As if the caller had raised there. */
     bool fail_before_agree, fail_before_compare, fail_before_finish;
     bool looks; /* at the end, as a rank does that heard no verdict */

@@ -76,6 +76,13 @@ build/ctest/dcp_writer: csrc/writer/main.c build/libcore.a $(HEADERS)
 
 build/ctest/test_writer_mappings build/ctest/test_writer_message build/ctest/test_writer_process build/ctest/test_writer_survive: build/ctest/dcp_writer
 
+# CUDA and NCCL as their tests have them.
+build/fake/.built: $(wildcard tests/fake/*)
+	sh tests/fake/build.sh $(CURDIR)/build/fake
+	@touch $@
+
+build/ctest/test_nccl_comm: build/fake/.built
+
 # ---- benchmarks in C: the core as the package has it, without sanitizers ----
 
 BENCH_FLAGS := -std=c11 -D_GNU_SOURCE -O3 -g -Icsrc/include -Icsrc/core $(C_WARN)
@@ -90,6 +97,12 @@ build/bench/libcore.a: $(patsubst csrc/core/%.c,build/bench/obj/%.o,$(CORE_SRC))
 
 build/bench/%: benchmarks/%.c build/bench/libcore.a $(HEADERS)
 	$(CC) $(BENCH_FLAGS) $< build/bench/libcore.a -lpthread -o $@
+
+# The table over NCCL needs little of the core, and the fake libraries to run.
+build/bench/nccl_comm: benchmarks/nccl_comm.c $(wildcard csrc/cuda/nccl_*.c) build/fake/.built $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(BENCH_FLAGS) -Icsrc/cuda $< csrc/cuda/cuda_api.c csrc/cuda/cuda_context.c \
+	    $(wildcard csrc/cuda/nccl_*.c) csrc/core/error.c csrc/core/alloc.c -ldl -lpthread -o $@
 
 # ---- the package: environment, build, lint ----
 

@@ -40,6 +40,7 @@ class _Answer(enum.IntEnum):
     READY = 5
 
 
+_NO_NCCL = "the group has no NCCL backend that gives its communicator"
 _CAN_CONNECT = (_Answer.UNUSED, _Answer.UNCONNECTED)
 _TEXTS = {
     _Answer.SETTING: "config.comm is 'cpu'",
@@ -83,7 +84,7 @@ class GroupComm:
         self._is_settled = not has_nccl(process_group)
         if has_cpu(process_group):
             self._cpu = _native.Group(process_group, coordinator_rank)
-            self._cpu.reason = "the group has no NCCL backend" if self._is_settled else None
+            self._cpu.reason = _NO_NCCL if self._is_settled else None
 
     def group(
         self, process_group: dist.ProcessGroup, state_dict: Any = None, *, is_save: bool = False
@@ -104,6 +105,8 @@ class GroupComm:
                 self._nccl = self._only_nccl(process_group)
         elif not self._is_settled and state_dict is not None:
             self._settle(self._cpu, process_group, state_dict, is_save)
+        elif self._nccl is None and self._is_settled and config().comm == "nccl":
+            raise RuntimeError(f"config.comm is 'nccl', but {self._cpu.reason}")
         return self._nccl or self._cpu  # type: ignore[return-value]
 
     def _only_nccl(self, process_group: dist.ProcessGroup) -> _native.Group:

@@ -404,10 +404,7 @@ class NativeSave:
         """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
         info = self.info()
         roles = role_report(None, self._planner_reason, info["planned_outside"])
-        comm = {"comm": self.group.kind, "comm_reason": self.group.reason}
-        set_report(
-            {"kind": self.kind, "path": "native", "reason": None, **comm, **roles, **info, **facts}
-        )
+        set_report({"kind": self.kind, "path": "native", "reason": None, **roles, **info, **facts})
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()
@@ -433,10 +430,10 @@ class NativeSave:
             )  # fmt: skip
 
     def info(self) -> dict[str, Any]:
-        """Facts of the native save."""
+        """Facts of the native save, and over what its ranks agreed."""
         info = self._native.info()
         del info["elsewhere"]  # of a save that ended there
-        return info
+        return {"comm": self.group.kind, "comm_reason": self.group.reason, **info}
 
     def agreed(self) -> bool:
         """Whether every rank is past planning: a background save has no collective left."""

@@ -12,7 +12,7 @@
 #include "nccl_link.h"
 
 enum {
-    SPIN_LOOKS = 200,       /* about as long as a small collective takes */
+    SPIN_LOOKS = 20,        /* more of them take the processor from threads that have work */
     FIRST_PAUSE_NS = 20000, /* then the trainer's threads can have the processor */
     LONGEST_PAUSE_NS = 500000,
 };

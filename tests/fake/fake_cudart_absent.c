@@ -23,7 +23,6 @@
 ABSENT(cudaDeviceGetDefaultMemPool)
 ABSENT(cudaDeviceGetGraphMemAttribute)
 ABSENT(cudaDeviceSetGraphMemAttribute)
-ABSENT(cudaEventElapsedTime)
 ABSENT(cudaFuncSetAttribute)
 ABSENT(cudaGetSymbolAddress)
 ABSENT(cudaGraphAddNode)

@@ -417,3 +417,14 @@ dcp_native.load = shifted
     status, result = run_figures("hugging_face", tmp_path, *arguments, environment=environment)
     assert status == 1
     assert result["wrong"][0] == "load, rows, cold, ours: layers.0.q.weight"
+
+
+def test_the_benchmark_of_collectives_over_nccl_runs_and_verifies(tmp_path):
+    """Over the fake libraries; it exits with 1 where a result is wrong."""
+    root = BENCHMARKS.parent
+    subprocess.run(["make", "-s", "build/bench/nccl_comm"], cwd=root, check=True, timeout=300)
+    job = subprocess.run(
+        ["build/bench/nccl_comm", "--quick"], cwd=root, capture_output=True, text=True, timeout=100
+    )
+    assert job.returncode == 0, job.stderr
+    assert len(job.stdout.splitlines()) == 3

@@ -157,7 +157,9 @@ every_way_of_writing_commits(void)
             run.meets = meets == 1;
             run_uploads(&run);
             check_committed(&run);
-            CHECK_EQ(run.results[0].info.staged_bytes > 0, way == UPLOAD_STAGED);
+            CHECK_EQ(run.results[0].info.staged_bytes > 0,
+                     way == UPLOAD_STAGED || way == UPLOAD_BEGUN);
+            CHECK_EQ(run.results[0].staged, 0);
             end_run(&run);
         }
     }

@@ -191,6 +191,8 @@ prepare_bytes(struct background *bg, const struct upload_request *request, struc
         if (rc == 0) {
             begun_save_free_sources(&bg->begun);
         }
+    } else if (request->way == UPLOAD_BEGUN) {
+        rc = dcp_save_stage_begin(bg->begun.save, bg->begun.sources, &params, err);
     } else if (request->way == UPLOAD_WRITTEN) {
         rc = dcp_save_write(bg->begun.save, bg->begun.sources, NULL, NULL, err);
     }
@@ -240,7 +242,8 @@ background_start(struct background *bg, struct dcp_group *group,
     char prefix[32];
     struct dcp_upload_params params = {
         .save = bg->begun.save,
-        .staged = request->way == UPLOAD_STAGED,
+        .staged = request->way == UPLOAD_STAGED || request->way == UPLOAD_BEGUN,
+        .staging = request->way == UPLOAD_BEGUN,
         .written = request->way == UPLOAD_WRITTEN,
         .sources = bg->begun.sources,
         .mine = bg->mine.len > 0 ? &bg->mine : NULL,
@@ -299,12 +302,15 @@ background_end(struct background *bg)
 
     if (bg->upload != NULL) {
         struct dcp_upload_stats stats;
+        struct dcp_error err;
         background_await(bg, DCP_UPLOAD_ENDED);
         if (result->failures.count == 0 && result->rc == 0) {
             background_look(bg);
         }
         dcp_upload_get_stats(bg->upload, &stats);
         must(!stats.writing, "a writer is at work behind the end");
+        must(dcp_upload_staged(bg->upload, &result->staged, &err),
+             "sources are read behind the end");
         result->store_calls = stats.store_calls;
         dcp_upload_destroy(bg->upload);
     }

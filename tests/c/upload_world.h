@@ -50,8 +50,8 @@ const struct dcp_io *upload_world_io(struct upload_world *world, uint32_t rank);
 /* Collective: the allocation of this number fails from here on, and all later ones; 0: none. */
 void upload_world_memory(struct dcp_group *group, uint64_t nth);
 
-/* How the bytes of a save get to the disk. */
-enum upload_way { UPLOAD_STAGED, UPLOAD_BORROWED, UPLOAD_WRITTEN, UPLOAD_WAYS };
+/* How the bytes of a save get to the disk; BEGUN: staged, which the upload ends. */
+enum upload_way { UPLOAD_STAGED, UPLOAD_BEGUN, UPLOAD_BORROWED, UPLOAD_WRITTEN, UPLOAD_WAYS };
 
 struct upload_request {
     struct save_request save;
@@ -64,6 +64,7 @@ struct upload_request {
 
 struct upload_result {
     int agreed, rc;
+    int staged; /* of way BEGUN: what became of the staging */
     struct dcp_error err;
     struct dcp_failure_list failures; /* a copy */
     struct dcp_save_info info;

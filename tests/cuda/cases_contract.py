@@ -56,6 +56,7 @@ def late_on_a_stream_of_its_own(tensors):
 
 
 def case_a_save_waits_for_what_the_callers_stream_still_does(c):
+    """[device-streams]"""
     tensors = {f"t{i}": raw(torch.float32, 300, 100, seed=i) for i in range(4)}
     for how in ("save", "async", "staged"):
         state, values = late_on_a_stream_of_its_own(tensors)
@@ -194,6 +195,7 @@ def case_a_device_that_dies_while_it_is_staged_fails_both_futures(c):
 
 
 def case_a_save_that_is_cancelled_while_it_is_staged_lets_go_of_the_tensors(c):
+    """[staging-completion]"""
     before = layouts(torch.float32, seed=1)
     dcp.save(before, checkpoint_id=c.dir / "x")
     state = everywhere("cuda:0", layouts(torch.float32, seed=2))

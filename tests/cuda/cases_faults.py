@@ -105,6 +105,7 @@ def case_a_copy_that_is_refused_fails_the_save_by_name(c):
 
 
 def case_the_capture_of_a_graph_is_refused_by_name(c):
+    """[graph-capture]"""
     state = {"x": on("cuda:0", raw(torch.float32, 1000))}
     dcp.save(state, checkpoint_id=c.dir / "x")
     want = payload(c.dir / "x")

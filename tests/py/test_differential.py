@@ -190,5 +190,6 @@ def test_same_result_same_exception_same_warnings(program, tmp_path):
 
 
 def test_every_difference_is_met_by_a_test():
-    tests = "".join(path.read_text() for path in (ROOT / "tests/py").rglob("*.py"))
+    folders = (ROOT / "tests/py", ROOT / "tests/cuda")
+    tests = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
     assert [d for d in sorted(DIFFERENCES) if f"[{d}]" not in tests] == []

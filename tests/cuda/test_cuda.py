@@ -66,3 +66,23 @@ def test_a_rank_that_dies_is_an_error_of_the_others_and_the_checkpoint_before_st
     target = {f"x{rank}": torch.zeros(10, 6) for rank in range(2)}
     torch_dcp.load(target, checkpoint_id=tmp_path / "x", no_dist=True)
     assert_same(target, {f"x{rank}": raw(torch.float32, 10, 6, seed=rank) for rank in range(2)})
+
+
+def test_without_a_driver_the_package_saves_and_loads(tmp_path):
+    """Torch's CUDA build on a machine without one: the real libraries, and no device."""
+    script = (
+        "import sys, torch, dcp_native as dcp\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "x = torch.arange(100.0)\n"
+        "dcp.save({'x': x}, checkpoint_id=sys.argv[1])\n"
+        "dcp.async_save({'x': x}, checkpoint_id=sys.argv[1] + '2').result()\n"
+        "y = torch.zeros(100)\n"
+        "dcp.load({'x': y}, checkpoint_id=sys.argv[1])\n"
+        "assert torch.equal(x, y) and not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "x")],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(jobs.ROOT), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -215,3 +215,41 @@ def case_an_error_of_one_ranks_device_is_known_to_all(c):
     target = blank("cpu", layouts(torch.float32))
     dcp.load(target, checkpoint_id=c.dir)
     assert_same(target, layouts(torch.float32))
+
+
+def connected_group() -> dist.ProcessGroup:
+    """A group of its own, for a group's first save decides over what its ranks agree."""
+    group = dist.new_group()
+    dist.all_reduce(torch.zeros(1, device=device()), group=group)
+    torch.cuda.current_stream().synchronize()
+    return group
+
+
+def saved_over(group, path, comm: str) -> dict:
+    dcp.configure(comm=comm)
+    try:
+        dcp.save({"x": sharded(raw(torch.float32, 10, 6))}, checkpoint_id=path, process_group=group)
+    finally:
+        dcp.configure(comm="auto")
+    return dcp.last_report()
+
+
+def case_the_report_says_over_what_the_ranks_agreed(c):
+    assert saved_over(connected_group(), c.dir / "auto", "auto")["comm"] == "nccl"
+    assert saved_over(connected_group(), c.dir / "nccl", "nccl")["comm"] == "nccl"
+    if has_cpu_backend():
+        assert saved_over(connected_group(), c.dir / "cpu", "cpu")["comm"] == "gloo"
+    c.barrier()
+
+
+def case_a_communicator_that_fails_is_an_error_of_the_save_within_its_deadline(c):
+    """On all ranks: ncclRemoteError, found asynchronously by the first operation of the save."""
+    group = connected_group()
+    state = {"x": sharded(raw(torch.float32, 10, 6))}
+    dcp.save(state, checkpoint_id=c.dir, process_group=group)
+    assert dcp.last_report()["comm"] == "nccl"
+    fake.set_nccl_faults("async=6@1")
+    with pytest.raises((dcp.CheckpointException, dcp.NativeError, RuntimeError), match=r"(?i)nccl"):
+        dcp.save(state, checkpoint_id=c.dir, process_group=group)
+    fake.set_nccl_faults("")
+    assert_loads(c.dir, state)

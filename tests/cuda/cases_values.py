@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from device_values import (
     DTYPES,
+    SECOND,
     assert_same,
     blank,
     everywhere,
@@ -45,7 +46,7 @@ def case_every_layout_and_dtype_comes_back_to_the_device(c):
         tensors = layouts(dtype)
         path = c.dir / str(dtype)
         dcp.save(everywhere("cuda:0", tensors), checkpoint_id=path)
-        target = blank("cuda:1", tensors)
+        target = blank(SECOND, tensors)
         dcp.load(target, checkpoint_id=path)
         assert_same(target, tensors)
 
@@ -139,19 +140,19 @@ def case_what_was_saved_of_a_device_loads_on_the_cpu_and_the_other_way_round(c):
 
 def case_two_devices_in_one_state(c):
     first, second = layouts(torch.float32, seed=3), layouts(torch.int16, seed=4)
-    state = {"first": everywhere("cuda:0", first), "second": everywhere("cuda:1", second)}
-    for current in (0, 1):
+    state = {"first": everywhere("cuda:0", first), "second": everywhere(SECOND, second)}
+    for current in range(torch.cuda.device_count()):
         with torch.cuda.device(current):
             dcp.save(state, checkpoint_id=c.dir / str(current))
-            target = {"first": blank("cuda:1", first), "second": blank("cuda:0", second)}
+            target = {"first": blank(SECOND, first), "second": blank("cuda:0", second)}
             dcp.load(target, checkpoint_id=c.dir / str(current))
         assert_same(target["first"], first)
         assert_same(target["second"], second)
 
 
 def case_the_current_device_stays_what_it_was(c):
-    state = {"a": on("cuda:0", raw(torch.float32, 9)), "b": on("cuda:1", raw(torch.float32, 9))}
-    for current in (0, 1):
+    state = {"a": on("cuda:0", raw(torch.float32, 9)), "b": on(SECOND, raw(torch.float32, 9))}
+    for current in range(torch.cuda.device_count()):
         torch.cuda.set_device(current)
         dcp.save(state, checkpoint_id=c.dir / f"s{current}")
         assert torch.cuda.current_device() == current

@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16,
     torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
-HEAD_BYTES = 64
+SECOND = "cuda:1" if torch.cuda.device_count() > 1 else "cuda:0"
+"""Another device than the first, where there is one."""
 
 
 def raw(dtype: torch.dtype, *shape: int, seed: int = 1) -> torch.Tensor:
@@ -110,8 +112,13 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
     assert [name for name in want if not same(got[name], want[name])] == []
 
 
-def payload(directory: Path) -> dict[str, bytes]:
-    """The data files of a checkpoint, but for their heads, which carry the save's id."""
+def payload(directory: Path) -> dict[tuple, bytes]:
+    """What each item of a checkpoint is stored as, and where: all but the save's id."""
+    files = {path.name: path.read_bytes() for path in directory.glob("*.distcp")}
+    stored = FileSystemReader(directory).read_metadata().storage_data
     return {
-        path.name: path.read_bytes()[HEAD_BYTES:] for path in sorted(directory.glob("*.distcp"))
+        (index.fqn, tuple(index.offset or ()), info.relative_path, info.offset): files[
+            info.relative_path
+        ][info.offset : info.offset + info.length]
+        for index, info in stored.items()
     }

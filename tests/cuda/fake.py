@@ -1,4 +1,7 @@
-"""The hooks of the fake devices (tests/fake/fake_gpu.h) and of the fake NCCL, for cases."""
+"""The hooks of the fake devices (tests/fake/fake_gpu.h) and of the fake NCCL, for cases.
+
+On a real GPU (tests/gpu) only `last_error` works, and only cases that need no more are run.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,23 @@ import torch
 
 ILLEGAL_ADDRESS, OUT_OF_MEMORY, NOT_SUPPORTED = 700, 2, 801
 
-_HERE = Path(os.environ["DCP_FAKE_LIBRARIES"])
-_gpu = ctypes.CDLL(str(_HERE / "libcuda.so.1"))
-_runtime = ctypes.CDLL(str(_HERE / "libcudart.so.13"))
-_nccl = ctypes.CDLL(str(_HERE / "libnccl.so.2"))
-_gpu.dcp_fake_count.restype = ctypes.c_uint64
-_gpu.dcp_fake_count.argtypes = [ctypes.c_char_p]
-_gpu.dcp_fake_fail.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int]
-_gpu.dcp_fake_largest.argtypes = [ctypes.c_uint64]
-_gpu.dcp_fake_hold.argtypes = [ctypes.c_int]
-_gpu.dcp_fake_break.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
-_nccl.fake_nccl_set_faults.argtypes = [ctypes.c_char_p]
-_nccl.fake_nccl_operations.restype = ctypes.c_ulonglong
+
+def _library(name: str) -> ctypes.CDLL:
+    here = os.environ.get("DCP_FAKE_LIBRARIES")
+    return ctypes.CDLL(str(Path(here) / name) if here else name)
+
+
+_runtime = _library("libcudart.so.13")
+if "DCP_FAKE_LIBRARIES" in os.environ:
+    _gpu, _nccl = _library("libcuda.so.1"), _library("libnccl.so.2")
+    _gpu.dcp_fake_count.restype = ctypes.c_uint64
+    _gpu.dcp_fake_count.argtypes = [ctypes.c_char_p]
+    _gpu.dcp_fake_fail.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int]
+    _gpu.dcp_fake_largest.argtypes = [ctypes.c_uint64]
+    _gpu.dcp_fake_hold.argtypes = [ctypes.c_int]
+    _gpu.dcp_fake_break.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+    _nccl.fake_nccl_set_faults.argtypes = [ctypes.c_char_p]
+    _nccl.fake_nccl_operations.restype = ctypes.c_ulonglong
 
 # What waits for a whole device, whether it says so or not.
 DEVICE_WIDE = ("cudaDeviceSynchronize", "cudaFree", "cudaHostAlloc", "cuCtxSynchronize")

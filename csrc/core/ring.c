@@ -16,6 +16,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "dcp_trace.h"
+
 enum { KEPT_RINGS = 2 };
 
 static _Atomic(struct dcp_ring *) kept_rings[KEPT_RINGS];
@@ -148,6 +150,7 @@ static void *
 pump_main(void *arg)
 {
     struct dcp_pump *pump = arg;
+    dcp_trace_thread(pump->name != NULL ? pump->name : "pump");
     if (pump->on_start != NULL) {
         pump->on_start(pump->ctx);
     }

@@ -10,6 +10,8 @@
  */
 #include "save.h"
 
+#include "dcp_trace.h"
+
 static int
 take_arena(struct dcp_save *save, const struct dcp_stage_params *params, struct dcp_error *err)
 {
@@ -72,6 +74,7 @@ dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
         return rc;
     }
     save->info.stage_ns = dcp_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "phase", "fill the arena", save->image.total_bytes);
     save->info.staged_bytes = save->image.total_bytes;
     save->info.arena_bytes = save->arena->bytes;
     return 0;

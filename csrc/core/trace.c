@@ -35,6 +35,7 @@ atomic_bool dcp_trace_is_on;
 static struct slot slots[DCP_TRACE_EVENTS];
 static _Atomic uint64_t claimed_count, dropped_count;
 static uint64_t taken_count; /* of the taking thread */
+static _Thread_local uint32_t acts_for;
 
 void
 dcp_trace_switch(bool on)
@@ -55,6 +56,18 @@ uint64_t
 dcp_trace_dropped(void)
 {
     return atomic_load(&dropped_count);
+}
+
+void
+dcp_trace_act_for(uint32_t thread)
+{
+    acts_for = thread;
+}
+
+uint32_t
+dcp_trace_this_thread(void)
+{
+    return dcp_trace_on() ? (uint32_t)gettid() : 0;
 }
 
 /* Only what can stand in a JSON string as it is; the last part of a path. */
@@ -86,7 +99,7 @@ dcp_trace_record(const struct dcp_trace_event *event)
             if (atomic_compare_exchange_weak_explicit(&claimed_count, &place, place + 1,
                                                       memory_order_relaxed, memory_order_relaxed)) {
                 slot->event = *event;
-                slot->thread = (uint32_t)gettid();
+                slot->thread = acts_for != 0 ? acts_for : (uint32_t)gettid();
                 copy_name(slot->file, event->file);
                 atomic_store_explicit(&slot->turn, empty + 1, memory_order_release);
                 return;

@@ -40,19 +40,35 @@ void dcp_trace_record(const struct dcp_trace_event *event);
  * microseconds since `base_ns`, of the process `pid`.  *ret_count: how many lines. */
 int dcp_trace_take(struct dcp_buf *buf, uint64_t base_ns, uint32_t pid, uint64_t *ret_count,
                    struct dcp_error *err) DCP_MUST_CHECK;
+/* What the calling thread records from now on counts as done by `thread`, which waits for it and
+ * does nothing meanwhile; 0: by itself. */
+void dcp_trace_act_for(uint32_t thread);
+/* The number of the calling thread; 0 when nothing is recorded. */
+uint32_t dcp_trace_this_thread(void);
 /* Forgets what was recorded.  Of a forked child alone, before it has threads: its copy of the
  * parent's events, of which some may never be finished. */
 void dcp_trace_forget(void);
 /* Events that found no room, since the process began. */
 uint64_t dcp_trace_dropped(void);
 
+static inline bool
+dcp_trace_on(void)
+{
+    return __builtin_expect(atomic_load_explicit(&dcp_trace_is_on, memory_order_relaxed), 0);
+}
+
 /* When a span begins; 0 when nothing is recorded, and then it has no end. */
 static inline uint64_t
 dcp_trace_begin(void)
 {
-    return __builtin_expect(atomic_load_explicit(&dcp_trace_is_on, memory_order_relaxed), 0)
-               ? dcp_trace_now_ns()
-               : 0;
+    return dcp_trace_on() ? dcp_trace_now_ns() : 0;
+}
+
+/* The same of a span whose begin is known anyhow. */
+static inline uint64_t
+dcp_trace_from(uint64_t begin_ns)
+{
+    return dcp_trace_on() ? begin_ns : 0;
 }
 
 static inline void

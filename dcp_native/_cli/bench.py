@@ -1,0 +1,4 @@
+"""bench."""
+
+
+def add(commands): ...

@@ -1,0 +1,4 @@
+"""convert."""
+
+
+def add(commands): ...

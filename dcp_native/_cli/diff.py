@@ -1,0 +1,4 @@
+"""diff."""
+
+
+def add(commands): ...

@@ -1,0 +1,4 @@
+"""plot."""
+
+
+def add(commands): ...

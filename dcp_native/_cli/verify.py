@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
         help="is a checkpoint whole?",
         description="Checks a checkpoint without loading it, or all that are in a directory: its "
         "metadata, that every file is there and long enough, that chunks fill their tensors "
-        "without holes and overlaps, and every byte by its checksum. Exit status 1: something is wrong.",
+        "without holes and overlaps, and every byte by its checksum. Exit status 1: something is "
+        "wrong.",
     )
     parser.add_argument("dir", type=Path, help="a checkpoint, or a directory of checkpoints")
     parser.add_argument("--quick", action="store_true", help="all but the bytes of the values")

@@ -15,15 +15,18 @@ import torch
 from .checkpoint import Checkpoint, Entry
 from .values import Box, Reader, whole, windows
 
+_PART_ELEMENTS = 1 << 20
+"""Compared at a time, in temporaries of 8 bytes each."""
+
 
 @dataclasses.dataclass
 class Comparison:
     """Of a tensor.
 
     Attributes:
-        differing: elements that differ by more than the thresholds, NaN against a number included.
-        max_abs, max_rel: greatest difference, and greatest difference over the value in A, of
-            those; infinite where a number stands against NaN or infinity, or against 0.
+        differing: elements that differ by more than the thresholds; NaN against a number does.
+        max_abs, max_rel: of those without a NaN, the greatest difference, and the greatest one as
+            a part of the value in A; infinite where that is 0.
         nans_a, nans_b: NaNs.
     """
 
@@ -94,37 +97,46 @@ class Comparer:
 
     def _add(self, found: Comparison, x: torch.Tensor, y: torch.Tensor) -> None:
         found.elements += x.numel()
-        if x.dtype == y.dtype and torch.equal(
-            x.view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8),
-            y.view(torch.uint8) if y.dim() else y.reshape(1).view(torch.uint8),
-        ):
-            if x.is_floating_point() or x.is_complex():
-                nans = int(torch.isnan(x.float() if x.itemsize < 2 else x).sum())
-                found.nans_a += nans
-                found.nans_b += nans
+        if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
+            nans = int(torch.isnan(x).sum()) if _has_nans(x.dtype) else 0
+            found.nans_a += nans
+            found.nans_b += nans
             return
-        self._add_different(found, _numbers(x), _numbers(y))
+        parts = zip(
+            x.reshape(-1).split(_PART_ELEMENTS), y.reshape(-1).split(_PART_ELEMENTS), strict=True
+        )
+        for mine, other in parts:
+            self._add_part(found, _numbers(mine), _numbers(other))
 
-    def _add_different(self, found: Comparison, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _add_part(self, found: Comparison, x: torch.Tensor, y: torch.Tensor) -> None:
         nan_x, nan_y = torch.isnan(x), torch.isnan(y)
-        found.nans_a += int(nan_x.sum())
-        found.nans_b += int(nan_y.sum())
+        found.nans_a += int(nan_x.any(1).sum())
+        found.nans_b += int(nan_y.any(1).sum())
         off = (x - y).abs()
-        off[x == y] = 0.0  # infinities of one sign
-        off[nan_x & nan_y] = 0.0
-        off[nan_x ^ nan_y] = torch.inf
-        size = x.abs().nan_to_num(nan=0.0)
-        differs = (off > self._absolute) & (off > self._relative * size)
-        found.differing += int(differs.sum())
-        if not differs.any():
-            return
-        off, size = off[differs], size[differs]
-        found.max_abs = max(found.max_abs, float(off.max()))
-        found.max_rel = max(found.max_rel, float((off / size).nan_to_num(nan=torch.inf).max()))
+        off[(x == y) | (nan_x & nan_y)] = 0.0  # infinities of one sign, too
+        size = x.abs()
+        differs = ~((off <= self._absolute) | (off <= self._relative * size))
+        found.differing += int(differs.any(1).sum())
+        known = differs & ~(nan_x | nan_y)
+        if known.any():
+            off, size = off[known], size[known]
+            found.max_abs = max(found.max_abs, float(off.max()))
+            found.max_rel = max(
+                found.max_rel, float(torch.where(size == 0, torch.inf, off / size).max())
+            )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _has_nans(dtype: torch.dtype) -> bool:
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """As float64, flat, which holds the values of all types but the greatest of 64-bit integers."""
+    """Elements as rows of float64 (two of complex ones), which holds the values of all types but
+    the greatest of 64-bit integers."""
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.to(torch.complex128))
-    return tensor.to(torch.float64).reshape(-1)
+        return torch.view_as_real(tensor.to(torch.complex128))
+    return tensor.to(torch.float64).unsqueeze(1)

@@ -115,7 +115,7 @@ def _keys(mine: dict[str, Entry], others: dict[str, Entry]) -> Iterator[Change]:
 def _what(entry: Entry) -> str:
     if entry.shape is None:
         return "object"
-    return f"{entry.dtype or '?'}, {shape_text(entry.shape)}"
+    return f"{entry.dtype or '?'} {shape_text(entry.shape)}"
 
 
 def _facts(x: Entry, y: Entry) -> list[Change]:
@@ -182,7 +182,7 @@ def _values(
 def _changed(found: Comparison) -> Change:
     share = f"{found.differing:,} of {found.elements:,}"
     nans = f", NaN {found.nans_a:,} -> {found.nans_b:,}" if found.nans_a or found.nans_b else ""
-    text = f"{share} differ, most {found.max_abs:.3g} (relative {found.max_rel:.3g}){nans}"
+    text = f"{share} differ, by {found.max_abs:.3g} at most (relative {found.max_rel:.3g}){nans}"
     return Change(found.key, "values", text, True, found.facts())
 
 

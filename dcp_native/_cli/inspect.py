@@ -190,7 +190,7 @@ def _detail(checkpoint: Checkpoint, entry: Entry, out: Output) -> None:
         return
     shape = entry.shape or ()
     size = bytes_text(tree.size_of(checkpoint, entry))
-    out.line(f"  {entry.dtype or 'unknown type'}, {shape_text(shape)}, {size}")
+    out.line(f"  {entry.dtype or 'unknown type'} {shape_text(shape)}, {size}")
     rows = []
     for chunk in checkpoint.chunks(entry):
         rank = None if chunk.file is None else rank_of(chunk.file)

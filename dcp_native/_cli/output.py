@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -47,6 +48,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _plain(value: Any) -> Any:
+    """What JSON has no number for becomes ``"nan"``, ``"inf"`` or ``"-inf"``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
+
+
 class Output:
     """Where a command's results go."""
 
@@ -58,7 +70,7 @@ class Output:
     def json(self, value: Any) -> None:
         """The command's one document, if it was asked for."""
         if self.as_json:
-            json.dump(value, sys.stdout, indent=2, ensure_ascii=True, allow_nan=True)
+            json.dump(_plain(value), sys.stdout, indent=2, allow_nan=False)
             sys.stdout.write("\n")
 
     def line(self, text: str = "", *, style: str = "") -> None:

@@ -42,8 +42,8 @@ def seconds_text(seconds: float) -> str:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """``4096 x 128``; ``scalar`` for tensors without dimensions."""
-    return " x ".join(map(str, shape)) if shape else "scalar"
+    """``[4096, 128]``; ``[]`` for tensors without dimensions."""
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def box_text(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> str:

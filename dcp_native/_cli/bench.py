@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         ways = _ways(path, args.size, args.threads)
         if not args.no_checkpoint:
             ways |= _checkpoint_ways(path / "checkpoint", args.size)
-        rates = _rates(ways, args.repeat, out)
+        rates = _rates(ways, args.repeat, args.size, out)
         syncs = _sync_seconds(path)
     kind = _file_system(args.dir)
     if out.as_json:
@@ -143,14 +143,14 @@ _Way = Callable[[], float]
 """Does it once; the bytes per second, or 0 where the file system has no such way."""
 
 
-def _rates(ways: dict[str, _Way], repeat: int, out: Output) -> dict[str, float]:
+def _rates(ways: dict[str, _Way], repeat: int, size: int, out: Output) -> dict[str, float]:
     """The best of each; in turn, so that what else the disk does meets all alike."""
     found: dict[str, list[float]] = {name: [] for name in ways}
-    with out.progress("measuring", repeat * len(ways)) as update:
+    with out.progress("measuring", repeat * len(ways) * size) as update:
         for turn in range(repeat):
             for number, (name, way) in enumerate(ways.items()):
                 found[name].append(way())
-                update(turn * len(ways) + number + 1)
+                update((turn * len(ways) + number + 1) * size)
     return {name: max(rates) for name, rates in found.items() if max(rates) > 0}
 
 

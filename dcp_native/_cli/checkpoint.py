@@ -5,7 +5,6 @@ Chunks stay columns of numbers: there can be a quarter of a million of them.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,17 +31,24 @@ class Entry(NamedTuple):
     """None: an object."""
     item_bytes: int
     """Of one element; 0 where only torch knows the type."""
-    chunks: Sequence[int]
-    """Indices in the checkpoint's columns."""
+    size_bytes: int
+    """Of a tensor's values; of the records where these can not be known, and of objects."""
+    stored_bytes: int
+    """Of its records."""
+    first: int | list[int]
+    """First of its chunks, or their indices."""
+    chunks_count: int
 
     @property
     def is_tensor(self) -> bool:
         return self.shape is not None
 
     @property
-    def payload_bytes(self) -> int:
-        """Of the whole tensor; 0 for objects."""
-        return 0 if self.shape is None else math.prod(self.shape) * self.item_bytes
+    def chunks(self) -> Sequence[int]:
+        """Indices in the checkpoint's columns."""
+        if isinstance(self.first, list):
+            return self.first
+        return range(self.first, self.first + self.chunks_count)
 
 
 class Chunk(NamedTuple):
@@ -89,12 +95,7 @@ class Checkpoint:
                 "dims",
             )
         )  # fmt: skip
-        self.entries: list[Entry] = [
-            Entry(key, dtype, shape, item_bytes, range(first, first + count))
-            if type(count) is int
-            else Entry(key, dtype, shape, item_bytes, count)
-            for key, dtype, shape, item_bytes, first, count in table["entries"]
-        ]
+        self.entries: list[Entry] = list(map(Entry._make, table["entries"]))
 
     @property
     def is_whole(self) -> bool:
@@ -117,10 +118,6 @@ class Checkpoint:
 
     def chunks(self, entry: Entry) -> Iterator[Chunk]:
         return (self.chunk(entry, index) for index in entry.chunks)
-
-    def stored_bytes(self, entry: Entry) -> int:
-        """Of its records."""
-        return _sum(self.length, entry.chunks)
 
     def files_count(self, entry: Entry) -> int:
         return len({self.file[index] for index in entry.chunks} - {NO_FILE})
@@ -199,7 +196,7 @@ def _table(path: Path, image: bytes) -> dict[str, Any]:
 def _joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
     """One table of the metadata of single ranks; a key that several have gets the chunks of all."""
     columns = ("chunk_file", "chunk_offset", "chunk_length", "chunk_transforms", "chunk_dims")
-    entries: dict[str, tuple[Any, ...]] = {}
+    entries: dict[str, Entry] = {}
     files: list[str] = []
     joined: dict[str, list[int]] = {name: [] for name in (*columns, "dims")}
     for table in tables:
@@ -210,12 +207,16 @@ def _joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
             kept = NO_FILE if name == "chunk_file" else None
             values.extend(v if v == kept else v + by for v in column)
         files.extend(table["files"])
-        for key, dtype, shape, item_bytes, first, count in table["entries"]:
-            mine = list(range(before + first, before + first + count))
-            known = entries.get(key)
+        for entry in map(Entry._make, table["entries"]):
+            mine = [before + index for index in entry.chunks]
+            known = entries.get(entry.key)
+            stored = entry.stored_bytes
             if known is not None:
-                mine = known[5] + mine
-            entries[key] = (key, dtype, shape, item_bytes, 0, mine)
+                mine, stored = [*known.chunks, *mine], stored + known.stored_bytes
+            size = entry.size_bytes if entry.is_tensor and entry.item_bytes else stored
+            entries[entry.key] = entry._replace(
+                size_bytes=size, stored_bytes=stored, first=mine, chunks_count=len(mine)
+            )
     packed = {name: _packed(values) for name, values in joined.items()}
     return {**packed, "files": files, "entries": list(entries.values())}
 
@@ -224,9 +225,3 @@ def _packed(values: list[int]) -> bytes:
     from array import array
 
     return array("Q", values).tobytes()
-
-
-def _sum(column: Sequence[int], chunks: Sequence[int]) -> int:
-    if isinstance(chunks, range):
-        return sum(column[chunks.start : chunks.stop])
-    return sum(column[index] for index in chunks)

@@ -171,7 +171,7 @@ def _values(
     from .compare import Comparer
 
     comparer = Comparer(a, b, args.threshold, args.relative, _WINDOW_BYTES)
-    total = sum(x.payload_bytes for x, _ in tensors)
+    total = sum(x.size_bytes for x, _ in tensors)
     with out.progress("comparing", total) as update:
         for comparison in comparer.run(tensors, update):
             if comparison.differing:

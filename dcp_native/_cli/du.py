@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import tree
 from .checkpoint import Checkpoint, rank_of
 from .inspect import select, totals
 from .output import Column, Output
@@ -104,8 +103,8 @@ def _by_prefix(
         keys, size, stored = groups.get(prefix, (0, 0, 0))
         groups[prefix] = (
             keys + 1,
-            size + tree.size_of(checkpoint, entry),
-            stored + checkpoint.stored_bytes(entry),
+            size + entry.size_bytes,
+            stored + entry.stored_bytes,
         )
     return groups
 

@@ -107,7 +107,7 @@ def _head(checkpoint: Checkpoint, out: Output) -> None:
 
 
 def _tree(checkpoint: Checkpoint, entries: list[Entry], every: bool, out: Output) -> None:
-    root = tree.build(checkpoint, entries)
+    root = tree.build(entries)
     if not every:
         tree.merge_alike(root)
     rows = list(tree.rows(checkpoint, root))
@@ -123,12 +123,13 @@ def totals(checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
     dtypes: dict[str, list[int]] = {}
     prefixes: dict[str, list[int]] = {}
     for entry in checkpoint.entries:
-        size = tree.size_of(checkpoint, entry)
-        kind = (entry.dtype or "?") if entry.is_tensor else "object"
+        kind = "object" if entry.shape is None else entry.dtype or "?"
         for groups, name in ((dtypes, kind), (prefixes, entry.key.partition(".")[0])):
-            group = groups.setdefault(name, [0, 0])
+            group = groups.get(name)
+            if group is None:
+                group = groups[name] = [0, 0]
             group[0] += 1
-            group[1] += size
+            group[1] += entry.size_bytes
     ranks: dict[int | None, list[int]] = {}
     for file, (size, records) in zip(checkpoint.files, checkpoint.bytes_by_file(), strict=True):
         group = ranks.setdefault(rank_of(file), [0, 0, 0])
@@ -182,14 +183,14 @@ def _totals(checkpoint: Checkpoint, out: Output) -> None:
 def _detail(checkpoint: Checkpoint, entry: Entry, out: Output) -> None:
     out.line(entry.key, style="bold")
     if not entry.is_tensor:
-        out.line(f"  object, record of {bytes_text(checkpoint.stored_bytes(entry))}")
+        out.line(f"  object, record of {bytes_text(entry.stored_bytes)}")
         for chunk in checkpoint.chunks(entry):
             out.line(f"  {chunk.file or 'no record'}, byte {chunk.offset_bytes:,}")
         out.line(f"  value: {describe_object(checkpoint, entry)}")
         out.line()
         return
     shape = entry.shape or ()
-    size = bytes_text(tree.size_of(checkpoint, entry))
+    size = bytes_text(entry.size_bytes)
     out.line(f"  {entry.dtype or 'unknown type'} {shape_text(shape)}, {size}")
     rows = []
     for chunk in checkpoint.chunks(entry):
@@ -238,9 +239,9 @@ def _entry_document(checkpoint: Checkpoint, entry: Entry, detailed: bool) -> dic
         "kind": "tensor" if entry.is_tensor else "object",
         "dtype": entry.dtype,
         "shape": entry.shape,
-        "bytes": tree.size_of(checkpoint, entry),
-        "stored_bytes": checkpoint.stored_bytes(entry),
-        "chunks": len(entry.chunks),
+        "bytes": entry.size_bytes,
+        "stored_bytes": entry.stored_bytes,
+        "chunks": entry.chunks_count,
         "files": checkpoint.files_count(entry),
     }
     if detailed:

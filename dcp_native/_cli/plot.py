@@ -104,10 +104,11 @@ def _groups(pyplot: Any, checkpoint: Checkpoint) -> tuple[list[str], dict[str, A
         sizes.clear()
         for entry in checkpoint.entries:
             name = _prefix(entry.key, depth)
-            sizes[name] = sizes.get(name, 0) + checkpoint.stored_bytes(entry)
+            sizes[name] = sizes.get(name, 0) + entry.stored_bytes
         if len(sizes) > 2:
             break
-    largest = sorted(sizes, key=lambda name: -sizes[name])
+    least = sum(sizes.values()) / 2000  # less than that is not to be seen
+    largest = sorted((n for n in sizes if sizes[n] >= least), key=lambda name: -sizes[name])
     if len(largest) > _MOST_GROUPS:
         largest = largest[: _MOST_GROUPS - 1]
     groups = [_OTHER] * len(checkpoint.file)
@@ -217,7 +218,12 @@ def _bytes_axis(axes: Any) -> None:
 
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_text(value)))
+
+
+def _round_text(value: float) -> str:
+    number, unit = bytes_text(value).split()
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"
 
 
 # ---- one tensor ----
@@ -225,12 +231,14 @@ def _bytes_axis(axes: Any) -> None:
 
 def _tensor(pyplot: Any, checkpoint: Checkpoint, entry: Entry) -> Any:
     """Boxes over the first two dimensions; those that differ in others alone lie on each other."""
+    from matplotlib.ticker import MaxNLocator
+
     shape = entry.shape or ()
     rows, columns = (shape[0], shape[1]) if len(shape) > 1 else (1, shape[0])
     figure, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
     chunks = list(checkpoint.chunks(entry))
     ranks = sorted({-1 if c.file is None else _rank(c.file) for c in chunks})
-    colors = pyplot.get_cmap("tab20" if len(ranks) <= 20 else "viridis", max(len(ranks), 2))
+    colors = _rank_colors(pyplot, len(ranks))
     for chunk in chunks:
         rank = -1 if chunk.file is None else _rank(chunk.file)
         offsets, sizes = (
@@ -248,6 +256,8 @@ def _tensor(pyplot: Any, checkpoint: Checkpoint, entry: Entry) -> Any:
             axes.text(*middle, text, ha="center", va="center", color="white", fontsize=8)
     axes.set_xlim(0, max(columns, 1))
     axes.set_ylim(max(rows, 1), 0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("dimension 1" if len(shape) > 1 else "dimension 0")
     axes.set_ylabel("dimension 0" if len(shape) > 1 else "")
     if len(shape) == 1:
@@ -260,6 +270,12 @@ def _tensor(pyplot: Any, checkpoint: Checkpoint, entry: Entry) -> Any:
         fontsize=10,
     )
     return figure
+
+
+def _rank_colors(pyplot: Any, count: int) -> Any:
+    if count <= 10:
+        return pyplot.get_cmap("tab10")
+    return pyplot.get_cmap("tab20") if count <= 20 else pyplot.get_cmap("viridis", count)
 
 
 def _rank(file: str) -> int:

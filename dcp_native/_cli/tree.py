@@ -39,11 +39,11 @@ class Node:
     """How many it stands for; its children are those of the first."""
 
 
-def build(checkpoint: Checkpoint, entries: Sequence[Entry]) -> Node:
-    """The tree of some keys; sizes are of tensors' values and of objects' records."""
+def build(entries: Sequence[Entry]) -> Node:
+    """The tree of some keys."""
     root = Node("")
     for entry in entries:
-        size = size_of(checkpoint, entry)
+        size = entry.size_bytes
         node = root
         for name in entry.key.split("."):
             node.bytes_count += size
@@ -58,13 +58,6 @@ def build(checkpoint: Checkpoint, entries: Sequence[Entry]) -> Node:
     return root
 
 
-def size_of(checkpoint: Checkpoint, entry: Entry) -> int:
-    """Bytes of a tensor's values, or of the records where these can not be known."""
-    if entry.is_tensor and entry.item_bytes:
-        return entry.payload_bytes
-    return checkpoint.stored_bytes(entry)
-
-
 def merge_alike(node: Node) -> None:
     """Merge children that have numbers for names and are alike, everywhere below a node."""
     _merge(node, {})
@@ -72,15 +65,17 @@ def merge_alike(node: Node) -> None:
 
 def _merge(node: Node, looks: _Looks) -> int:
     """The number of the node's look; equal numbers are alike, but for the node's own name."""
-    groups: dict[Any, list[Node]] = {}
-    parts = []
-    for name, child in node.children.items():
-        look = _merge(child, looks)
-        parts.append((name, look))
-        groups.setdefault(look if name.isdecimal() else name, []).append(child)
-    node.children = {one.name: one for one in map(_joined, groups.values())}
-    own = (node.entry.dtype, node.entry.shape) if node.entry is not None else None
-    return looks.setdefault((own, *parts), len(looks))
+    entry = node.entry
+    look: list[Any] = [] if entry is None else [entry.dtype, entry.shape]
+    if node.children:
+        groups: dict[Any, list[Node]] = {}
+        for name, child in node.children.items():
+            inner = _merge(child, looks)
+            look += name, inner
+            groups.setdefault(inner if name.isdecimal() else name, []).append(child)
+        if len(groups) < len(node.children):
+            node.children = {one.name: one for one in map(_joined, groups.values())}
+    return looks.setdefault(tuple(look), len(looks))
 
 
 def _joined(group: list[Node]) -> Node:
@@ -133,4 +128,4 @@ def _facts(checkpoint: Checkpoint, chain: list[Node]) -> tuple[str, str, str, st
     if entry.shape is None:
         return "object", times, size, "", files
     shape = ", ".join(filter(None, (shape_text(entry.shape), times)))
-    return entry.dtype or "?", shape, size, f"{len(entry.chunks):,}", files
+    return entry.dtype or "?", shape, size, f"{entry.chunks_count:,}", files

@@ -42,6 +42,37 @@ shape_of(const struct dcp_metadata *md, const struct dcp_md_entry *entry)
     return tuple;
 }
 
+/* Bytes of an entry's records; what a metadata file claims may be more than 64 bits can count. */
+static uint64_t
+stored_bytes(const struct dcp_metadata *md, const struct dcp_md_entry *entry)
+{
+    uint64_t total = 0;
+
+    for (uint64_t i = 0; i < entry->chunks_count; i++) {
+        if (dcp_add_overflows_u64(total, md->chunks[entry->first_chunk + i].length_bytes, &total)) {
+            return UINT64_MAX;
+        }
+    }
+    return total;
+}
+
+/* Bytes of a tensor's values; of its records where only torch knows its type, and of objects. */
+static uint64_t
+size_bytes(const struct dcp_metadata *md, const struct dcp_md_entry *entry, uint64_t stored)
+{
+    uint64_t total = dcp_dtype_bytes(entry->dtype);
+
+    if (entry->kind == DCP_ITEM_BYTES || total == 0) {
+        return stored;
+    }
+    for (uint32_t d = 0; d < entry->ndim; d++) {
+        if (dcp_mul_overflows_u64(total, md->dims[entry->size + d], &total)) {
+            return UINT64_MAX;
+        }
+    }
+    return total;
+}
+
 static PyObject *
 entries_of(const struct dcp_metadata *md)
 {
@@ -49,9 +80,11 @@ entries_of(const struct dcp_metadata *md)
 
     for (uint64_t i = 0; list != NULL && i < md->entries_count; i++) {
         const struct dcp_md_entry *entry = &md->entries[i];
+        uint64_t stored = stored_bytes(md, entry);
         PyObject *item = Py_BuildValue(
-            "(NzNIKK)", text_of(md, entry->name, entry->name_len), dcp_dtype_name(entry->dtype),
+            "(NzNIKKKK)", text_of(md, entry->name, entry->name_len), dcp_dtype_name(entry->dtype),
             shape_of(md, entry), (unsigned int)dcp_dtype_bytes(entry->dtype),
+            (unsigned long long)size_bytes(md, entry, stored), (unsigned long long)stored,
             (unsigned long long)entry->first_chunk, (unsigned long long)entry->chunks_count);
 
         if (item == NULL) {
@@ -129,17 +162,19 @@ table_of(const struct dcp_metadata *md)
         md->foreign[0] == 0 ? NULL : md->foreign);
 }
 
-PyDoc_STRVAR(table_doc,
-             "metadata_table(image, /)\n--\n\n"
-             "What a `.metadata` image says, as plain values.\n\n"
-             "`entries`: (key, dtype or None, shape or None for objects, bytes per element, first "
-             "chunk, number of chunks) in the file's order; `files`: names.  Of every chunk a "
-             "column of 64-bit numbers in bytes: `chunk_file` (index in files, 0xFFFFFFFF when no "
-             "record is listed), `chunk_offset`, `chunk_length` (bytes of the record), "
-             "`chunk_transforms` (1: stored transformed), `chunk_dims`: where in the column `dims` "
-             "its offsets begin, its sizes behind them.  `native`: dcp_native wrote it; "
-             "`linked_saves`: other saves whose files it links; `foreign`: what of it only Python "
-             "could rebuild.  NativeError as check_metadata.");
+PyDoc_STRVAR(
+    table_doc,
+    "metadata_table(image, /)\n--\n\n"
+    "What a `.metadata` image says, as plain values.\n\n"
+    "`entries`: (key, dtype or None, shape or None for objects, bytes per element, bytes of "
+    "the values or else of the records, bytes of the records, first chunk, number of "
+    "chunks) in the file's order; `files`: names.  Of every chunk a "
+    "column of 64-bit numbers in bytes: `chunk_file` (index in files, 0xFFFFFFFF when no "
+    "record is listed), `chunk_offset`, `chunk_length` (bytes of the record), "
+    "`chunk_transforms` (1: stored transformed), `chunk_dims`: where in the column `dims` "
+    "its offsets begin, its sizes behind them.  `native`: dcp_native wrote it; "
+    "`linked_saves`: other saves whose files it links; `foreign`: what of it only Python "
+    "could rebuild.  NativeError as check_metadata.");
 
 static PyObject *
 module_metadata_table(PyObject *module, PyObject *image)

@@ -30,7 +30,8 @@ from ._find_latest import find_latest
 from ._install import install, install_if_asked, uninstall
 from ._mirror import rest_of_torchs
 from ._native import NativeError
-from ._report import last_report
+from ._report import LoadReport, SaveReport, last_report
+from ._trace_merge import merge_traces
 from ._verify import VerifyProblem, VerifyResult, verify
 from .filesystem import FileSystemReader
 from .hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -62,12 +63,14 @@ __all__ = [
     "LoadException",
     "LoadPlan",
     "LoadPlanner",
+    "LoadReport",
     "Metadata",
     "NativeError",
     "QuantizedHuggingFaceStorageReader",
     "ReadItem",
     "SavePlan",
     "SavePlanner",
+    "SaveReport",
     "Stateful",
     "StorageReader",
     "StorageWriter",
@@ -84,6 +87,7 @@ __all__ = [
     "load",
     "load_sharded_optimizer_state_dict",
     "load_state_dict",
+    "merge_traces",
     "save",
     "save_state_dict",
     "trim",

@@ -27,6 +27,7 @@ COMMANDS = (
     "prune",
     "plot",
     "bench",
+    "trace",
 )
 """Modules beside this one, each with ``add(subparsers)`` and ``run(args, out) -> status``."""
 

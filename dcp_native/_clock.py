@@ -23,6 +23,7 @@ class Clock:
     """Of one call, from when this is made to :meth:`end`.  Of the calling thread alone."""
 
     def __init__(self, kind: str, directory: str, rank: int) -> None:
+        _trace.follow_config(rank)
         self.kind = kind
         self.directory = directory
         self.rank = rank
@@ -30,7 +31,6 @@ class Clock:
         self.phases_ns: dict[str, int] = {}
         """Nanoseconds by phase, in the order of their begins."""
         self._open: list[tuple[str, int]] = []
-        _trace.follow_config(rank)
 
     @property
     def total_ns(self) -> int:

@@ -165,7 +165,7 @@ class _Tqdm:
         unwatched = type("tqdm", (module.tqdm,), {"monitor_interval": 0})
         self._bar = unwatched(
             desc=title, file=stream, unit="B", unit_scale=True, leave=False, mininterval=0,
-            dynamic_ncols=True,
+            ncols=_columns(stream),
         )  # fmt: skip
 
     def show(self, done: int, total: int, took_s: float) -> None:

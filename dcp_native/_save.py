@@ -193,7 +193,7 @@ class NativeSave:
             f"self.{overwrite=}. Past version 2.5 of PyTorch, `overwrite` will default to False. "
             "Set this variable to True to maintain this functionality or False to raise when an "
             "existing checkpoint is found.",
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def write(self) -> None:
@@ -357,7 +357,7 @@ class NativeSave:
                 "use_collectives, overwrite, base and config.broadcast_metadata must agree. This "
                 f"rank's checkpoint id is {self.writer.path}, its base {self.base}; only the "
                 "coordinator's directory is committed.",
-                stacklevel=6,
+                stacklevel=7,
             )
         if info["planned_outside"]:
             self._agree_in_python()

@@ -20,11 +20,10 @@ def add(commands: Any) -> None:
         "dcp_native.configure(trace=...)) names a directory: one file for each process. "
         "'merge' makes one of them, for https://ui.perfetto.dev or chrome://tracing.",
     )
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    merge = actions.add_parser("merge", help="all files of a directory as one")
-    merge.add_argument("directory", type=Path, help="where the processes wrote their traces")
-    merge.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
-    merge.add_argument("--ranks", type=_ranks, help="only these, such as 0,8-15")
+    parser.add_argument("action", choices=["merge"], help="merge: all files of a directory as one")
+    parser.add_argument("directory", type=Path, help="where the processes wrote their traces")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--ranks", type=_ranks, help="only these, such as 0,8-15")
     parser.set_defaults(run=run)
 
 

@@ -82,9 +82,11 @@ def start(
     staging = _done() if _stages_asynchronously(stager) else None
     try:
         upload.stager = own
-        _make_room(upload)
+        with save.clock("wait"):
+            _make_room(upload)
         _borrow(upload, in_process and own is None)
-        given = state_dict = _stateful_to_state_dict(state_dict)
+        with save.clock("state_dict"):
+            given = state_dict = _stateful_to_state_dict(state_dict)
         if own is not None and save.error is None:
             state_dict, staging = _stage_by(own, save, state_dict)
     except BaseException as error:

@@ -76,6 +76,16 @@ class Config:
             committed by the writer processes when the trainers die.  All ranks must agree on it.
             While trainers live they decide: where one dies alone the others wait for it until the
             deadline and give the save up, unless the coordinator's process has committed it.
+        progress: how far saves and loads have come.  ``"auto"``: a bar for those over 2 s, on rank
+            0 where standard error is a terminal (``tqdm``'s, where it is installed); ``"off"``:
+            nothing; ``"on"``: also where it is no terminal, as a line every 10 s.  A callable,
+            instead of a bar and on every rank, gets (operation, bytes done, bytes in all, bytes per
+            second) of this rank four times a second and at the end, on a thread of its own;
+            operation is ``"save"``, ``"load"`` or ``"async_save"``.  What it raises ends its calls
+            for this operation and nothing else.  See also ``future.progress()``.
+        trace: a directory for what saves and loads do when, in files for https://ui.perfetto.dev,
+            one for each process (``python -m dcp_native trace merge`` makes one of them); None:
+            nothing is recorded.
         native: False, on all ranks alike, sends every call through torch's own implementation.
     """
 
@@ -99,6 +109,8 @@ class Config:
     async_timeout_s: float = 0.0
     host_timeout_s: float = 10.0
     survive_trainer: bool = False
+    progress: Literal["auto", "off", "on"] | Callable[[str, int, int, float], object] = "auto"
+    trace: str | os.PathLike | None = None
     native: bool = True
 
     def __post_init__(self) -> None:
@@ -139,6 +151,12 @@ class Config:
                 raise ValueError(f"{name} must be 0 to {most:g}, not {getattr(self, name)!r}")
         if not 0 < self.host_timeout_s < 1e9:
             raise ValueError(f"host_timeout_s must be above 0, not {self.host_timeout_s!r}")
+        if not callable(self.progress) and self.progress not in PROGRESS:
+            raise ValueError(
+                f"progress must be a callable or one of {list(PROGRESS)}, not {self.progress!r}"
+            )
+        if not isinstance(self.trace, (str, os.PathLike, type(None))):
+            raise ValueError(f"trace must be a directory or None, not {self.trace!r}")
         io_priority(self.writer_io_class)
         split, off = self.split_replicated, SPLIT_REPLICATED["off"]
         if not (
@@ -158,6 +176,7 @@ READ_ONCE = {"host": 0, "group": 1, "off": 2}
 COMM = ("auto", "nccl", "cpu")
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+PROGRESS = ("auto", "off", "on")
 ASYNC_OVERLAP = ("wait", "skip", "fail")
 MOST_ARENAS = 4
 """DCP_MAX_ARENAS (csrc/include/dcp_limits.h)."""
@@ -231,6 +250,8 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_ASYNC_TIMEOUT_S": ("async_timeout_s", float),
     "DCP_NATIVE_HOST_TIMEOUT_S": ("host_timeout_s", float),
     "DCP_NATIVE_SURVIVE_TRAINER": ("survive_trainer", _as_bool),
+    "DCP_NATIVE_PROGRESS": ("progress", str),
+    "DCP_NATIVE_TRACE": ("trace", lambda text: text or None),
     "DCP_NATIVE": ("native", _as_bool),
 }
 """Environment variable -> (field, parser).  Read once, at import."""
@@ -258,7 +279,7 @@ def config() -> Config:
 def configure(**changes: Any) -> Config:
     """Change settings for all later calls; returns the settings before, to restore them.
 
-    Example: ``before = configure(verify=False)`` ... ``configure(**dataclasses.asdict(before))``.
+    Example: ``before = configure(verify=False)`` ... ``configure(**vars(before))``.
 
     Raises:
         TypeError: for a name that is no setting.

@@ -16,12 +16,14 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from . import _native
+from ._clock import Clock
 from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
 from ._filter import KeyFilter
 from ._lazy_metadata import refusal
+from ._progress import Progress
 from ._receive import Receiver
-from ._report import LISTED_NAMES, logger, names_of, set_report
+from ._report import LISTED_NAMES, logger, names_of, set_report, tell
 from ._save import hash64
 
 try:
@@ -69,6 +71,9 @@ class NativeLoad:
         self.reader = reader
         self.path = "" if reader is None else os.fspath(reader.path)
         self.group = group
+        self.clock = Clock("load", self.path, group.rank)
+        self._comm_before = group.comm_stats()
+        _native.peak_bytes(True)
         self.top_is_copy = top_is_copy
         self.keys = keys
         self.verify = config().verify if verify is None else verify
@@ -82,6 +87,12 @@ class NativeLoad:
 
     def run(self, state_dict: dict[str, Any]) -> None:
         """Collective.  A checkpoint that was replaced under the reader is read anew."""
+        try:
+            self._run_until_it_stays(state_dict)
+        finally:
+            self.clock.end()
+
+    def _run_until_it_stays(self, state_dict: dict[str, Any]) -> None:
         seen = None
         for tries_left in reversed(range(_TRIES)):
             native = self._start()
@@ -180,12 +191,25 @@ class NativeLoad:
             "failed": False,
             "error": None,
             "verify": self.verify,
+            "directory": self.path,
+            "rank": self.group.rank,
+            "ranks_count": self.group.size,
+            "total_ns": self.clock.total_ns,
+            "phases": dict(self.clock.phases_ns),
+            "comm": self.group.kind,
+            **self._comm(),
+            "peak_memory_bytes": _native.peak_bytes(),
             **{
                 key: value
                 for key, value in facts.items()
                 if key not in ("unsupported", "elsewhere")
             },
         }
+
+    def _comm(self) -> dict[str, int]:
+        names = ("comm_calls_count", "comm_bytes", "comm_ns")
+        counts = zip(names, self.group.comm_stats(), self._comm_before, strict=True)
+        return {name: now - before for name, now, before in counts}
 
     def _fail(self, native: _native.Load, error: BaseException) -> NoReturn:
         """Raise ``error``, which says what became of the memory if that was written to."""
@@ -205,29 +229,36 @@ class NativeLoad:
     def _run(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         self.by_python = _UNTOUCHED
         self.may_be_replaced = False  # until the last agreement says so
-        self._agree("plan", native, native.open)
+        with self.clock("open"):
+            self._agree("plan", native, native.open)
         if native.info()["elsewhere"]:
             raise LoadsElsewhere("the planner or the reader of another rank is not native")
         try:
-            self._check_policy(native.info())
-            self._plan(native, state_dict)
+            with self.clock("plan"):
+                self._check_policy(native.info())
+                self._plan(native, state_dict)
         except BaseException as error:
             self.error = error
         try:
-            self._agree("plan", native, native.status)
+            with self.clock("agree"):
+                self._agree("plan", native, native.status)
         except CheckpointException as error:
             reasons = [failure for failure, _ in error.failures.values()]
             if all(isinstance(reason, UnsupportedCheckpoint) for reason in reasons):
                 raise reasons[0] from None
             raise
         try:
-            self._read(native, state_dict)
+            with self.clock("read"):
+                self._read(native, state_dict)
         except BaseException as error:
             self.error = error
-        self._agree("read", native, native.status)
+        with self.clock("agree"):
+            self._agree("read", native, native.status)
         if (interrupt := native.interrupt()) is not None:  # it came with the last agreement
             raise interrupt
-        set_report(self._report(native))
+        report = self._report(native)
+        set_report(report)
+        tell(report)
 
     def _plan(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         keys = self.keys
@@ -271,7 +302,8 @@ class NativeLoad:
     def _read(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         objects, _ = native.results()
         receiver = Receiver(self.reader, native.metadata)
-        native.read(receiver)
+        with Progress("load", native.progress, rank=self.group.rank, begin_ns=self.clock.begin_ns):
+            native.read(receiver)
         receiver.settle()
         self.by_python = _PARTLY
         for target, fqn, path in objects:

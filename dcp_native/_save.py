@@ -15,12 +15,14 @@ from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSys
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 
 from . import _native
+from ._clock import Clock, phase
 from ._config import DIRECT_IO, IO_URING, LINK_MODE, SPLIT_REPLICATED, config, io_priority
 from ._failures import as_record, raise_alone, raise_failures
 from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
+from ._progress import Progress
 from ._python_planner import PythonPlanning
-from ._report import logger, role_report, set_report
+from ._report import logger, role_report, set_report, tell
 from ._roles import save_planner_reason
 
 KEPT_IMAGE_BYTES = 1 << 20
@@ -28,6 +30,9 @@ KEPT_IMAGE_BYTES = 1 << 20
 read from the checkpoint when it is looked at, as on all other ranks: few look, and the memory is
 the trainer's."""
 
+
+_LISTED_FILES = 64
+"""Of which the core tells how they were written (direct_files_mask)."""
 
 ORPHAN_WAIT_S = 60.0
 """How long a save waits for one of the same directory that outlived its trainer."""
@@ -74,6 +79,10 @@ class NativeSave:
         self.group = group
         self.use_collectives = use_collectives
         self.kind = kind
+        self.clock = Clock(kind, os.fspath(writer.path), group.rank)
+        self._comm_before = group.comm_stats()
+        self._comm: tuple[int, ...] | None = None  # once its last collective is behind it
+        _native.peak_bytes(True)
         self.base = None if base is None else os.fspath(base)
         self.error: BaseException | None = None
         self.in_background = False
@@ -130,6 +139,7 @@ class NativeSave:
         if self.error is None:
             self.error = error
 
+    @phase("open")
     def plan(self, state_dict: STATE_DICT_TYPE) -> None:
         """Open and claim the directory, make this rank's plan of ``state_dict``.
 
@@ -162,6 +172,7 @@ class NativeSave:
         except BaseException as error:
             self.fail(error)
 
+    @phase("flatten")
     def _add(self, state_dict: STATE_DICT_TYPE) -> None:
         writer, planner = self.writer, self.planner
         self._native.add(
@@ -182,19 +193,30 @@ class NativeSave:
             f"self.{overwrite=}. Past version 2.5 of PyTorch, `overwrite` will default to False. "
             "Set this variable to True to maintain this functionality or False to raise when an "
             "existing checkpoint is found.",
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def write(self) -> None:
         """Write this rank's files; from here on nothing but the commit is missing."""
         if self.error is None:
             try:
-                self._native.write()
+                with self.clock("write"), self._progress():
+                    self._native.write()
             except BaseException as error:
                 self.fail(error)
 
+    def _progress(self) -> Progress:
+        return Progress(
+            self.kind,
+            self._native.progress,
+            rank=self.group.rank,
+            ranks_bytes=self._native.info()["ranks_bytes"] if self.group.size > 1 else 0,
+            begin_ns=self.clock.begin_ns,
+        )
+
     # ---- background saves ----
 
+    @phase("agree")
     def meet(self) -> None:
         """Collective, once per group: which ranks share a host, and can watch each other."""
         if self.use_collectives and self.group.size > 1:
@@ -208,6 +230,7 @@ class NativeSave:
             except BaseException as error:
                 self.fail(error)
 
+    @phase("stage")
     def stage(self, *, shared: bool, survive: bool, background: bool) -> str:
         """Build this rank's files in memory, so that the caller may go on.
 
@@ -277,6 +300,7 @@ class NativeSave:
 
     def upload(self, watch: _native.Watch, **how: Any) -> None:
         """Write, agree and commit on threads of the core."""
+        self._comm = self._comm_so_far()
         self._native.upload(
             watch, failure=as_record(self.error), host_timeout_s=config().host_timeout_s, **how
         )
@@ -316,6 +340,7 @@ class NativeSave:
 
     # ---- agreements ----
 
+    @phase("agree")
     def agree(self) -> None:
         """Collective: every rank has a plan and knows what it keeps, or every rank raises."""
         if self.use_collectives:
@@ -346,7 +371,7 @@ class NativeSave:
                 "use_collectives, overwrite, base and config.broadcast_metadata must agree. This "
                 f"rank's checkpoint id is {self.writer.path}, its base {self.base}; only the "
                 "coordinator's directory is committed.",
-                stacklevel=6,
+                stacklevel=7,
             )
         if info["planned_outside"]:
             self._agree_in_python()
@@ -362,6 +387,7 @@ class NativeSave:
             raise_alone("plan", self.group.rank, error, self._native.interrupt())
         raise_failures(step, failures, self.group.rank, self.error, self._native.interrupt())
 
+    @phase("compare")
     def compare(self) -> None:
         """With a base, collective: what has not changed since is linked, not written."""
         if not self.use_collectives:
@@ -392,7 +418,8 @@ class NativeSave:
     def finish(self) -> Metadata:
         """Collective: commit, or every rank raises and the previous checkpoint is what it was."""
         try:
-            failures = self._native.finish(as_record(self.error))
+            with self.clock("commit"):
+                failures = self._native.finish(as_record(self.error))
         except BaseException as error:
             raise_alone("write", self.group.rank, error, self._native.interrupt())
         if failures is not None and not self.use_collectives and self.error is not None:
@@ -403,8 +430,9 @@ class NativeSave:
     def result(self, **facts: Any) -> Metadata:
         """Report a committed save, with ``facts`` more; its Metadata, not yet read."""
         info = self.info()
-        roles = role_report(None, self._planner_reason, info["planned_outside"])
-        set_report({"kind": self.kind, "path": "native", "reason": None, **roles, **info, **facts})
+        report = {**self.facts(facts.get("settle_ns", 0)), **info, **facts}
+        set_report(report)
+        tell(report)
         self._warn_if_nothing_was_trained(info)
         if info["priority_failures"] > 0:
             _warn_of_priority()
@@ -433,7 +461,46 @@ class NativeSave:
         """Facts of the native save, and over what its ranks agreed."""
         info = self._native.info()
         del info["elsewhere"]  # of a save that ended there
+        direct = info.pop("direct_files_mask")
+        info["files"] = [
+            {
+                "name": f"__{self.group.rank}_{n}.distcp",
+                "bytes": length_bytes,
+                "direct": bool(direct >> i & 1),
+            }
+            for i, (n, length_bytes) in enumerate(self._native.files()[:_LISTED_FILES])
+        ]
         return {"comm": self.group.kind, "comm_reason": self.group.reason, **info}
+
+    def facts(self, settle_ns: int = 0) -> dict[str, Any]:
+        """Facts of the call around it, and of its background once that has ended."""
+        info = self._native.info()
+        phases = dict(self.clock.phases_ns)
+        if self.in_background:
+            phases.setdefault("write", info["write_ns"])
+            phases["settle"] = settle_ns
+        calls, sent_bytes, ns = self._comm or self._comm_so_far()
+        return {
+            "kind": self.kind,
+            "path": "native",
+            "reason": None,
+            **role_report(None, self._planner_reason, info["planned_outside"]),
+            "directory": self.clock.directory,
+            "rank": self.group.rank,
+            "ranks_count": self.group.size,
+            "total_ns": self.clock.total_ns,
+            "phases": phases,
+            "comm": self.group.kind,
+            "comm_reason": self.group.reason,
+            "comm_calls_count": calls,
+            "comm_bytes": sent_bytes,
+            "comm_ns": ns,
+            "peak_memory_bytes": _native.peak_bytes(),
+        }
+
+    def _comm_so_far(self) -> tuple[int, ...]:
+        pairs = zip(self.group.comm_stats(), self._comm_before, strict=True)
+        return tuple(now - before for now, before in pairs)
 
     def agreed(self) -> bool:
         """Whether every rank is past planning: a background save has no collective left."""

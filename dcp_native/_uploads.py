@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from . import _native
 from ._failures import forget_frames, raise_failures
 from ._fork import fork_safe
-from ._report import logger
+from ._progress import Progress
+from ._report import SaveReport, logger
 from ._save import NativeSave
 
 __all__ = ["SaveFuture", "Upload", "begin", "in_flight", "store_for", "wait_for_uploads"]
@@ -75,10 +76,10 @@ class SaveFuture(Future):
         self.set_running_or_notify_cancel()
 
     @property
-    def report(self) -> dict[str, Any]:
-        """Facts about this save (see :func:`last_report`): all of them once it is done, before that
-        those of planning and staging."""
-        return dict(self._report)
+    def report(self) -> SaveReport:
+        """Facts about this save: all of them once it is done, before that those of planning and
+        staging."""
+        return SaveReport(self._report)
 
     def progress(self) -> tuple[int, int]:
         """``(done, total)``: payload bytes of this rank that were handed to the disk, of how many.
@@ -119,6 +120,7 @@ class Upload:
         self.process_group = process_group
         """None: this process alone."""
         self.facts: dict[str, Any] = {}
+        self.progress: Progress | None = None
         self.timeout_s = 0.0
         self.staging: Future[None] | None = None
         """Done when tensors on devices may change, if that is later than the call's return."""
@@ -220,8 +222,13 @@ class Upload:
         except BaseException as raised:
             error = raised
         # Threads that were given up still count: what they know is not looked at.
-        info = save.info() if at_rest else future._report
+        info = future._report
+        if at_rest:
+            info = {**save.facts(stats.get("settle_ns", 0)), **save.info()}
         future._end({**info, "kind": save.kind, "path": "native", **self.facts})
+        if self.progress is not None:
+            self.progress.__exit__()
+        save.clock.end(background=True)
         save.error = None  # its traceback holds the save
         if at_rest:
             self.give_back_process()
@@ -281,6 +288,8 @@ def begin(upload: Upload, start: Callable[[_native.Watch], None]) -> None:
         start_watcher()
         start(_watch)
         _uploads.append(upload)
+        progress = Progress(upload.save.kind, upload.future.progress, foreground=False)
+        upload.progress = progress.__enter__()
     _watch.notify()
 
 

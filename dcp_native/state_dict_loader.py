@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import time
 import warnings
 from typing import Any, Literal, cast
 
@@ -35,7 +36,7 @@ from ._groups import group_for
 from ._load import LoadsElsewhere, NativeLoad, UnsupportedCheckpoint
 from ._mirror import rest_of_torchs
 from ._mixed_load import MixedLoad
-from ._report import LISTED_NAMES, logger, note_path, set_report
+from ._report import LISTED_NAMES, logger, note_path, set_report, tell
 from ._stock import state_dict_loader as _torch
 from ._uploads import wait_for_uploads
 
@@ -214,6 +215,7 @@ def _load_state_dict(
     report = _report(read_reason, planner, plan_reason or group_reason)
     logger.debug("load: %(path)s path; planner: %(planner)s; reader: %(reader)s", report)
     set_report(report)
+    begin_ns = time.monotonic_ns()
     load = None
     if read_reason is None:
         load = MixedLoad(
@@ -229,7 +231,11 @@ def _load_state_dict(
         set_report(_failed(report | (load.facts(state_dict, True) if load else {}), error))
         raise
     report |= load.facts(state_dict, False) if load else {}
-    set_report({**report, "failed": False, "error": None})
+    where = getattr(storage_reader, "path", getattr(storage_reader, "checkpoint_id", ""))
+    report |= {"failed": False, "error": None, "directory": str(where)}
+    report["total_ns"] = time.monotonic_ns() - begin_ns
+    set_report(report)
+    tell(report)
 
 
 def _load_state_dict_from_keys(

@@ -6,6 +6,7 @@ Mirrors torch/distributed/checkpoint/state_dict_saver.py.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from concurrent.futures import Future
 from typing import cast
@@ -31,7 +32,7 @@ from . import _async, _roles
 from ._elsewhere import SaveElsewhere
 from ._groups import group_for
 from ._mirror import rest_of_torchs
-from ._report import logger, note_path, role_report
+from ._report import last_report, logger, note_path, role_report, set_report, tell
 from ._save import NativeSave, SavesElsewhere
 from ._stock import state_dict_saver as _torch
 from ._uploads import wait_for_uploads
@@ -218,9 +219,12 @@ def _async_save(
     save_ = NativeSave(
         writer, planner, native, use_collectives=use_collectives, kind="async_save", base=base
     )
-    return _async.start(
-        save_, state_dict, group, in_process=in_process, stager=async_stager, by_torch=by_torch
-    )
+    try:
+        return _async.start(
+            save_, state_dict, group, in_process=in_process, stager=async_stager, by_torch=by_torch
+        )
+    finally:
+        save_.clock.end()
 
 
 def _group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -355,18 +359,35 @@ def _save(
                 mapped=mapped,
             )  # fmt: skip
             try:
-                wait_for_uploads()
+                with save_.clock("wait"):
+                    wait_for_uploads()
                 if call_stateful:
-                    state_dict = _stateful_to_state_dict(state_dict)
+                    with save_.clock("state_dict"):
+                        state_dict = _stateful_to_state_dict(state_dict)
                 return _run(save_, state_dict)
             except SavesElsewhere:
                 _tell_roles("save", _NOT_ALL_NATIVE, writer, planner, base)
             except BaseException as error:  # of state_dict(), or an interrupt between the steps
                 save_.leave(error)
                 raise
-    return _torch._save_state_dict(
+            finally:
+                save_.clock.end()
+    begin_ns = time.monotonic_ns()
+    metadata = _torch._save_state_dict(
         state_dict, writer, process_group, coordinator_rank, no_dist, planner, use_collectives
     )
+    _tell_of_torchs(writer, time.monotonic_ns() - begin_ns)
+    return metadata
+
+
+def _tell_of_torchs(writer: StorageWriter, total_ns: int) -> None:
+    """The line of a save that torch's implementation has made."""
+    report = last_report()
+    if report is not None and report.path == "torch":
+        where = getattr(writer, "path", getattr(writer, "checkpoint_id", ""))
+        report.update(directory=str(where), total_ns=total_ns)
+        set_report(report)
+        tell(report)
 
 
 def _run(save: NativeSave, state_dict: STATE_DICT_TYPE) -> Metadata:

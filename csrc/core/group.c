@@ -10,6 +10,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "dcp_trace.h"
+
 uint64_t
 dcp_now_ns(void)
 {
@@ -101,12 +103,14 @@ dcp_group_settle_failures(struct dcp_group *group, const struct dcp_save_id *id,
                           const struct dcp_failure *mine, struct dcp_failure_list *ret_list,
                           struct dcp_error *err)
 {
+    uint64_t traced = dcp_trace_begin();
     bool all_ok = false;
     int rc = dcp_group_check(group, err);
 
     if (rc == 0) {
         rc = dcp_status_run(&group->comm, id, mine == NULL, &all_ok, err);
     }
+    dcp_trace_end(traced, "agree", "status", 0);
     if (rc == 0 && all_ok) {
         return 0;
     }
@@ -134,7 +138,7 @@ dcp_group_new(struct dcp_comm *comm, uint32_t coordinator, struct dcp_group **re
     if (group == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a group's state");
     }
-    group->comm = *comm;
+    group->comm = dcp_comm_count(&group->counted, comm);
     group->coordinator = coordinator;
     memset(comm, 0, sizeof *comm);
     *ret_group = group;
@@ -159,6 +163,12 @@ const struct dcp_comm *
 dcp_group_comm(const struct dcp_group *group)
 {
     return &group->comm;
+}
+
+struct dcp_comm_stats
+dcp_group_comm_stats(const struct dcp_group *group)
+{
+    return group->counted.stats;
 }
 
 uint32_t

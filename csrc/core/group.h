@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "comm_counted.h"
 #include "cut.h"
 #include "dcp_transfer.h"
 
@@ -40,7 +41,8 @@ struct dcp_installed_plan {
 };
 
 struct dcp_group {
-    struct dcp_comm comm; /* owned */
+    struct dcp_comm comm; /* owned; counts what goes through it to the table that was given */
+    struct dcp_comm_counted counted;
     uint32_t coordinator;
     atomic_bool poisoned;
     struct dcp_installed_plan *installed; /* a reference; NULL: none */

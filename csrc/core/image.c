@@ -14,6 +14,7 @@
 
 #include <string.h>
 
+#include "dcp_trace.h"
 #include "writer.h"
 
 int
@@ -103,11 +104,13 @@ dcp_image_end(const struct dcp_image *image, uint8_t *memory, const struct dcp_p
         uint64_t end = dcp_align_up(file->length_bytes, DCP_DIRECT_ALIGN_BYTES);
         DCP_ASSERT(file->n == n0 + layout->files[i].index &&
                    file->offset_bytes + end <= image->bytes);
+        uint64_t traced = dcp_trace_begin();
         dcp_write_stream_open_image(&writer, memory + file->offset_bytes, file->length_bytes);
         rc = dcp_write_walk_file(&writer, &layout->files[i], err);
         if (rc == 0) {
             memset(memory + file->offset_bytes + file->length_bytes, 0, end - file->length_bytes);
         }
+        dcp_trace_end(traced, "cpu", "copy and checksum", file->length_bytes);
     }
     dcp_buf_clean_up(&writer.scratch);
     return rc;

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "claim_scan.h"
+#include "dcp_trace.h"
 #include "group_read.h"
 #include "reader.h"
 #include "share.h"
@@ -268,7 +269,9 @@ vote(struct dcp_load *load, bool ok, enum dcp_verdict *ret_verdict, struct dcp_s
             dcp_random_bytes(ballot.save_id.bytes, sizeof ballot.save_id.bytes) != 0) {
             memset(&ballot.save_id, 0, sizeof ballot.save_id);
         }
+        uint64_t traced = dcp_trace_begin();
         rc = dcp_vote_run(&group->comm, &ballot, ret_verdict, err);
+        dcp_trace_end(traced, "agree", "vote", 0);
         if (rc != 0) {
             group->poisoned = true;
         }
@@ -436,8 +439,10 @@ read_together(struct dcp_load *load, const struct dcp_read_plan *plan,
         load->group_entered = true;
         rc = dcp_group_check(load->group, err);
         if (rc == 0) {
+            uint64_t traced = dcp_trace_begin();
             rc = dcp_group_read_run(&read, load->io, load->dirfd, load->dir_path, plan, options,
                                     &stats, err);
+            dcp_trace_end(traced, "phase", "read with the group", stats.wanted_bytes);
         }
         if (rc == DCP_E_COMM) {
             rc = dcp_group_give_up(load->group, rc, err);
@@ -449,8 +454,10 @@ read_together(struct dcp_load *load, const struct dcp_read_plan *plan,
         rest.wanted_bytes -= dcp_min_u64(rest.wanted_bytes, stats.wanted_bytes);
     }
     if (rc == 0) {
+        uint64_t traced = dcp_trace_begin();
         rc = dcp_share_read(&load->share, load->io, load->dirfd, load->dir_path, &rest, options,
                             on_record, on_record_ctx, ret_stats, err);
+        dcp_trace_end(traced, "phase", "read", rest.wanted_bytes);
     } else {
         dcp_share_end(&load->share); /* the caller may have left, and nobody else would */
     }

@@ -445,6 +445,8 @@ dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more
     sum->shared_bytes += more->shared_bytes;
     sum->requests_count += more->requests_count;
     sum->files_count += more->files_count;
+    sum->direct_files_count += more->direct_files_count;
+    sum->hot_files_count += more->hot_files_count;
     sum->wall_ns += more->wall_ns;
 }
 

@@ -18,6 +18,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "dcp_trace.h"
+
 int
 dcp_read_check_cancel(const struct dcp_reader *reader, struct dcp_error *err)
 {
@@ -120,7 +122,10 @@ read_small(struct dcp_reader *reader, struct dcp_read_file *file, uint64_t offse
     reader->stats.read_bytes += len;
     reader->stats.hot_bytes += file->hot ? len : 0;
     reader->stats.requests_count++;
-    return dcp_io_read_all(reader->io, file->fd, data, len, offset, file->path, err);
+    uint64_t traced = dcp_trace_begin();
+    int rc = dcp_io_read_all(reader->io, file->fd, data, len, offset, file->path, err);
+    dcp_trace_end_io(traced, "read", file->path, offset, len);
+    return rc;
 }
 
 /* A file of a native checkpoint says which save wrote it, and which of its files it is. */
@@ -278,6 +283,8 @@ dcp_read_file_open(struct dcp_reader *reader, uint32_t index, uint64_t wanted_by
         goto failed;
     }
     reader->stats.files_count++;
+    reader->stats.direct_files_count += file->mode == DCP_READ_DIRECT ? 1 : 0;
+    reader->stats.hot_files_count += file->hot ? 1 : 0;
     *ret_file = file;
     return 0;
 failed:
@@ -354,7 +361,7 @@ dcp_read_file_span(const struct dcp_reader *reader, const struct dcp_read_file *
     uint64_t need = span->to_bytes - span->from_bytes;
     /* Rounding up to the alignment may reach behind the end of the file. */
     uint64_t len = dcp_align_up(need, direct ? file->align_bytes : 1);
-    uint64_t done = 0;
+    uint64_t done = 0, traced = dcp_trace_begin();
     int rc = dcp_read_check_cancel(reader, err);
     while (rc == 0 && done < need) {
         size_t want = (size_t)dcp_min_u64(len - done, DCP_MAX_REQUEST_BYTES);
@@ -383,6 +390,9 @@ dcp_read_file_span(const struct dcp_reader *reader, const struct dcp_read_file *
             step = (uint64_t)n;
         }
         done += step;
+    }
+    if (rc == 0) {
+        dcp_trace_end_io(traced, "read", file->path, span->from_bytes, need);
     }
     return rc;
 }

@@ -17,6 +17,8 @@
 
 #include <string.h>
 
+#include "dcp_trace.h"
+
 /* The next span to read, if any. */
 static struct dcp_read_request *
 take_locked(struct dcp_read_pool *pool, uint32_t *ret_span)
@@ -63,6 +65,7 @@ pool_main(void *arg)
 {
     struct dcp_reader *reader = arg;
     struct dcp_read_pool *pool = &reader->pool;
+    dcp_trace_thread("reading");
     pthread_mutex_lock(&pool->lock);
     while (!pool->closing) {
         uint32_t index;

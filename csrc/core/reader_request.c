@@ -17,6 +17,8 @@
 #include <errno.h>
 #include <inttypes.h>
 
+#include "dcp_trace.h"
+
 /* Of a mapping: the more, the fewer; and little enough to be mapped only while it is used. */
 #define WINDOW_BYTES (8u << 20)
 /* Pieces that are still in the cache when they are checked and moved. */
@@ -49,12 +51,14 @@ static int
 deliver_uses(struct dcp_reader *reader, const struct dcp_read_request *request, const uint8_t *data,
              struct dcp_error *err)
 {
+    uint64_t traced = dcp_trace_begin();
     int rc = 0;
     for (uint32_t i = 0; rc == 0 && i < request->uses_count; i++) {
         const struct dcp_read_use *use = &request->uses[i];
         rc = dcp_read_deliver(reader, request->file, use, data + use->data_bytes, request->in_place,
                               err);
     }
+    dcp_trace_end(traced, "cpu", "verify and deliver", request->used_bytes);
     return rc == 0 ? dcp_read_check_cancel(reader, err) : rc;
 }
 
@@ -66,7 +70,9 @@ request_settle(struct dcp_reader *reader, struct dcp_read_request *request, stru
         return 0;
     }
     /* The pool keeps the error; it is fetched when the pool is cleaned up. */
+    uint64_t waiting = dcp_trace_begin();
     int rc = dcp_read_pool_wait(&reader->pool, request);
+    dcp_trace_end(waiting, "wait", "wait for a read", 0);
     if (rc == 0) {
         rc = deliver_uses(reader, request, request->data, err);
     }

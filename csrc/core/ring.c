@@ -18,6 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "dcp_trace.h"
 #include "device.h"
 
 enum { KEPT_RINGS = 2 };
@@ -189,6 +190,7 @@ static void *
 pump_main(void *arg)
 {
     struct dcp_pump *pump = arg;
+    dcp_trace_thread(pump->name != NULL ? pump->name : "pump");
     if (pump->on_start != NULL) {
         pump->on_start(pump->ctx);
     }

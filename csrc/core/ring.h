@@ -63,6 +63,7 @@ struct dcp_pump {
     dcp_job_fn run;              /* set before the thread starts */
     void (*on_start)(void *ctx); /* the same; called first on the thread; may be NULL */
     void *ctx;
+    const char *name; /* static, of the thread; set before it starts */
     bool threaded;
     pthread_t thread;
     pthread_mutex_t lock; /* guards all below */

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "claim_scan.h"
+#include "dcp_trace.h"
 #include "io_explain.h"
 #include "plan_private.h"
 
@@ -252,6 +253,7 @@ vote(struct dcp_save *save, bool ok, enum dcp_verdict *ret_verdict, struct dcp_e
         }
     }
     save->info.vote_ns = dcp_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "agree", "vote", 0);
     if (rc == 0) {
         save->info.save_id = ballot.save_id;
         save->info.n0 = ballot.n0;
@@ -309,6 +311,8 @@ dcp_save_agree(struct dcp_save *save, const struct dcp_failure *mine,
             dcp_plan_cut(&save->plan, &save->installed->cuts.list);
         }
         save->info.plan_ns = dcp_now_ns() - start_ns;
+        dcp_trace_end(dcp_trace_from(start_ns), "agree",
+                      verdict == DCP_VERDICT_FAST ? "plan of before" : "plan together", 0);
     }
     if (rc != 0 || save->info.elsewhere) {
         dcp_save_abandon(save);
@@ -333,11 +337,44 @@ dcp_save_fit_sources(struct dcp_save *save, struct dcp_source *sources)
     dcp_cuts_fit_sources(&save->installed->cuts, &save->plan, sources);
 }
 
+/* Only the coordinator of a plan has those of the others. */
+static uint64_t
+ranks_bytes(const struct dcp_save *save)
+{
+    const struct dcp_installed_plan *installed = save->installed;
+    const struct dcp_layout *layouts;
+    uint64_t sum = 0;
+
+    if (installed == NULL || installed->global.layouts == NULL || save->info.planned_outside) {
+        return 0;
+    }
+    layouts = save->compared ? save->joined.layouts : installed->global.layouts;
+    for (uint32_t i = 0; i < installed->global.plans_count; i++) {
+        sum += layouts[i].payload_bytes;
+    }
+    return sum;
+}
+
+bool
+dcp_save_get_file(const struct dcp_save *save, uint32_t index, uint64_t *ret_n,
+                  uint64_t *ret_length_bytes)
+{
+    const struct dcp_layout *layout = save->installed == NULL ? NULL : dcp_save_layout(save);
+
+    if (layout == NULL || index >= layout->files_count) {
+        return false;
+    }
+    *ret_n = save->info.n0 + layout->files[index].index;
+    *ret_length_bytes = layout->files[index].length_bytes;
+    return true;
+}
+
 void
 dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret)
 {
     *ret = save->info;
     ret->planned_bytes = save->installed == NULL ? 0 : dcp_save_layout(save)->payload_bytes;
+    ret->ranks_bytes = ranks_bytes(save);
 }
 
 const struct dcp_plan *

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "claim_scan.h"
+#include "dcp_trace.h"
 
 /* A forked child holds a copy of a save that is its parent's to end. */
 static bool
@@ -44,6 +45,7 @@ dcp_save_publish(struct dcp_save *save, struct dcp_error *err)
     }
     dcp_save_conclude(save, rc == 0 ? DCP_OUTCOME_COMMITTED : outcome);
     save->info.commit_ns = dcp_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "phase", "publish", save->metadata.len);
     return rc;
 }
 
@@ -51,12 +53,14 @@ void
 dcp_save_sweep(struct dcp_save *save)
 {
     struct dcp_error ignored;
+    uint64_t traced = dcp_trace_begin();
 
     dcp_error_clear(&ignored);
     if (save->info.outcome == DCP_OUTCOME_COMMITTED && save->claimed &&
         dcp_claim_sweep(&save->claim, &save->info.swept_files, &ignored) != 0) {
         save->info.swept_files = 0; /* leftovers lose nothing; the next commit sweeps them */
     }
+    dcp_trace_end(traced, "io", "sweep", 0);
 }
 
 /* Collective, when the coordinator could not publish: what became of the save.  A rank that removed

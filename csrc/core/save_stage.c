@@ -15,6 +15,8 @@
  */
 #include "save.h"
 
+#include "dcp_trace.h"
+
 static int
 take_arena(struct dcp_save *save, const struct dcp_stage_params *params, struct dcp_error *err)
 {
@@ -134,6 +136,7 @@ dcp_save_stage_end(struct dcp_save *save, const struct dcp_source *sources, atom
         return rc;
     }
     save->info.stage_ns = save->info.stage_begin_ns + dcp_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "phase", "fill the arena", save->image.total_bytes);
     save->info.staged_bytes = save->image.total_bytes;
     save->info.arena_bytes = save->arena->bytes;
     return 0;

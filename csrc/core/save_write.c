@@ -7,6 +7,7 @@
 
 #include <errno.h>
 
+#include "dcp_trace.h"
 #include "io_explain.h"
 #include "ring.h"
 
@@ -52,6 +53,7 @@ build_metadata(struct dcp_save *save, struct dcp_error *err)
     rc = dcp_metadata_write(&global, &save->meta, &save->info.save_id, save->info.n0,
                             save->compared ? &save->joined.links : NULL, &save->metadata, err);
     save->info.metadata_ns = dcp_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "cpu", "build .metadata", save->metadata.len);
     save->info.metadata = (struct dcp_span){save->metadata.data, save->metadata.len};
     return rc;
 }
@@ -61,6 +63,7 @@ metadata_main(void *arg)
 {
     struct metadata_job *job = arg;
 
+    dcp_trace_thread("metadata");
     job->rc = build_metadata(job->save, &job->err);
     return NULL;
 }
@@ -100,7 +103,9 @@ sync_names(const struct dcp_save *save, struct dcp_error *err)
 {
     char why[DCP_IO_EXPLAIN_BYTES];
     struct dcp_io_trouble trouble = {.io = save->io, .fd = save->dirfd, .syncing = true};
+    uint64_t traced = dcp_trace_begin();
     int rc = dcp_io_sync(save->io, save->dirfd);
+    dcp_trace_end(traced, "io", "sync the directory", 0);
 
     if (rc == 0) {
         return 0;
@@ -206,6 +211,7 @@ write_all(struct dcp_save *save, const struct writing *how, struct dcp_error *er
         rc = sync_names(save, err);
     }
     save->info.write_ns = dcp_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "phase", "write files", save->info.write.file_bytes);
     return rc;
 }
 

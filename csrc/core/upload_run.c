@@ -13,6 +13,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "dcp_trace.h"
 #include "group.h"
 
 /* A save that is given up waits so long for its writer before it leaves the files to it. */
@@ -169,6 +170,7 @@ dcp_upload_writer_main(void *arg)
 {
     struct dcp_upload *upload = arg;
 
+    dcp_trace_thread("background save: writing");
     if (!pthread_equal(pthread_self(), upload->starter)) {
         dcp_save_lend_thread(upload->params.save);
     }
@@ -384,8 +386,12 @@ void *
 dcp_upload_agreement_main(void *arg)
 {
     struct dcp_upload *upload = arg;
+    uint64_t traced;
 
+    dcp_trace_thread("background save: agreeing");
+    traced = dcp_trace_begin();
     run_agreement(upload);
+    dcp_trace_end(traced, "agree", "agree over the store", 0);
     dcp_upload_leave(upload);
     return NULL;
 }

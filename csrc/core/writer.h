@@ -34,6 +34,7 @@ enum dcp_write_job { DCP_WRITE_JOB_WRITE = 1, DCP_WRITE_JOB_CLOSE = 2 };
 struct dcp_write_file {
     int fd; /* -1 when closed */
     char name[DCP_WRITE_NAME_BYTES];
+    uint32_t index;        /* of the save's files */
     uint64_t length_bytes; /* of the finished file */
     uint64_t align_bytes;  /* of offsets and lengths; 1 without direct I/O */
     bool in_memory;        /* tmpfs: nothing is ever dirty */
@@ -55,7 +56,8 @@ struct dcp_write_flight {
     struct dcp_write_file *file;
     const uint8_t *data;
     uint64_t offset_bytes, len_bytes;
-    ssize_t result; /* once ENDED */
+    uint64_t traced_ns; /* when it began, for the trace; 0: not traced */
+    ssize_t result;     /* once ENDED */
 };
 
 struct dcp_write_queue {
@@ -127,6 +129,7 @@ struct dcp_writer {
     uint64_t position_bytes;        /* in the file */
     uint8_t *buffer;                /* being filled: of the ring, or the file in an image */
     uint64_t filled_bytes;          /* of it */
+    uint64_t filling_ns;            /* since when, for the trace; 0: not traced */
     uint64_t limit_bytes;           /* of it: the buffer is pushed when that much is in it */
     uint64_t streaming_least_bytes; /* payloads from here on bypass the cache */
     uint32_t buffer_index;

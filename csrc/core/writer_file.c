@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "dcp_trace.h"
 #include "io_explain.h"
 
 /* "<directory>/<name>" for messages; cut when longer than an error record holds. */
@@ -333,6 +334,7 @@ finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error 
             rc = io->fdatasync(io->ctx, file->fd);
         } while (rc == -EINTR);
         writer->stats.sync_ns += dcp_engine_now_ns() - start_ns;
+        dcp_trace_end_io(dcp_trace_from(start_ns), "sync", file->name, 0, 0);
         if (rc < 0) {
             return tell(writer, file->name, -rc, true, "syncing", UINT64_MAX, err);
         }
@@ -345,6 +347,7 @@ finish(struct dcp_writer *writer, struct dcp_write_file *file, struct dcp_error 
         return fail(writer, file->name, -rc, "closing", UINT64_MAX, err);
     }
     writer->stats.direct_files_count += file->direct ? 1 : 0;
+    writer->stats.direct_files_mask |= file->direct && file->index < 64 ? 1ull << file->index : 0;
     return 0;
 }
 
@@ -409,15 +412,19 @@ write_job(struct dcp_writer *writer, const struct dcp_job *job, struct dcp_error
 {
     struct dcp_write_file *file = job->file;
     int rc = dcp_write_check_cancel(writer, err);
+    uint64_t waiting = writer->options->tuning.limit_bytes_s > 0 ? dcp_trace_begin() : 0;
     if (rc == 0 && !dcp_rate_wait(&writer->rate, job->len_bytes, writer->options->cancel)) {
         rc = dcp_write_check_cancel(writer, err);
     }
+    dcp_trace_end(waiting, "wait", "held to write_limit_bytes_s", 0);
     uint64_t start_ns = dcp_engine_now_ns();
     if (rc == 0 && file->direct && writer->queue.queue != NULL) {
         rc = dcp_write_queue_push(writer, job, err);
     } else if (rc == 0) {
         rc = dcp_write_range(writer, file, job->data, job->offset_bytes, job->len_bytes, err);
         if (rc == 0) {
+            dcp_trace_end_io(dcp_trace_from(start_ns), "write", file->name, job->offset_bytes,
+                             job->len_bytes);
             dcp_write_count(writer, file, job->offset_bytes, job->len_bytes);
             rc = limit_dirty(writer, file, err);
         }

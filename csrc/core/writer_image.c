@@ -10,6 +10,8 @@
  */
 #include "writer.h"
 
+#include "dcp_trace.h"
+
 static void
 describe_file(const struct dcp_writer *writer, uint32_t index, uint64_t *ret_n,
               uint64_t *ret_length_bytes)
@@ -26,7 +28,9 @@ push_file(struct dcp_writer *writer, uint32_t index, struct dcp_error *err)
     uint64_t end = dcp_align_up(placed->length_bytes, writer->file->align_bytes);
     for (uint64_t at = 0; at < end; at += writer->request_bytes) {
         uint64_t number, len = dcp_min_u64(end - at, writer->request_bytes);
+        uint64_t waiting = dcp_trace_begin();
         int rc = dcp_write_queue_wait(writer, writer->buffer_index, err);
+        dcp_trace_end(waiting, "wait", "wait for a slot", 0);
         if (rc == 0) {
             rc = dcp_write_push(writer, memory + at, at, len, writer->buffer_index, &number, err);
         }

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "dcp_limits.h"
+#include "dcp_trace.h"
 
 /* What is in flight: a write, or a preparation, which is one of nothing. */
 struct write {
@@ -317,6 +318,7 @@ dcp_writer_process_write_surviving(struct dcp_writer_process *process, int dirfd
     if (result == NULL) {
         return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for a writer process's answer");
     }
+    uint64_t traced = dcp_trace_begin();
     int rc = check_usable(process, err);
     rc = rc != 0 ? rc : check_arena(arena, image->bytes, err);
     if (rc == 0) {
@@ -325,6 +327,7 @@ dcp_writer_process_write_surviving(struct dcp_writer_process *process, int dirfd
         rc = rc != 0 ? rc : await_result(&write, result, err);
         rc = rc != 0 ? rc : conclude(&write, result, ret_stats, err);
     }
+    dcp_trace_end(traced, "wait", "the writer process writes", image->total_bytes);
     dcp_free(result);
     return rc;
 }

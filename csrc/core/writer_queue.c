@@ -18,6 +18,8 @@
 
 #include <errno.h>
 
+#include "dcp_trace.h"
+
 /* Between two looks at a queue that can't be waited on. */
 #define BROKEN_PAUSE_NS 10000000u
 
@@ -49,6 +51,23 @@ is_transient(ssize_t result)
            result == -ENOMEM;
 }
 
+/* Traced from its start to when it was seen to have ended. */
+static void
+trace_flight(const struct dcp_write_flight *flight)
+{
+    if (flight->traced_ns != 0) {
+        const struct dcp_trace_event event = {.category = "io",
+                                              .name = "write",
+                                              .begin_ns = flight->traced_ns,
+                                              .end_ns = dcp_trace_now_ns(),
+                                              .file = flight->file->name,
+                                              .offset_bytes = flight->offset_bytes,
+                                              .bytes = flight->len_bytes,
+                                              .beside = true};
+        dcp_trace_record(&event);
+    }
+}
+
 /* The request needs its buffer and its file no more. */
 static int
 land(struct dcp_writer *writer, struct dcp_write_flight *flight, bool written)
@@ -57,6 +76,7 @@ land(struct dcp_writer *writer, struct dcp_write_flight *flight, bool written)
     if (written) {
         file->end_bytes = dcp_max_u64(file->end_bytes, flight->offset_bytes + flight->len_bytes);
         dcp_write_count(writer, file, flight->offset_bytes, flight->len_bytes);
+        trace_flight(flight);
     }
     file->given_up = file->given_up || !written;
     file->in_flight--;
@@ -103,6 +123,7 @@ reap(struct dcp_writer *writer, struct dcp_error *err)
         }
     }
     queue->wait_ns += dcp_engine_now_ns() - start_ns;
+    dcp_trace_end(dcp_trace_from(start_ns), "wait", "wait for a write", 0);
     DCP_ASSERT(done.tag < writer->slots_count);
     struct dcp_write_flight *flight = &queue->flights[done.tag];
     DCP_ASSERT(flight->state == DCP_FLIGHT_FLYING);
@@ -228,6 +249,7 @@ dcp_write_queue_push(struct dcp_writer *writer, const struct dcp_job *job, struc
     *flight = (struct dcp_write_flight){.state = DCP_FLIGHT_FLYING,
                                         .file = file,
                                         .data = job->data,
+                                        .traced_ns = dcp_trace_begin(),
                                         .offset_bytes = job->offset_bytes,
                                         .len_bytes = job->len_bytes};
     file->in_flight++;

@@ -13,6 +13,8 @@
 
 #include <errno.h>
 
+#include "dcp_trace.h"
+
 /* One buffer's worth: a single request, which no copy can run beside. */
 #define INLINE_MOST_BYTES DCP_RING_BUFFER_BYTES
 
@@ -50,8 +52,14 @@ open_file(struct dcp_writer *writer, uint32_t index, struct dcp_write_file **ret
           struct dcp_error *err)
 {
     uint64_t n, length_bytes;
+    uint64_t traced = dcp_trace_begin();
     writer->content.describe(writer, index, &n, &length_bytes);
-    return dcp_write_file_open(writer, n, length_bytes, ret_file, err);
+    int rc = dcp_write_file_open(writer, n, length_bytes, ret_file, err);
+    if (rc == 0) {
+        (*ret_file)->index = index;
+        dcp_trace_end_io(traced, "open", (*ret_file)->name, 0, 0);
+    }
+    return rc;
 }
 
 /* Opens and allocates all files, where they are few and large. */
@@ -166,6 +174,8 @@ run_threads(struct dcp_writer *writer, uint64_t start_ns, struct dcp_error *err)
     }
     rc = dcp_pump_init(&writer->closer, dcp_write_close_job, writer, err);
     if (rc == 0) {
+        writer->pump.name = "writing";
+        writer->closer.name = "syncing";
         writer->pump.on_start = writer->closer.on_start = dcp_write_thread_priority;
         if (writer->options->own_thread) {
             dcp_write_thread_priority(writer);

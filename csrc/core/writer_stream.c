@@ -21,6 +21,7 @@
 
 #include "box.h"
 #include "dcp_crc32.h"
+#include "dcp_trace.h"
 #include "source_pages.h"
 
 /* Strided sources whose dense runs are at least this long are gathered in pieces that stay in the
@@ -84,6 +85,7 @@ static int
 push_buffer(struct dcp_writer *writer, uint64_t len, struct dcp_error *err)
 {
     uint64_t number;
+    dcp_trace_end(writer->filling_ns, "cpu", "copy and checksum", writer->filled_bytes);
     int rc = dcp_write_push(writer, writer->buffer, writer->position_bytes - writer->filled_bytes,
                             len, writer->buffer_index, &number, err);
     if (rc != 0) {
@@ -128,12 +130,15 @@ stream_room(struct dcp_writer *writer, uint8_t **ret_at, uint64_t *ret_room, str
     }
     if (writer->buffer == NULL) {
         uint64_t job = writer->buffer_jobs[writer->buffer_index];
+        uint64_t waiting = dcp_trace_begin();
         /* The pump keeps the error; it is fetched when the pump is cleaned up. */
         int rc = job != 0 ? dcp_pump_wait(&writer->pump, job - 1) : 0;
         rc = rc == 0 ? dcp_write_queue_wait(writer, writer->buffer_index, err) : rc;
         if (rc != 0) {
             return rc;
         }
+        dcp_trace_end(waiting, "wait", "wait for a buffer", 0);
+        writer->filling_ns = dcp_trace_begin();
         writer->buffer = dcp_ring_buffer(writer->ring, writer->buffer_index);
     }
     *ret_at = writer->buffer + writer->filled_bytes;
@@ -228,8 +233,10 @@ payload_in_place(struct dcp_writer *writer, const struct dcp_write_payload *payl
         if (rc != 0) {
             return rc;
         }
+        uint64_t traced = dcp_trace_begin();
         crc->block = dcp_crc32(crc->block, at, n);
         block_add(crc, at, n, n == left);
+        dcp_trace_end(traced, "cpu", "checksum", n);
         rc = dcp_write_push(writer, at, writer->position_bytes, n, 0, &number, err);
         if (rc == 0 && payload->source->device != 0) {
             /* The segment is filled again: with a pump from a direct file before it may be early.

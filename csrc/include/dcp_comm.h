@@ -33,6 +33,13 @@ struct dcp_comm {
     void (*destroy)(void *ctx);
 };
 
+/* What a group's ranks said to each other so far. */
+struct dcp_comm_stats {
+    uint64_t calls_count;
+    uint64_t bytes;   /* of one rank's part of each call */
+    uint64_t wall_ns; /* in those calls, mostly waiting for other ranks */
+};
+
 /* One rank, no communication (no_dist). */
 void dcp_comm_local(struct dcp_comm *ret_comm);
 

@@ -83,6 +83,7 @@ void dcp_engine_trim(void);
 struct dcp_write_stats {
     uint64_t file_bytes, payload_bytes, files_count;
     uint64_t direct_files_count; /* written with O_DIRECT */
+    uint64_t direct_files_mask;  /* which of the first 64 */
     uint64_t queue_writes_count; /* requests that went through the queue; 0: it was not used */
     uint64_t priority_failures;  /* threads whose priority could not be set */
     uint64_t wall_ns, copy_ns, write_ns, wait_ns, sync_ns;
@@ -243,6 +244,8 @@ struct dcp_read_stats {
     uint64_t straight_bytes; /* read into their target without a buffer between */
     uint64_t shared_bytes;   /* delivered from what other ranks read */
     uint64_t requests_count, files_count;
+    uint64_t direct_files_count; /* read with O_DIRECT */
+    uint64_t hot_files_count;    /* that lay in the page cache; all others were read through it */
     uint64_t wall_ns;
 };
 

@@ -34,6 +34,7 @@ int dcp_group_new(struct dcp_comm *comm, uint32_t coordinator, struct dcp_group 
                   struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_group_destroy(struct dcp_group *group);
 const struct dcp_comm *dcp_group_comm(const struct dcp_group *group);
+struct dcp_comm_stats dcp_group_comm_stats(const struct dcp_group *group);
 uint32_t dcp_group_coordinator(const struct dcp_group *group);
 /* Forgets the installed plan: the next save gathers plans again. */
 void dcp_group_forget_plan(struct dcp_group *group);
@@ -235,6 +236,7 @@ struct dcp_save_info {
     /* Once agreed: some rank writes elsewhere, and so do all: this save is over, and undone. */
     bool elsewhere;
     uint64_t planned_bytes; /* payload that this rank is to write, after compare */
+    uint64_t ranks_bytes;   /* the same of all ranks, where this one knows it; else 0 */
     uint64_t kept_items, kept_bytes, dropped_items, dropped_bytes, swept_files;
     uint64_t cut_items; /* kept items of which other ranks keep other rows */
     bool incremental;   /* every rank named a base */
@@ -255,6 +257,10 @@ struct dcp_save_info {
     struct dcp_span metadata;
 };
 void dcp_save_get_info(const struct dcp_save *save, struct dcp_save_info *ret);
+/* Data file `index` of those that this rank writes: its number and its length.  False behind the
+ * last one, and before there is a plan. */
+bool dcp_save_get_file(const struct dcp_save *save, uint32_t index, uint64_t *ret_n,
+                       uint64_t *ret_length_bytes);
 const struct dcp_plan *dcp_save_plan(const struct dcp_save *save);
 /* Bitmap of the items that this rank writes, after dcp_save_agree and dcp_save_compare. */
 const uint8_t *dcp_save_keep(const struct dcp_save *save);

@@ -276,9 +276,23 @@ group_get_coordinator_rank(PyObject *self, void *unused)
     return PyLong_FromUnsignedLong(dcp_group_coordinator(((struct group_object *)self)->group));
 }
 
+PyDoc_STRVAR(comm_stats_doc, "comm_stats()\n--\n\n"
+                             "(calls, bytes, nanoseconds) of collectives so far.");
+
+static PyObject *
+group_comm_stats(PyObject *self, PyObject *unused)
+{
+    struct dcp_comm_stats stats = dcp_group_comm_stats(((struct group_object *)self)->group);
+
+    (void)unused;
+    return Py_BuildValue("(KKK)", (unsigned long long)stats.calls_count,
+                         (unsigned long long)stats.bytes, (unsigned long long)stats.wall_ns);
+}
+
 static PyMethodDef group_methods[] = {
     {"forget_plan", group_forget_plan, METH_NOARGS, forget_plan_doc},
     {"reduce_min", group_reduce_min, METH_O, reduce_min_doc},
+    {"comm_stats", group_comm_stats, METH_NOARGS, comm_stats_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -20,6 +20,8 @@ static const struct native_number numbers[] = {
     OF_READER(straight_bytes),
     OF_READER(requests_count),
     OF_READER(files_count),
+    OF_READER(direct_files_count),
+    OF_READER(hot_files_count),
     OF_READER(wall_ns),
     OF_LOAD(hole_bytes),
     {"copies_count", offsetof(struct load_object, targets.copies_count)},
@@ -77,6 +79,19 @@ load_info(PyObject *object, PyObject *unused)
         Py_CLEAR(dict);
     }
     return dict;
+}
+
+const char load_progress_doc[] = "progress()\n--\n\n"
+                                 "(done, total) bytes of a read() that may still run.";
+
+PyObject *
+load_progress(PyObject *object, PyObject *unused)
+{
+    struct load_object *self = as_load(object);
+
+    (void)unused;
+    return Py_BuildValue("(KK)", (unsigned long long)atomic_load(&self->progress_bytes),
+                         (unsigned long long)self->targets.plan.wanted_bytes);
 }
 
 const char load_report_doc[] =

@@ -437,6 +437,7 @@ static PyMethodDef load_methods[] = {
     {"results", load_results, METH_NOARGS, load_results_doc},
     {"metadata", load_metadata, METH_NOARGS, load_metadata_doc},
     {"info", load_info, METH_NOARGS, load_info_doc},
+    {"progress", load_progress, METH_NOARGS, load_progress_doc},
     {"report", load_get_report, METH_NOARGS, load_report_doc},
     {"outcome", load_get_outcome, METH_O, load_outcome_doc},
     {NULL, NULL, 0, NULL},

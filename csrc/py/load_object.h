@@ -46,11 +46,12 @@ as_load(PyObject *object)
 }
 
 /* ---- load_info.c: methods that change nothing ---- */
-extern const char load_results_doc[], load_metadata_doc[], load_info_doc[], load_report_doc[],
-    load_outcome_doc[];
+extern const char load_results_doc[], load_metadata_doc[], load_info_doc[], load_progress_doc[],
+    load_report_doc[], load_outcome_doc[];
 PyObject *load_results(PyObject *object, PyObject *unused);
 PyObject *load_metadata(PyObject *object, PyObject *unused);
 PyObject *load_info(PyObject *object, PyObject *unused);
+PyObject *load_progress(PyObject *object, PyObject *unused);
 PyObject *load_get_report(PyObject *object, PyObject *unused);
 PyObject *load_get_outcome(PyObject *object, PyObject *objects);
 

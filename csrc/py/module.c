@@ -13,9 +13,11 @@
 #include "debug_plan.h"
 #include "errors.h"
 #include "export_object.h"
+#include "metadata_table.h"
 #include "read_records.h"
 #include "safetensors_header.h"
 #include "stage_copy.h"
+#include "trace_object.h"
 #include "verify_object.h"
 
 struct module_state *
@@ -101,6 +103,26 @@ module_live_bytes(PyObject *module, PyObject *unused)
     return PyLong_FromUnsignedLongLong(dcp_alloc_live_bytes());
 }
 
+PyDoc_STRVAR(peak_bytes_doc,
+             "peak_bytes(reset=False, /)\n--\n\n"
+             "The most bytes that the core has had at a time since the last reset.");
+
+static PyObject *
+module_peak_bytes(PyObject *module, PyObject *args)
+{
+    int reset = 0;
+    uint64_t peak = dcp_alloc_peak_bytes();
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "|p:peak_bytes", &reset)) {
+        return NULL;
+    }
+    if (reset) {
+        dcp_alloc_reset_peak();
+    }
+    return PyLong_FromUnsignedLongLong(peak);
+}
+
 PyDoc_STRVAR(peek_save_id_doc,
              "peek_save_id(image, /)\n--\n\n"
              "Save id (hex) of a `.metadata` image that dcp_native wrote, else None.");
@@ -166,6 +188,8 @@ static PyMethodDef module_methods[] = {
     {"crc32", module_crc32, METH_VARARGS, crc32_doc},
     {"trim", module_trim, METH_NOARGS, trim_doc},
     {"live_bytes", module_live_bytes, METH_NOARGS, live_bytes_doc},
+    {"peak_bytes", module_peak_bytes, METH_VARARGS, peak_bytes_doc},
+    TRACE_FUNCTIONS,
     {"peek_save_id", module_peek_save_id, METH_O, peek_save_id_doc},
     {"check_metadata", (PyCFunction)(void (*)(void))module_check_metadata,
      METH_VARARGS | METH_KEYWORDS, check_metadata_doc},
@@ -198,6 +222,7 @@ module_exec(PyObject *module)
         PyModule_AddStringConstant(module, "built_for_torch", DCP_BUILT_FOR_TORCH) != 0 ||
         PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
         PyModule_AddFunctions(module, export_methods) != 0 ||
+        PyModule_AddFunctions(module, metadata_table_methods) != 0 ||
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
         PyModule_AddFunctions(module, read_records_methods) != 0 ||
         PyModule_AddFunctions(module, safetensors_methods) != 0 ||

@@ -7,6 +7,7 @@
  */
 #include "native_run.h"
 
+#include "dcp_trace.h"
 #include "errors.h"
 
 #include <errno.h>
@@ -24,7 +25,8 @@ struct native_job {
     bool abandoned; /* under `lock`: the caller left */
     native_fn fn;
     void *self;
-    int rc; /* valid once done */
+    uint32_t caller; /* its thread, for the trace; 0 */
+    int rc;          /* valid once done */
     struct dcp_error err;
 };
 
@@ -42,6 +44,7 @@ job_main(void *arg)
     struct native_job *job = arg;
     bool abandoned;
 
+    dcp_trace_act_for(job->caller);
     job->rc = job->fn(job->self, &job->err);
     pthread_mutex_lock(&job->lock);
     job->done = true;
@@ -103,6 +106,7 @@ job_start(native_fn fn, void *self, pthread_t *ret_thread)
     }
     job->fn = fn;
     job->self = self;
+    job->caller = dcp_trace_this_thread();
     dcp_error_clear(&job->err);
     pthread_mutex_init(&job->lock, NULL);
     pthread_condattr_init(&attr);

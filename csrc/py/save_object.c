@@ -273,9 +273,12 @@ static PyObject *
 save_write(PyObject *object, PyObject *unused)
 {
     struct save_object *self = as_save(object);
+    struct dcp_save_info info;
     int rc;
 
     (void)unused;
+    dcp_save_get_info(self->save, &info);
+    self->planned_bytes = info.planned_bytes;
     rc = native_raise_pending(&self->pending) != 0 ? -1
                                                    : save_run_step(object, step_write, false, &rc);
     if (!self->left) {
@@ -408,6 +411,41 @@ save_info(PyObject *object, PyObject *unused)
     return dict;
 }
 
+PyDoc_STRVAR(progress_doc, "progress()\n--\n\n"
+                           "(done, total) payload bytes of a write() that may still run.");
+
+static PyObject *
+save_progress(PyObject *object, PyObject *unused)
+{
+    struct save_object *self = as_save(object);
+
+    (void)unused;
+    return Py_BuildValue("(KK)", (unsigned long long)atomic_load(&self->progress_bytes),
+                         (unsigned long long)self->planned_bytes);
+}
+
+PyDoc_STRVAR(files_doc, "files()\n--\n\n"
+                        "(number, bytes) of every data file that this rank writes.");
+
+static PyObject *
+save_files(PyObject *object, PyObject *unused)
+{
+    const struct dcp_save *save = as_save(object)->save;
+    PyObject *list = PyList_New(0);
+    uint64_t n, length_bytes;
+
+    (void)unused;
+    for (uint32_t i = 0; list != NULL && dcp_save_get_file(save, i, &n, &length_bytes); i++) {
+        PyObject *item =
+            Py_BuildValue("(KK)", (unsigned long long)n, (unsigned long long)length_bytes);
+        if (item == NULL || PyList_Append(list, item) != 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
 static PyMethodDef save_methods[] = {
     {"open", save_open, METH_NOARGS, open_doc},
     {"claim", save_claim, METH_NOARGS, claim_doc},
@@ -424,6 +462,8 @@ static PyMethodDef save_methods[] = {
     SAVE_UPLOAD_METHODS,
     {"metadata", save_metadata, METH_NOARGS, metadata_doc},
     {"info", save_info, METH_NOARGS, info_doc},
+    {"progress", save_progress, METH_NOARGS, progress_doc},
+    {"files", save_files, METH_NOARGS, files_doc},
     {NULL, NULL, 0, NULL},
 };
 

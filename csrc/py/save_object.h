@@ -63,8 +63,9 @@ struct save_object {
     struct dcp_failure_list failures;
     atomic_int cancel;
     _Atomic uint64_t progress_bytes;
-    PyObject *pending;   /* exception of a signal handler, raised at the next local step */
-    PyObject *interrupt; /* the first one of them, kept to tell it from other errors */
+    uint64_t planned_bytes; /* of write(); set before it begins */
+    PyObject *pending;      /* exception of a signal handler, raised at the next local step */
+    PyObject *interrupt;    /* the first one of them, kept to tell it from other errors */
 };
 
 static inline struct save_object *

@@ -16,6 +16,7 @@ from common import assert_equal, like, value
 
 import dcp_native as dcp
 from dcp_native import _load, _native, _uploads
+from dcp_native._reports import Report
 
 BLOCK = 1 << 20
 LISTED = 1000
@@ -162,7 +163,7 @@ def test_a_report_is_the_callers_to_change(tmp_path):
 
 
 def documented() -> set[str]:
-    text = dcp.last_report.__doc__ or ""
+    text = "".join(c.__doc__ for c in (Report, dcp.SaveReport, dcp.LoadReport))
     found = re.findall(r"^ {8}([a-z0-9_, ]+): ", text, re.M)
     return {name.strip() for names in found for name in names.split(",")}
 

@@ -1,0 +1,240 @@
+/*
+ * trace.c: events between the threads that record them and the one that takes them.
+ *
+ * One bounded queue for the whole process, of slots with turns (after Dmitry Vyukov's bounded MPMC
+ * queue): a recording thread claims the next place by one compare-and-swap and publishes its slot
+ * by one store.  No lock, no allocation, no registration of threads, and nothing is left behind by
+ * a thread that ends.  Events come a few per request of megabytes, so the threads rarely meet.  The
+ * slots are zero pages until they are used.
+ *
+ * Invariants: in lap n the turn of a slot is 2n when it is empty and 2n + 1 when it is filled.  A
+ * full queue drops what comes; it never waits.  A thread that is stopped between claim and
+ * publication holds back what was recorded after it, until the next taking.
+ * Threads: recording by any; taking and forgetting by one at a time.
+ */
+#include "dcp_trace.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+struct slot {
+    _Atomic uint64_t turn;
+    struct dcp_trace_event event; /* its file: `file` */
+    uint32_t thread;
+    char file[DCP_TRACE_FILE_BYTES];
+};
+
+/* More than the longest event takes: names of ours, a file's name and ten numbers. */
+enum { LINE_BYTES = 1024 };
+
+atomic_bool dcp_trace_is_on;
+
+static struct slot slots[DCP_TRACE_EVENTS];
+static _Atomic uint64_t claimed_count, dropped_count;
+static uint64_t taken_count; /* of the taking thread */
+static _Thread_local uint32_t acts_for;
+
+void
+dcp_trace_switch(bool on)
+{
+    atomic_store(&dcp_trace_is_on, on);
+}
+
+uint64_t
+dcp_trace_now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+uint64_t
+dcp_trace_dropped(void)
+{
+    return atomic_load(&dropped_count);
+}
+
+void
+dcp_trace_act_for(uint32_t thread)
+{
+    acts_for = thread;
+}
+
+uint32_t
+dcp_trace_this_thread(void)
+{
+    return dcp_trace_on() ? (uint32_t)gettid() : 0;
+}
+
+/* Only what can stand in a JSON string as it is; the last part of a path. */
+static void
+copy_name(char *to, const char *path)
+{
+    const char *slash = path == NULL ? NULL : strrchr(path, '/');
+    const char *from = path == NULL ? "" : slash != NULL ? slash + 1 : path;
+    size_t i = 0;
+
+    for (; i + 1 < DCP_TRACE_FILE_BYTES && from[i] != '\0'; i++) {
+        bool plain = from[i] >= ' ' && from[i] <= '~' && from[i] != '"' && from[i] != '\\';
+        to[i] = plain ? from[i] : '_';
+    }
+    to[i] = '\0';
+}
+
+void
+dcp_trace_record(const struct dcp_trace_event *event)
+{
+    uint64_t place = atomic_load_explicit(&claimed_count, memory_order_relaxed);
+
+    for (;;) {
+        struct slot *slot = &slots[place % DCP_TRACE_EVENTS];
+        uint64_t empty = 2 * (place / DCP_TRACE_EVENTS);
+        uint64_t turn = atomic_load_explicit(&slot->turn, memory_order_acquire);
+
+        if (turn == empty) {
+            if (atomic_compare_exchange_weak_explicit(&claimed_count, &place, place + 1,
+                                                      memory_order_relaxed, memory_order_relaxed)) {
+                slot->event = *event;
+                slot->thread = acts_for != 0 ? acts_for : (uint32_t)gettid();
+                copy_name(slot->file, event->file);
+                atomic_store_explicit(&slot->turn, empty + 1, memory_order_release);
+                return;
+            }
+        } else if (turn < empty) { /* still that of the lap before */
+            atomic_fetch_add_explicit(&dropped_count, 1, memory_order_relaxed);
+            return;
+        } else {
+            place = atomic_load_explicit(&claimed_count, memory_order_relaxed);
+        }
+    }
+}
+
+/* The next one, or NULL; release_slot makes room for another. */
+static struct slot *
+next_slot(void)
+{
+    struct slot *slot = &slots[taken_count % DCP_TRACE_EVENTS];
+    uint64_t filled = 2 * (taken_count / DCP_TRACE_EVENTS) + 1;
+
+    return atomic_load_explicit(&slot->turn, memory_order_acquire) == filled ? slot : NULL;
+}
+
+static void
+release_slot(struct slot *slot)
+{
+    uint64_t next_empty = 2 * (taken_count / DCP_TRACE_EVENTS) + 2;
+
+    taken_count++;
+    atomic_store_explicit(&slot->turn, next_empty, memory_order_release);
+}
+
+/* Nanoseconds as microseconds with three decimals; events from before the base are at 0. */
+#define MICROSECONDS "%" PRIu64 ".%03u"
+#define AS_MICROSECONDS(ns) (ns) / 1000u, (unsigned)((ns) % 1000u)
+
+static uint64_t
+since(uint64_t ns, uint64_t base_ns)
+{
+    return ns > base_ns ? ns - base_ns : 0;
+}
+
+static int
+put_args(const struct slot *slot, char *line, size_t room)
+{
+    const struct dcp_trace_event *event = &slot->event;
+
+    if (slot->file[0] != '\0') {
+        return snprintf(line, room,
+                        ",\"args\":{\"file\":\"%s\",\"offset\":%" PRIu64 ",\"bytes\":%" PRIu64 "}",
+                        slot->file, event->offset_bytes, event->bytes);
+    }
+    return event->bytes == 0
+               ? 0
+               : snprintf(line, room, ",\"args\":{\"bytes\":%" PRIu64 "}", event->bytes);
+}
+
+/* The fields that all events have. */
+static int
+put_head(const struct slot *slot, const char *kind, uint32_t pid, uint64_t at_ns, char *line,
+         size_t room)
+{
+    return snprintf(line, room,
+                    ",\n{\"ph\":\"%s\",\"pid\":%" PRIu32 ",\"tid\":%" PRIu32
+                    ",\"cat\":\"%s\",\"name\":\"%s\",\"ts\":" MICROSECONDS,
+                    kind, pid, slot->thread, slot->event.category, slot->event.name,
+                    AS_MICROSECONDS(at_ns));
+}
+
+static void
+put_thread(struct dcp_buf *buf, const struct slot *slot, uint32_t pid)
+{
+    char line[LINE_BYTES];
+    int len = snprintf(line, sizeof line,
+                       ",\n{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":%" PRIu32
+                       ",\"tid\":%" PRIu32 ",\"args\":{\"name\":\"%s\"}}",
+                       pid, slot->thread, slot->event.name);
+    dcp_buf_put(buf, line, (size_t)len);
+}
+
+/* What overlaps others of its thread begins and ends by two events with an id, `place`. */
+static void
+put_span(struct dcp_buf *buf, const struct slot *slot, uint64_t base_ns, uint32_t pid,
+         uint64_t place)
+{
+    const struct dcp_trace_event *event = &slot->event;
+    uint64_t begin_ns = since(event->begin_ns, base_ns), end_ns = since(event->end_ns, base_ns);
+    char line[LINE_BYTES];
+    size_t room = sizeof line;
+    int len = put_head(slot, event->beside ? "b" : "X", pid, begin_ns, line, room);
+
+    if (event->beside) {
+        len +=
+            snprintf(line + len, room - (size_t)len, ",\"id2\":{\"local\":\"%" PRIu64 "\"}", place);
+    } else {
+        len += snprintf(line + len, room - (size_t)len, ",\"dur\":" MICROSECONDS,
+                        AS_MICROSECONDS(end_ns - begin_ns));
+    }
+    len += put_args(slot, line + len, room - (size_t)len);
+    if (event->beside) {
+        line[len++] = '}';
+        len += put_head(slot, "e", pid, end_ns, line + len, room - (size_t)len);
+        len +=
+            snprintf(line + len, room - (size_t)len, ",\"id2\":{\"local\":\"%" PRIu64 "\"}", place);
+    }
+    line[len++] = '}';
+    DCP_ASSERT((size_t)len < sizeof line);
+    dcp_buf_put(buf, line, (size_t)len);
+}
+
+int
+dcp_trace_take(struct dcp_buf *buf, uint64_t base_ns, uint32_t pid, uint64_t *ret_count,
+               struct dcp_error *err)
+{
+    uint64_t count = 0;
+    struct slot *slot;
+
+    /* No more than were there: what is recorded meanwhile comes the next time. */
+    while (count < DCP_TRACE_EVENTS && (slot = next_slot()) != NULL) {
+        if (strcmp(slot->event.category, "thread") == 0) {
+            put_thread(buf, slot, pid);
+        } else {
+            put_span(buf, slot, base_ns, pid, taken_count);
+        }
+        release_slot(slot);
+        count++;
+    }
+    *ret_count = count;
+    return dcp_buf_check(buf, err);
+}
+
+void
+dcp_trace_forget(void)
+{
+    while (taken_count < atomic_load(&claimed_count)) {
+        release_slot(&slots[taken_count % DCP_TRACE_EVENTS]);
+    }
+}

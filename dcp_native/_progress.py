@@ -1,0 +1,238 @@
+"""How far a save or load has come: for a callback, or as a bar on a terminal.
+
+The core counts bytes as they go by; a thread of Python looks at the count four times a second.
+Between its looks it sleeps without the GIL, and it ends before the call returns.  Nothing is asked
+of other ranks: a bar shows this rank's bytes, and names the sum of all where this rank planned for
+all.  Where nobody would see anything there is no thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TextIO
+
+from ._cli.units import bytes_text, seconds_text
+from ._config import config
+
+__all__ = ["Progress"]
+
+LOOK_S = 0.25
+"""Between two looks."""
+BAR_AFTER_S = 2.0
+"""Shorter operations show no bar."""
+LINE_EVERY_S = 10.0
+"""Between two lines where standard error is no terminal (``progress="on"``)."""
+END_S = 5.0
+"""How long a callback that does not return holds up the call that it watches."""
+
+
+class _Bar(Protocol):
+    def show(self, done: int, total: int, took_s: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class Progress:
+    """Watches one operation, from ``with`` to its end.
+
+    Args:
+        kind: what people and callbacks see it named.
+        look: gives (bytes done, bytes in all); 0 in all: not known yet.
+        rank, ranks_bytes: of the group; what all its ranks write together, or 0.
+        begin_ns: of the operation, which began earlier than what is counted.
+        foreground: the caller waits for it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        look: Callable[[], tuple[int, int]],
+        *,
+        rank: int = 0,
+        ranks_bytes: int = 0,
+        begin_ns: int = 0,
+        foreground: bool = True,
+    ) -> None:
+        self._kind = kind
+        self._look = look
+        self._begin_s = begin_ns / 1e9 or time.monotonic()
+        self._note = f"of {bytes_text(ranks_bytes)} on all ranks" if ranks_bytes else ""
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        wanted = config().progress
+        if callable(wanted):
+            self._run: Callable[[], None] = lambda: self._call(wanted)
+        elif foreground and _is_first(rank) and (wanted == "on" or _on_terminal(wanted)):
+            self._run = self._draw
+        else:
+            self._run = _nothing
+
+    def __enter__(self) -> Progress:
+        if self._run is not _nothing:
+            self._thread = threading.Thread(
+                target=self._run, name="dcp_native-progress", daemon=True
+            )
+            self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._end.set()
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        self._thread.join(END_S)
+        if self._thread.is_alive():
+            _logger().warning(
+                "a progress callback did not return for %g s; the %s does not wait for it",
+                END_S, self._kind,
+            )  # fmt: skip
+        self._thread = None
+
+    def _counts(self) -> tuple[int, int]:
+        done, total = self._look()  # objects are counted with their records, of unknown length
+        return min(done, total) if total > 0 else done, total
+
+    def _call(self, callback: Callable[[str, int, int, float], object]) -> None:
+        start_s = time.monotonic()
+        try:
+            ended = False
+            while not ended:
+                ended = self._end.wait(LOOK_S)
+                done, total = self._counts()
+                rate = done / max(time.monotonic() - start_s, 1e-9)
+                callback(self._kind, done, total, rate)
+        except BaseException:  # it must not harm what it watches
+            _logger().warning(
+                "a progress callback raised; it is not called any more for this %s", self._kind,
+                exc_info=True,
+            )  # fmt: skip
+
+    def _draw(self) -> None:
+        if self._end.wait(max(0.0, self._begin_s + BAR_AFTER_S - time.monotonic())):
+            return
+        try:
+            bar = _bar(f"{self._kind} {self._note}".rstrip())
+            try:
+                while not self._end.wait(LOOK_S):
+                    done, total = self._counts()
+                    bar.show(done, total, time.monotonic() - self._begin_s)
+            finally:
+                bar.close()
+        except BaseException as error:  # a terminal that went away
+            _logger().debug("no progress is shown any more: %r", error)
+
+
+def _nothing() -> None:
+    """Watches nothing."""
+
+
+def _logger() -> Any:
+    from ._report import logger
+
+    return logger
+
+
+def _on_terminal(wanted: object) -> bool:
+    return wanted == "auto" and sys.stderr is not None and sys.stderr.isatty()
+
+
+def _is_first(rank: int) -> bool:
+    """Whether this is the process whose bar is shown: not one for each group of ranks."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return rank == 0
+
+
+def _bar(title: str) -> _Bar:
+    stream = sys.stderr
+    if not stream.isatty():
+        return _Lines(stream, title)
+    try:
+        return _Tqdm(importlib.import_module("tqdm"), stream, title)
+    except ImportError:
+        return _Line(stream, title)
+
+
+class _Tqdm:
+    """tqdm's bar, which gets on with the bars of the program; without its monitoring thread."""
+
+    def __init__(self, module: Any, stream: TextIO, title: str) -> None:
+        unwatched = type("tqdm", (module.tqdm,), {"monitor_interval": 0})
+        self._bar = unwatched(
+            desc=title, file=stream, unit="B", unit_scale=True, leave=False, mininterval=0,
+            ncols=_columns(stream),
+        )  # fmt: skip
+
+    def show(self, done: int, total: int, took_s: float) -> None:
+        self._bar.start_t = self._bar._time() - took_s
+        self._bar.total = total or None
+        self._bar.n = done
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Line:
+    """One line that is written over, without escape codes."""
+
+    def __init__(self, stream: TextIO, title: str) -> None:
+        self._stream = stream
+        self._title = title
+        self._width = 0
+
+    def show(self, done: int, total: int, took_s: float) -> None:
+        room = _columns(self._stream) - 1
+        self._write(_text(self._title, done, total, took_s)[:room])
+
+    def _write(self, text: str) -> None:
+        self._stream.write("\r" + text.ljust(self._width))
+        self._stream.flush()
+        self._width = len(text)
+
+    def close(self) -> None:
+        self._write("")
+        self._stream.write("\r")
+        self._stream.flush()
+
+
+class _Lines:
+    """Whole lines, seldom: for logs."""
+
+    def __init__(self, stream: TextIO, title: str) -> None:
+        self._stream = stream
+        self._title = title
+        self._next_s = 0.0
+
+    def show(self, done: int, total: int, took_s: float) -> None:
+        if took_s >= self._next_s:
+            self._stream.write(_text(self._title, done, total, took_s) + "\n")
+            self._stream.flush()
+            self._next_s = took_s + LINE_EVERY_S
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _text(title: str, done: int, total: int, took_s: float) -> str:
+    """``save: 3.10 of 12.4 GB (25%), 2.94 GB/s, 3.2 s left``."""
+    rate = done / took_s
+    if total <= 0:
+        return f"{title}: {bytes_text(done)}, {bytes_text(rate)}/s"
+    text = f"{title}: {bytes_text(done)} of {bytes_text(total)} ({100 * done // total}%)"
+    if done >= total:
+        return f"{text}, waiting for the disk and the other ranks"
+    left = f", {seconds_text((total - done) / rate)} left" if done > 0 else ""
+    return f"{text}, {bytes_text(rate)}/s{left}"

@@ -48,6 +48,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong; of a save or load what failed on the only rank there is."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
+        name = os.fsdecode(error.filename)
+        return error.strerror if name in error.strerror else f"{name}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _plain(value: Any) -> Any:
     """What JSON has no number for becomes ``"nan"``, ``"inf"`` or ``"-inf"``."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as torch_dcp
 from conftest import ROOT
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -174,6 +175,24 @@ def test_objects_are_never_executed(tmp_path):
     assert cli.run("diff", path, other).status == 1
     assert cli.run("convert", path, tmp_path / "x.pt").status == 1
     assert not trace.exists() and not (tmp_path / "other").exists()
+
+
+def test_records_are_looked_for_in_the_checkpoint_alone(tmp_path):
+    secret = tmp_path / "secret"
+    torch.save("secret", secret)
+    for name in ("../secret", str(secret)):
+        index, record = MetadataIndex("key"), _StorageInfo(name, 0, secret.stat().st_size)
+        image = pickle.dumps(Metadata({"key": BytesStorageMetadata()}, None, {index: record}))
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c" / ".metadata").write_bytes(image)
+        for command in (("inspect", tmp_path / "c", "key"), ("cat", tmp_path / "c", "key")):
+            done = cli.run(*command)
+            assert "'secret'" not in done.out, done
+
+
+def test_the_installed_command_is_this_one():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dcp-native = "dcp_native._cli.main:main"' in text
 
 
 def test_names_can_not_speak_to_the_terminal(tmp_path):

@@ -196,7 +196,6 @@ class NativeLoad:
             "ranks_count": self.group.size,
             "total_ns": self.clock.total_ns,
             "phases": dict(self.clock.phases_ns),
-            "comm": self.group.kind,
             **self._comm(),
             "peak_memory_bytes": _native.peak_bytes(),
             **{

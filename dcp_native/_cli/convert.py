@@ -17,7 +17,7 @@ from typing import Any
 
 from .._config import configure
 from .checkpoint import Checkpoint, metadata_names
-from .output import CommandError, Output
+from .output import CommandError, Output, one_line
 from .units import bytes_text, count_text, positive, seconds_text
 
 KINDS = ("dcp", "torch", "hf")
@@ -66,7 +66,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     began = time.monotonic()
     try:
         step(args, out)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         raise _explained(error) from None
     seconds = time.monotonic() - began
     size, files = _made(args.target)
@@ -130,14 +132,11 @@ def _made(path: Path) -> tuple[int, int]:
     return sum(p.stat().st_size for p in files), len(files)
 
 
-def _explained(error: Exception) -> CommandError:
-    """One line: of what failed on the only rank there is, its own words."""
+def _explained(error: BaseException) -> CommandError:
+    """One line."""
     if isinstance(error, CommandError):
         return error
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        error = next(iter(failures.values()))[0]
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     if "allow_unsafe_objects" in text:
         text += " (--unsafe allows it, for files that you trust)"
     return CommandError(text, 1)

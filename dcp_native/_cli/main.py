@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .output import CommandError, Output, printable
+from .output import CommandError, Output, one_line, printable
 
 COMMANDS = (
     "inspect",
@@ -72,15 +72,11 @@ def _run(args: argparse.Namespace, out: Output) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        return _fail(_one_line(error), 2)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        name = os.fsdecode(error.filename) if not isinstance(error.filename, int) else ""
-        if name not in error.strerror:
-            return f"{name}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return _fail(one_line(error), 2)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not hasattr(error, "failures"):
+            raise
+        return _fail(one_line(error), 2)
 
 
 def _fail(text: str, status: int) -> int:

@@ -1,8 +1,8 @@
 """document.py: docs/benchmarks.md and its pictures, from recorded results.
 
-    python benchmarks/document.py                        page and pictures from benchmarks/recorded/
-    python benchmarks/document.py --add RESULT.json ...  records results of benchmark programs first
-    python benchmarks/document.py --check                says whether docs/benchmarks.md is up to date
+    python benchmarks/document.py                    page and pictures from benchmarks/recorded/
+    python benchmarks/document.py --add RESULT.json  records results of benchmark programs first
+    python benchmarks/document.py --check            says whether docs/benchmarks.md is up to date
 
 A result of a benchmark program (benchmarks/results/, not in the repository) is recorded as its
 machine and its rows, a newer one in place of the older one of the same program.  Nothing in the
@@ -77,17 +77,17 @@ Every row was measured in one run: ours, stock torch and the machine's own limit
 5 rounds where a row does not say another number. Of torch with 1 and with 4 threads the faster one
 counts; with plan caching it has rows of its own. Saves are durable (fsync) when the clock stops,
 torch's too. Cold loads begin with an empty page cache of the guest; what lies below it (the host's
-cache of the virtual disk) is the same for all. What is loaded is compared bit for bit; a wrong value
-makes the program fail.
+cache of the virtual disk) is the same for all. What is loaded is compared bit for bit; a wrong
+value makes the program fail.
 
 *The limit* is not a competitor but what the same bytes cost without a checkpoint: direct writes or
 reads of a ready image with as many processes, `write()` on tmpfs, `memcpy` for copies in memory.
 More than 100% of it is noise of the disk, or a limit with less parallelism than ours. A row whose
 target is missed says **no**. A row that begins with `-` belongs to the one above.
 
-What these figures do not show: a GPU, NCCL, a network file system, more than one host, more than two
-cores. Planning and metadata of large jobs were simulated in one process. The machine is virtual: the
-same row varies by some percent from run to run, the disk now and then by tens.
+What these figures do not show: a GPU, NCCL, a network file system, more than one host, more than
+two cores. Planning and metadata of large jobs were simulated in one process. The machine is virtual:
+the same row varies by some percent from run to run, the disk now and then by tens.
 
 ![Time of ours, torch's and the limit](pictures/measured.svg)"""
 

@@ -86,8 +86,8 @@ More than 100% of it is noise of the disk, or a limit with less parallelism than
 target is missed says **no**. A row that begins with `-` belongs to the one above.
 
 What these figures do not show: a GPU, NCCL, a network file system, more than one host, more than
-two cores. Planning and metadata of large jobs were simulated in one process. The machine is virtual:
-the same row varies by some percent from run to run, the disk now and then by tens.
+two cores. Planning and metadata of large jobs were simulated in one process. The machine is
+virtual: the same row varies by some percent from run to run, the disk now and then by tens.
 
 ![Time of ours, torch's and the limit](pictures/measured.svg)"""
 

@@ -234,6 +234,32 @@ def test_the_figures_are_those_of_the_recorded_runs():
     check("benchmarks/document.py")
 
 
+def test_a_result_of_make_bench_becomes_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import document
+
+    def side(wall_s):
+        return {"save": {"wall_s": wall_s}, "load": {"wall_s": wall_s / 2}}
+
+    summary = {"dcp_native": side(2.0), "torch1": side(9.0), "torch4": side(6.0), "limit": side(1.8),
+               "torch1 reads dcp_native": {"load": {"wall_s": 0.1}}}  # fmt: skip
+    save, load = document.rows_of_bench({"llama on disk": {"bytes": 2e9, "summary": summary}})
+    assert save["what"] == "save, llama on disk, 2.00 GB"
+    assert (save["ours"], save["torch"], save["limit"]) == (
+        "2 s (90% of the limit)", "6 s (3x)", "1.8 s",
+    )  # fmt: skip
+    assert document.times_of(load) == (1.0, 3.0, 0.9, 3.0)
+
+
+def test_every_row_of_the_first_picture_was_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import document
+
+    for label, ours, torch_s, _limit, factor in document.shown(document.recorded()):
+        assert ours > 0 and torch_s > 0, label
+        assert factor == pytest.approx(torch_s / ours, rel=0.02), label
+
+
 def test_the_reference_is_that_of_the_docstrings():
     if not torch.__version__.startswith("2.13."):
         pytest.skip("inherited signatures in it are those of torch 2.13")

@@ -241,8 +241,13 @@ def test_a_result_of_make_bench_becomes_rows(monkeypatch):
     def side(wall_s):
         return {"save": {"wall_s": wall_s}, "load": {"wall_s": wall_s / 2}}
 
-    summary = {"dcp_native": side(2.0), "torch1": side(9.0), "torch4": side(6.0), "limit": side(1.8),
-               "torch1 reads dcp_native": {"load": {"wall_s": 0.1}}}  # fmt: skip
+    summary = {
+        "dcp_native": side(2.0),
+        "torch1": side(9.0),
+        "torch4": side(6.0),
+        "torch1 reads dcp_native": {"load": {"wall_s": 0.1}},
+        "limit": side(1.8),
+    }
     save, load = document.rows_of_bench({"llama on disk": {"bytes": 2e9, "summary": summary}})
     assert save["what"] == "save, llama on disk, 2.00 GB"
     assert (save["ours"], save["torch"], save["limit"]) == (

@@ -126,6 +126,17 @@ def test_files_of_an_earlier_save_are_accepted_by_its_id(tmp_path):
     assert {f.save_id for f in checkpoint.files} == {checkpoint.save_id, *checkpoint.accepted}
 
 
+def test_a_claim_is_named_by_number_and_save_id(tmp_path):
+    dcp.save({"w": value("w", (10,))}, checkpoint_id=tmp_path)
+    dcp.configure(write_limit_bytes_s=8 << 20)
+    future = dcp.async_save({"w": value("w", (2 << 20,))}, checkpoint_id=tmp_path)
+    names = {p.name for p in tmp_path.iterdir()}
+    future.result()
+    checkpoint = Checkpoint(tmp_path)
+    n0 = min(file.n for file in checkpoint.files)
+    assert f".dcp_native-claim-{n0}-{checkpoint.save_id[:8].hex()}" in names
+
+
 def test_a_damaged_byte_is_noticed_wherever_it_is(tmp_path):
     dcp.configure(content_hash=True)
     dcp.save({"w": value("w", (600, 500)), "s": value("s", (3,)), "n": 1}, checkpoint_id=tmp_path)

@@ -2,121 +2,45 @@
 
 ``import dcp_native as dcp`` and use ``dcp.save``, ``dcp.async_save`` and ``dcp.load`` as with
 ``torch.distributed.checkpoint``, whose names, classes and file formats they keep.
+
+The names are in _api.py, which imports torch (2 s) when the first of them is asked for (PEP 562).
+So the command line looks at checkpoints without it; every other program is none the wiser.
 """
 
 from __future__ import annotations
 
-import torch
-from torch.distributed.checkpoint import (
-    BytesStorageMetadata,
-    CheckpointException,
-    ChunkStorageMetadata,
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    FileSystemWriter,
-    LoadPlan,
-    LoadPlanner,
-    Metadata,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    StorageReader,
-    StorageWriter,
-    TensorStorageMetadata,
-    WriteItem,
-)
-from torch.distributed.checkpoint.stateful import Stateful
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
 
-from . import _native
-from ._mirror import rest_of_torchs
-
-if _native.built_for_torch != torch.__version__.split("+")[0]:
-    raise ImportError(
-        f"dcp_native was built for torch {_native.built_for_torch}, but torch {torch.__version__} "
-        "is installed: build it again in this environment (pip install --no-build-isolation "
-        "--force-reinstall --no-deps dcp-native, or `make build` in its tree)"
-    )
-
-from ._config import Config, config, configure
-from ._failures import LoadException
-from ._find_latest import find_latest
-from ._install import install, install_if_asked, uninstall
-from ._native import NativeError
-from ._report import last_report
-from ._verify import VerifyProblem, VerifyResult, verify
-from .filesystem import FileSystemReader
-from .hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from .optimizer import load_sharded_optimizer_state_dict
-from .quantized_hf_storage import QuantizedHuggingFaceStorageReader
-from .state_dict_loader import load, load_state_dict
-from .state_dict_saver import (
-    AsyncCheckpointerType,
-    AsyncSaveResponse,
-    async_save,
-    save,
-    save_state_dict,
-    warm_up,
-)
+from ._modules import modules_of
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AsyncCheckpointerType",
-    "AsyncSaveResponse",
-    "BytesStorageMetadata",
-    "CheckpointException",
-    "ChunkStorageMetadata",
-    "Config",
-    "DefaultLoadPlanner",
-    "DefaultSavePlanner",
-    "FileSystemReader",
-    "FileSystemWriter",
-    "HuggingFaceStorageReader",
-    "HuggingFaceStorageWriter",
-    "LoadException",
-    "LoadPlan",
-    "LoadPlanner",
-    "Metadata",
-    "NativeError",
-    "QuantizedHuggingFaceStorageReader",
-    "ReadItem",
-    "SavePlan",
-    "SavePlanner",
-    "Stateful",
-    "StorageReader",
-    "StorageWriter",
-    "TensorStorageMetadata",
-    "VerifyProblem",
-    "VerifyResult",
-    "WriteItem",
-    "async_save",
-    "config",
-    "configure",
-    "find_latest",
-    "install",
-    "last_report",
-    "load",
-    "load_sharded_optimizer_state_dict",
-    "load_state_dict",
-    "save",
-    "save_state_dict",
-    "trim",
-    "uninstall",
-    "verify",
-    "warm_up",
-]
-__all__ += [  # what a newer torch has besides
-    name
-    for name, value in vars(torch.distributed.checkpoint).items()
-    if callable(value) and name not in __all__ and not name.startswith("_")
-]
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+    from ._api import __all__ as __all__
 
 
-def trim() -> None:
-    """Give the memory that is kept between saves (staging, write buffers) back to the system."""
-    _native.trim()
+def __getattr__(name: str) -> Any:
+    if name in modules_of(__name__):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = importlib.import_module(f"{__name__}._api")
+    names = vars(api).get("__all__", ())  # of a part of it, while it is being imported
+    if name != "__all__" and name not in names:
+        return api.rest(name)
+    for each in ("__all__", *names):
+        globals().setdefault(each, getattr(api, each))
+    return globals()[name]
 
 
-__getattr__, __dir__ = rest_of_torchs(__name__)
+def __dir__() -> list[str]:
+    api = importlib.import_module(f"{__name__}._api")
+    return sorted({*globals(), *api.__all__, *api.names_of_rest()})
 
-install_if_asked()
+
+# What asks for install() has to have it before the program goes on.
+if os.environ.get("DCP_NATIVE_INSTALL", "") not in ("", "0"):
+    importlib.import_module(f"{__name__}._api")

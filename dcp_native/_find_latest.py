@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed as dist
-
-from ._failures import as_record, from_record
 from ._report import logger
 from ._verify import Level, local_path
 from ._verify import verify as check
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["find_latest"]
 
@@ -86,6 +86,10 @@ def _find_together(
     group: dist.ProcessGroup,
 ) -> Path | None:
     """Rank 0 proposes; with level full all ranks check what it proposes, and ask for the next."""
+    import torch.distributed as dist
+
+    from ._failures import as_record, from_record
+
     looks = dist.get_rank(group) == 0
     alone: Level = "structure" if level == "full" else level
     proposals = _whole(parent, alone, pattern, key) if looks else iter(())

@@ -19,11 +19,21 @@ import sys
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint
+
+from . import _native
+from ._modules import PACKAGE
+
+if _native.built_for_torch != torch.__version__.split("+")[0]:
+    raise ImportError(
+        f"dcp_native was built for torch {_native.built_for_torch}, but torch {torch.__version__} "
+        "is installed: build it again in this environment (pip install --no-build-isolation "
+        "--force-reinstall --no-deps dcp-native, or `make build` in its tree)"
+    )
 
 __all__ = ["PACKAGE", "UNINSTALL", "StockModule", "is_foreign", "originals", "stock"]
 
-PACKAGE = "torch.distributed.checkpoint"
 UNINSTALL = "_dcp_native_uninstall"
 """Attribute of torch's package while install() is in force: what takes it back."""
 

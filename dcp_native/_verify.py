@@ -1,4 +1,7 @@
-"""verify: is a checkpoint whole?  Checked in C without loading it (csrc/include/dcp_verify.h)."""
+"""verify: is a checkpoint whole?  Checked in C without loading it (csrc/include/dcp_verify.h).
+
+torch is imported where it is needed: for process groups, and for metadata that only it can read.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import dataclasses
 import os
 import pickle
 import re
+from array import array
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
-
-import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._config import DIRECT_IO, config
-from ._failures import as_record, from_record
 
-__all__ = ["VerifyProblem", "VerifyResult", "local_path", "verify"]
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+__all__ = ["VerifyProblem", "VerifyResult", "local_path", "verify", "verify_alone"]
 
 Level = Literal["complete", "structure", "full"]
 LEVELS: dict[str, int] = {"complete": 0, "structure": 1, "full": 2}
@@ -177,6 +180,36 @@ def verify(
         raise ValueError(f"max_problems must be positive, not {max_problems!r}")
     if process_group is None:
         return _as_result(path, level, _run(path, level, max_problems, 0, 1))
+    return _verify_together(path, level, max_problems, process_group)
+
+
+def verify_alone(
+    path: Path, level: Level, max_problems: int, counters: list[array]
+) -> VerifyResult:
+    """``verify`` by as many threads as there are counters, which divide the files.
+
+    Args:
+        counters: each an ``array("Q", [0])``, to which its thread adds the bytes that it has gone
+            through; others may look at them meanwhile.
+    """
+    size = len(counters)
+
+    def one(part: int) -> dict[str, Any]:
+        return _run(path, level, max_problems, part, size, counters[part])
+
+    with ThreadPoolExecutor(size) as pool:
+        for tries_left in reversed(range(_TRIES)):
+            parts = list(pool.map(one, range(size)))
+            if len({found["metadata_id"] for found in parts}) == 1 or tries_left == 0:
+                break
+    return _as_result(path, level, _merge(parts, max_problems))
+
+
+def _verify_together(
+    path: Path, level: Level, max_problems: int, process_group: dist.ProcessGroup
+) -> VerifyResult:
+    import torch.distributed as dist
+
     rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
     for tries_left in reversed(range(_TRIES)):
         mine: tuple[dict[str, Any] | None, _Failure | None]
@@ -202,6 +235,8 @@ _Failure = tuple[bytes, bool]
 
 
 def _failure(error: BaseException) -> _Failure:
+    from ._failures import as_record, from_record
+
     record = as_record(error)
     assert record is not None
     return record, isinstance(from_record(record), OSError)
@@ -213,6 +248,8 @@ def _agreed(failures: dict[int, _Failure], rank: int, error: BaseException | Non
     Errors that are none, of whichever rank, go before those that are.  A rank whose own error
     counts raises that; the others raise the first that does.
     """
+    from ._failures import from_record
+
     is_fatal = not all(is_os_error for _, is_os_error in failures.values())
     counts = [peer for peer, (_, is_os_error) in failures.items() if is_os_error != is_fatal]
     if rank in counts and isinstance(error, OSError) != is_fatal:
@@ -225,13 +262,16 @@ def _agreed(failures: dict[int, _Failure], rank: int, error: BaseException | Non
     return RuntimeError(str(shown)) if is_fatal else OSError(str(shown))
 
 
-def _run(path: Path, level: str, max_problems: int, part: int, parts: int) -> dict[str, Any]:
+def _run(
+    path: Path, level: str, max_problems: int, part: int, parts: int, counter: array | None = None
+) -> dict[str, Any]:
     options: dict[str, Any] = {
         "level": LEVELS[level],
         "direct": DIRECT_IO[config().direct_io],
         "problems_most": max_problems,
         "part": part,
         "parts": parts,
+        "progress": counter,
     }
     translations: dict[bytes, bytes] = {}
     for tries_left in reversed(range(_TRIES)):
@@ -271,6 +311,9 @@ def _translations(path: Path) -> tuple[dict[bytes, bytes], Exception | None]:
 
 
 def _translation(original: bytes) -> bytes:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
     metadata = pickle.loads(original)
     plain = Metadata(
         state_dict_metadata=metadata.state_dict_metadata,

@@ -18,6 +18,7 @@ struct verify_job {
     atomic_int cancel;
     PyObject *path;         /* bytes */
     PyObject *translations; /* a tuple of pairs of bytes */
+    Py_buffer progress;     /* of a 64-bit counter that others look at meanwhile; or nothing */
 };
 
 static void
@@ -28,6 +29,7 @@ job_free(PyObject *capsule)
     dcp_verify_result_clean_up(&job->result);
     Py_XDECREF(job->path);
     Py_XDECREF(job->translations);
+    PyBuffer_Release(&job->progress);
     PyMem_Free((void *)job->options.translations);
     PyMem_Free(job);
 }
@@ -172,18 +174,38 @@ take_translations(struct verify_job *job, PyObject *pairs)
     return 0;
 }
 
+/* None, or writable memory of exactly one counter where it may be added to atomically. */
+static int
+take_progress(struct verify_job *job, PyObject *counter)
+{
+    if (counter == Py_None) {
+        return 0;
+    }
+    if (PyObject_GetBuffer(counter, &job->progress, PyBUF_WRITABLE) != 0) {
+        return -1;
+    }
+    if (job->progress.len != sizeof(uint64_t) ||
+        (uintptr_t)job->progress.buf % _Alignof(uint64_t) != 0) {
+        PyErr_SetString(PyExc_ValueError, "progress must be one aligned 64-bit number");
+        return -1;
+    }
+    job->options.progress_bytes = (_Atomic uint64_t *)job->progress.buf;
+    return 0;
+}
+
 PyDoc_STRVAR(verify_doc,
              "verify_checkpoint(path, *, level=2, direct=0, problems_most=100, part=0, parts=0, "
-             "translations=())\n--\n\n"
-             "Check a checkpoint without loading it (dcp_verify.h).");
+             "translations=(), progress=None)\n--\n\n"
+             "Check a checkpoint without loading it (dcp_verify.h).  `progress`: an array('Q') of "
+             "one number, to which bytes are added as they are gone through.");
 
 static PyObject *
 module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"path", "level", "direct",       "problems_most",
-                            "part", "parts", "translations", NULL};
+    static char *names[] = {"path",         "level",    "direct", "problems_most", "part", "parts",
+                            "translations", "progress", NULL};
     struct module_state *state = PyModule_GetState(module);
-    PyObject *translations = NULL, *result = NULL;
+    PyObject *translations = NULL, *progress = Py_None, *result = NULL;
     int level = DCP_VERIFY_FULL, direct = DCP_DIRECT_AUTO;
     unsigned int most = DCP_VERIFY_PROBLEMS, part = 0, parts = 0;
     struct verify_job *job = PyMem_Calloc(1, sizeof *job);
@@ -193,9 +215,10 @@ module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
         PyMem_Free(job);
         return job == NULL ? PyErr_NoMemory() : NULL;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIO!:verify_checkpoint", names,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIO!O:verify_checkpoint", names,
                                      PyUnicode_FSConverter, &job->path, &level, &direct, &most,
-                                     &part, &parts, &PyTuple_Type, &translations) ||
+                                     &part, &parts, &PyTuple_Type, &translations, &progress) ||
+        take_progress(job, progress) != 0 ||
         (translations != NULL && take_translations(job, translations) != 0)) {
         Py_DECREF(capsule);
         return NULL;

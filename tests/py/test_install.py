@@ -398,9 +398,10 @@ dcp_native.install()
 first = torch_dcp.save
 for name in [n for n in sys.modules if n.split(".")[0] == "dcp_native" and "._" not in n]:
     del sys.modules[name]
-for name in ("_stock", "_mirror", "_install"):
+for name in ("_api", "_stock", "_mirror", "_install"):
     del sys.modules[f"dcp_native.{name}"]
 import dcp_native
+dcp_native.save  # a package is loaded when its first name is asked for
 assert torch_dcp.save is torchs is dcp_native._stock.state_dict_saver.save
 dcp_native.install()
 assert torch_dcp.save is dcp_native.save is not first

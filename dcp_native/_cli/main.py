@@ -1,0 +1,84 @@
+"""The command line's entry: which commands there are, and how errors end.
+
+Exit status: 0 fine; 1 something was found (damage, a difference, nothing there); 2 the command
+could not do what was asked (usage, a missing path).  Bad input never ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .output import CommandError, Output, one_line, printable
+
+COMMANDS = (
+    "inspect",
+    "verify",
+    "diff",
+    "du",
+    "cat",
+    "convert",
+    "latest",
+    "prune",
+    "plot",
+    "bench",
+)
+"""Modules beside this one, each with ``add(subparsers)`` and ``run(args, out) -> status``."""
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="dcp-native",
+        description="Looks at, checks and converts checkpoints of torch.distributed.checkpoint, "
+        "dcp_native's and torch's own.",
+        epilog="Exit status: 0 fine, 1 found something (damage, a difference), 2 could not run.",
+    )
+    commands = found.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"{__package__}.{name}").add(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status."""
+    args = parser().parse_args(argv)
+    collects = gc.isenabled()
+    gc.disable()  # a command holds what it makes to its end; of 256k keys this is half the time
+    try:
+        return _run(args, Output(as_json=args.json))
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _run(args: argparse.Namespace, out: Output) -> int:
+    try:
+        status = args.run(args, out)
+        sys.stdout.flush()
+        return status
+    except CommandError as error:
+        return _fail(str(error), error.status)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        return _fail(one_line(error), 2)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not hasattr(error, "failures"):
+            raise
+        return _fail(one_line(error), 2)
+
+
+def _fail(text: str, status: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"dcp-native: {printable(text)}", file=sys.stderr)
+    return status

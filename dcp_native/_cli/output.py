@@ -1,0 +1,201 @@
+"""What the commands print: text, tables, progress or JSON.
+
+With ``rich`` (the extra ``dcp_native[cli]``) tables and bars on a terminal are its; without it, in
+pipes and with NO_COLOR set there are aligned columns and no escape codes.  Results go to stdout,
+progress and remarks to stderr, so that ``--json`` gives one document and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .units import bytes_text, seconds_text
+
+_REDRAW_S = 0.1
+
+
+class Column(NamedTuple):
+    """Of a table; ``right`` for numbers."""
+
+    title: str
+    right: bool = False
+
+
+class CommandError(Exception):
+    """What a command says in one line before it ends.
+
+    Attributes:
+        status: 2: it could not do what was asked; 1: what it looked at is damaged or not there.
+    """
+
+    def __init__(self, text: str, status: int = 2) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def printable(text: str) -> str:
+    """Names may hold anything; what is printed holds no control characters and no lone bytes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong; of a save or load what failed on the only rank there is."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
+        name = os.fsdecode(error.filename)
+        return error.strerror if name in error.strerror else f"{name}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no number for becomes ``"nan"``, ``"inf"`` or ``"-inf"``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
+
+
+class Output:
+    """Where a command's results go."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._results = _console(sys.stdout) if not as_json else None
+        self._remarks = _console(sys.stderr)
+
+    def json(self, value: Any) -> None:
+        """The command's one document, if it was asked for."""
+        if self.as_json:
+            json.dump(_plain(value), sys.stdout, indent=2, allow_nan=False)
+            sys.stdout.write("\n")
+
+    def line(self, text: str = "", *, style: str = "") -> None:
+        """A line of the result; ``style`` is rich's, such as ``bold`` or ``red``."""
+        if self.as_json:
+            return
+        if self._results is None:
+            print(printable(text))
+        else:
+            self._results.print(printable(text), style=style or None, markup=False, soft_wrap=True)
+
+    def remark(self, text: str) -> None:
+        """A line beside the result, also with ``--json``."""
+        print(printable(text), file=sys.stderr)
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+        """Rows under titles; a column that is empty everywhere is left out."""
+        if self.as_json or not rows:
+            return
+        used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+        columns = [columns[i] for i in used]
+        cells = [[printable(row[i]) for i in used] for row in rows]
+        if self._results is None:
+            _print_plain(columns, cells)
+        else:
+            _print_rich(self._results, columns, cells)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal while bytes are gone through; gives ``update(bytes so far)``."""
+        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+            yield lambda done: None
+        elif self._remarks is not None:
+            with _rich_progress(self._remarks, what, total) as update:
+                yield update
+        else:
+            with _plain_progress(what, total) as update:
+                yield update
+
+
+def _console(stream: Any) -> Any:
+    """rich's, for a terminal; None where plain text is due."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(file=stream, highlight=False)
+
+
+def _print_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(c.title), *(len(r[i]) for r in rows)) for i, c in enumerate(columns)]
+    for row in ([c.title for c in columns], *rows):
+        cells = (
+            text.rjust(width) if column.right else text.ljust(width)
+            for text, width, column in zip(row, widths, columns, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _print_rich(console: Any, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(
+            Text(column.title), justify="right" if column.right else "left",
+            overflow="fold", no_wrap=column.right, style="cyan" if i == 0 else "",
+        )  # fmt: skip
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _rich_progress(console: Any, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"), progress.BarColumn(),
+        progress.TaskProgressColumn(), progress.TextColumn("{task.fields[done]}"),
+        progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(printable(what), total=max(total, 1), done="")
+        yield lambda done: bar.update(
+            task, completed=done, done=f"{bytes_text(done)} of {bytes_text(total)}"
+        )
+
+
+@contextlib.contextmanager
+def _plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """One line that is written over; a carriage return and blanks are all it needs."""
+    began, drawn = time.monotonic(), 0.0
+    width = shutil.get_terminal_size().columns - 1
+
+    def update(done: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn < _REDRAW_S:
+            return
+        drawn = now
+        rate = done / max(now - began, 1e-9)
+        left = f", {seconds_text((total - done) / rate)} left" if 0 < done < total else ""
+        share = f"{min(100, 100 * done // max(total, 1))}% of {bytes_text(total)}"
+        text = f"{printable(what)}: {share}, {bytes_text(rate)}/s{left}"
+        sys.stderr.write("\r" + text[:width].ljust(width))
+        sys.stderr.flush()
+
+    try:
+        yield update
+    finally:
+        sys.stderr.write("\r" + " " * width + "\r")
+        sys.stderr.flush()

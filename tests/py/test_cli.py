@@ -1,0 +1,329 @@
+"""The command line as a whole: every command on every kind of checkpoint, and on what is none."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import cli
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from conftest import ROOT
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+import dcp_native as dcp
+from dcp_native._cli.checkpoint import Checkpoint
+from dcp_native._cli.main import COMMANDS
+
+LOOKS = (
+    ("inspect",), ("inspect", "--all"), ("verify",), ("verify", "--quick"), ("du",),
+    ("du", "--files", "--depth", "1"),
+)  # fmt: skip
+"""Commands that take a checkpoint and nothing else."""
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    return cli.save(tmp_path_factory.mktemp("cli") / "step-100")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(ours):
+    return {"ours": ours, **{str(p.relative_to(p.parents[1])): p for p in cli.STOCK}}
+
+
+NAMES = ["ours", *(str(path.relative_to(path.parents[1])) for path in cli.STOCK)]
+
+
+@pytest.mark.parametrize("command", LOOKS, ids=" ".join)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_checkpoint_can_be_looked_at(checkpoints, name, command):
+    path = checkpoints[name]
+    plain = cli.run(*command, path)
+    assert plain.status == 0 and plain.err == "", plain
+    assert plain.out.strip() and "\x1b" not in plain.out
+    document = cli.run(*command, path, "--json")
+    assert document.status == 0 and document.json["path"] == str(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inspect_says_what_torchs_own_reader_says(checkpoints, name):
+    path = checkpoints[name]
+    theirs = torch_dcp.FileSystemReader(path).read_metadata()
+    mine = cli.run("inspect", path, "--json").json["entries"]
+    assert [entry["key"] for entry in mine] == list(theirs.state_dict_metadata)
+    detailed = {e["key"]: e for e in cli.run("inspect", path, "*", "--json").json["entries"]}
+    for key, what in theirs.state_dict_metadata.items():
+        entry = detailed[key]
+        if not isinstance(what, TensorStorageMetadata):
+            assert entry["kind"] == "object" and entry["shape"] is None
+            continue
+        assert entry["shape"] == list(what.size)
+        assert entry["dtype"] == str(what.properties.dtype).removeprefix("torch.")
+        assert entry["bytes"] == what.size.numel() * what.properties.dtype.itemsize
+        boxes = [(r["offsets"], r["sizes"]) for r in entry["records"]]
+        assert boxes == [(list(c.offsets), list(c.sizes)) for c in what.chunks]
+    places = {(r["file"], r["offset_bytes"]) for e in detailed.values() for r in e["records"]}
+    assert places == {(i.relative_path, i.offset) for i in theirs.storage_data.values()}
+
+
+def test_layers_that_are_alike_are_shown_once(ours):
+    short, every = cli.run("inspect", ours).out, cli.run("inspect", ours, "--all").out
+    assert "layers.0-3" in short and "4 alike" in short
+    assert "layers.0-3" not in every and len(every.splitlines()) > len(short.splitlines())
+
+
+def test_one_tensor_shows_which_rank_holds_which_box():
+    path = next(p for p in cli.STOCK if p.name == "sharded")
+    out = cli.run("inspect", path, "cols").out.splitlines()
+    assert out[1].split() == ["float32", "[4,", "9],", "144", "B"]
+    assert [line.split()[0] for line in out[3:5]] == ["0", "1"]
+    assert "[0:4, 0:5]" in out[3] and "__0_1.distcp" in out[3]
+    assert "[0:4, 5:9]" in out[4] and "__1_1.distcp" in out[4]
+
+
+def test_sizes_are_those_of_the_values(ours):
+    found = cli.run("du", ours, "--json").json
+    sizes = {row["prefix"]: row["bytes"] for row in found["prefixes"]}
+    assert sizes["model.embed"] == 40 * 8 * 4 and sizes["model.layers"] == 4 * (16 * 8 * 2 + 32)
+    on_disk = sum(file.stat().st_size for file in ours.iterdir())
+    assert found["disk_bytes"] == on_disk
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "P"), ("verify", "P"), ("du", "P"), ("cat", "P", "k"),
+        ("plot", "P", "-o", "x.png"), ("diff", "P", "P"), ("latest", "P"),
+        ("convert", "P", "new", "--to", "torch"),
+        ("prune", "P", "--keep-last", "1"), ("bench", "P"),
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    missing = cli.run(*(str(tmp_path / "no") if arg == "P" else arg for arg in command))
+    assert missing.status == 2 and missing.out == ""
+    assert missing.err.startswith("dcp-native: ") and "no: No such file" in missing.err
+    assert len(missing.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("text")
+    status = cli.run(*(str(tmp_path / "file") if arg == "P" else arg for arg in command)).status
+    assert status in (1, 2)
+
+
+@pytest.mark.parametrize("command", ["inspect", "du", "verify", "latest"])
+def test_an_empty_directory_holds_no_checkpoint(tmp_path, command):
+    done = cli.run(command, tmp_path)
+    assert done.status == 1
+    assert len((done.out + done.err).splitlines()) <= 3 and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("damage", ["empty", "random", "cut", "pickle", "flipped"])
+@pytest.mark.parametrize("command", ["inspect", "du", "verify", "latest"])
+def test_damaged_metadata_is_a_finding(ours, tmp_path, command, damage):
+    image = (ours / ".metadata").read_bytes()
+    bad = {
+        "empty": b"",
+        "random": bytes(range(256)) * 20,
+        "cut": image[: len(image) // 3],
+        "pickle": pickle.dumps({"not": "metadata"}),
+        "flipped": bytes(b ^ (0x55 if 40 < i < 900 else 0) for i, b in enumerate(image)),
+    }[damage]
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / ".metadata").write_bytes(bad)
+    done = cli.run(command, tmp_path if command == "latest" else tmp_path / "step-1")
+    assert done.status == 1, done
+    assert "Traceback" not in done.err
+
+
+class Bomb:
+    """What arbitrary unpickling would execute."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_objects_are_never_executed(tmp_path):
+    trace = tmp_path / "executed"
+    path = cli.save(tmp_path / "c", {"bomb": Bomb(trace), "x": torch.ones(2)}, torch_dcp)
+    shown = cli.run("inspect", path, "bomb")
+    assert shown.status == 0 and "safe loader refuses" in shown.out
+    assert cli.run("cat", path, "bomb").status == 1
+    other = cli.save(
+        tmp_path / "d", {"bomb": Bomb(tmp_path / "other"), "x": torch.ones(2)}, torch_dcp
+    )
+    assert cli.run("diff", path, other).status == 1
+    assert cli.run("convert", path, tmp_path / "x.pt").status == 1
+    assert not trace.exists() and not (tmp_path / "other").exists()
+
+
+def test_names_can_not_speak_to_the_terminal(tmp_path):
+    path = cli.save(tmp_path / "c", {"a\x1b[31m\nb": torch.ones(2), "ok": "\x1b[0m"})
+    for command in (("inspect",), ("inspect", "ok"), ("du",), ("verify",)):
+        out = cli.run(command[0], path, *command[1:]).out
+        assert "\x1b" not in out
+    assert len(cli.run("inspect", path).out.splitlines()) < 16
+
+
+def test_usage_errors_end_with_2():
+    assert cli.run().status == 2
+    assert cli.run("inspect").status == 2
+    assert cli.run("no-such-command").status == 2
+    assert cli.run("prune", ".").status == 2
+    assert cli.run("bench", ".", "--size", "much").status == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = cli.run(command, "--help")
+    assert done.status == 0 and "--json" in done.out and done.err == ""
+
+
+def test_near_keys_are_suggested(ours):
+    done = cli.run("cat", ours, "model.embed.weigth")
+    assert done.status == 1 and "did you mean model.embed.weight?" in done.err
+
+
+# ---- without torch ----
+
+WITHOUT_TORCH = """
+import sys
+from dcp_native._cli.main import main
+status = main(sys.argv[1:])
+assert "torch" not in sys.modules and "numpy" not in sys.modules and "rich" not in sys.modules
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "C"), ("inspect", "C", "step", "model"), ("verify", "C"), ("du", "C"),
+        ("verify", "P"), ("latest", "P"), ("prune", "P", "--keep-last", "1"),
+        ("diff", "C", "C", "--no-values"), ("cat", "C", "name"), ("inspect", "C", "--json"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_looking_does_not_import_torch(ours, command):
+    paths = {"C": str(ours), "P": str(ours.parent)}
+    done = cli.run_alone(
+        *(paths.get(arg, arg) for arg in command), program=("-c", WITHOUT_TORCH),
+        DCP_NATIVE_INSTALL="",
+    )  # fmt: skip
+    assert done.status == 0 and done.err == "", done.err
+
+
+def test_the_module_is_the_command_line(ours):
+    done = cli.run_alone("inspect", ours, DCP_NATIVE_INSTALL="")
+    assert done.status == 0 and "model" in done.out and "\x1b" not in done.out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(ours):
+    command = f"{sys.executable} -m dcp_native inspect {ours} --all | head -n 1"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+# ---- terminals ----
+
+
+def on_terminal(*argv, block_rich=False, **env):
+    """What a command writes to a terminal of 100 columns."""
+    program = "import sys\n"
+    program += "sys.modules['rich'] = None\n" if block_rich else ""
+    program += "from dcp_native._cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    leader, follower = pty.openpty()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "TERM": "xterm", "COLUMNS": "100", **env}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, argv)],
+        stdin=subprocess.DEVNULL, stdout=follower, stderr=follower, env=environment,
+    )  # fmt: skip
+    os.close(follower)
+    seen, deadline = b"", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if select.select([leader], [], [], 0.1)[0]:
+            try:
+                part = os.read(leader, 65536)
+            except OSError:  # the other end is closed
+                break
+            seen += part
+    os.close(leader)
+    assert process.wait(timeout=60) in (0, 1)
+    return seen.decode()
+
+
+def test_terminals_get_colours_from_rich_alone(ours):
+    pytest.importorskip("rich")
+    assert "\x1b[" in on_terminal("inspect", ours)
+    for plain in ({"block_rich": True}, {"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        seen = on_terminal("inspect", ours, **plain)
+        assert "\x1b" not in seen and "model" in seen
+
+
+def test_a_terminal_without_rich_sees_progress_and_no_escape_codes(ours):
+    seen = on_terminal("verify", ours, block_rich=True)
+    assert "whole" in seen and "\x1b" not in seen
+
+
+# ---- many chunks ----
+
+
+def test_256k_chunks_can_be_inspected(tmp_path):
+    """Also by hand, timed: below a second in all."""
+    tensors, records = {}, {}
+    for k in range(1000):
+        key = f"model.layers.{k // 10}.part{k % 10}.weight"
+        chunks = [
+            ChunkStorageMetadata(torch.Size([4 * rank, 0]), torch.Size([4, 64]))
+            for rank in range(256)
+        ]
+        tensors[key] = TensorStorageMetadata(
+            TensorProperties(dtype=torch.float32), torch.Size([1024, 64]), chunks
+        )
+        for rank, chunk in enumerate(chunks):
+            at = MetadataIndex(key, chunk.offsets, rank)
+            records[at] = _StorageInfo(f"__{rank}_0.distcp", k * 1624, 1624)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, None, records)))
+    plain = cli.run("inspect", tmp_path)
+    assert plain.status == 0 and "256,000 records" in plain.out
+    assert len(plain.out.splitlines()) < 60
+    found = cli.run("inspect", tmp_path, "--json").json
+    assert found["records"] == 256_000 and len(found["files"]) == 256
+    assert {row["stored_bytes"] for row in found["totals"]["ranks"]} == {1000 * 1624}
+
+
+def test_metadata_of_single_ranks_is_read_together(tmp_path):
+    parts = []
+    for rank in (0, 1):
+        path = cli.save(tmp_path / f"rank{rank}", {"w": torch.ones(4), f"own{rank}": rank})
+        parts.append((path / ".metadata").read_bytes())
+    target = tmp_path / "both"
+    target.mkdir()
+    for rank, image in enumerate(parts):
+        (target / f"__{rank}.metadata").write_bytes(image)
+    checkpoint = Checkpoint(target)
+    assert not checkpoint.is_whole
+    assert [entry.key for entry in checkpoint.entries] == ["w", "own0", "own1"]
+    assert checkpoint.entry("w").chunks_count == 2
+    assert dcp.config().allow_unsafe_objects  # commands' settings do not stay

@@ -22,6 +22,7 @@ MODULES = {
     "cases_load_roles": (2, 3),
     "cases_find_latest": (2,),
     "cases_foreign": (2,),
+    "cases_format": (2,),
     "cases_reshard": (4,),
     "cases_read_once": (2, 4),
     "cases_checkpointer": (2,),

@@ -364,6 +364,11 @@ def test_image_limits_fills_what_the_tensors_hold(item_bytes):
     assert [line for line in lines if line.startswith("fill, fresh shared")]
 
 
+def test_device_limits_stages_what_the_tensors_hold():
+    out = run_c("device_limits", "--quick")
+    assert "stage from a device" in out and "the same without kernels" in out
+
+
 def test_split_benchmark_halves_what_one_rank_writes(tmp_path):
     argv = [sys.executable, str(BENCHMARKS / "split_replicated.py"), "--dir", str(tmp_path)]
     argv += ["--large-mib", "64", "--small-count", "0", "--repeats", "1"]

@@ -307,9 +307,12 @@ payload_landed(struct dcp_writer *writer, const struct dcp_write_payload *payloa
         uint8_t *at;
         uint64_t room, left = payload->len_bytes - crc->done_bytes;
         int rc = stream_room(writer, &at, &room, err);
-        rc = rc == 0 ? dcp_device_stage_wait(writer->stage, at, writer->options->cancel, &landed_to,
-                                             err)
-                     : rc;
+        /* CRCs of a device are there when all of the payload is. */
+        const uint8_t *need = known != NULL ? at + (left - 1) : at;
+        if (rc == 0) {
+            rc = dcp_device_stage_wait(writer->stage, need, writer->options->cancel, &landed_to,
+                                       err);
+        }
         if (rc != 0) {
             return rc;
         }

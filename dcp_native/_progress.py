@@ -162,10 +162,11 @@ class _Tqdm:
     """tqdm's bar, which gets on with the bars of the program; without its monitoring thread."""
 
     def __init__(self, module: Any, stream: TextIO, title: str) -> None:
+        columns, lines = _shape(stream)
         unwatched = type("tqdm", (module.tqdm,), {"monitor_interval": 0})
         self._bar = unwatched(
             desc=title, file=stream, unit="B", unit_scale=True, leave=False, mininterval=0,
-            ncols=_columns(stream),
+            ncols=columns, nrows=lines,
         )  # fmt: skip
 
     def show(self, done: int, total: int, took_s: float) -> None:
@@ -187,7 +188,7 @@ class _Line:
         self._width = 0
 
     def show(self, done: int, total: int, took_s: float) -> None:
-        room = _columns(self._stream) - 1
+        room = _shape(self._stream)[0] - 1
         self._write(_text(self._title, done, total, took_s)[:room])
 
     def _write(self, text: str) -> None:
@@ -219,11 +220,13 @@ class _Lines:
         self._stream.flush()
 
 
-def _columns(stream: TextIO) -> int:
+def _shape(stream: TextIO) -> tuple[int, int]:
+    """Columns and lines; those of old where a terminal does not say."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
+        columns, lines = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
-        return 80
+        columns = lines = 0
+    return columns or 80, lines or 24
 
 
 def _text(title: str, done: int, total: int, took_s: float) -> str:

@@ -7,6 +7,7 @@ grow with the checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from .checkpoint import Checkpoint, Entry
 from .values import Box, Reader, whole, windows
 
-_PART_ELEMENTS = 1 << 20
-"""Compared at a time, in temporaries of 8 bytes each."""
+_PART_ELEMENTS = 1 << 17
+"""Compared at a time, in temporaries of 8 bytes each that stay in the cache."""
+_LONG = (torch.int64, torch.uint64)
+"""Neighbours among these may be one float64."""
 
 
 @dataclasses.dataclass
@@ -53,6 +56,7 @@ class Comparer:
         self._readers = Reader(a), Reader(b)
         self._absolute = absolute
         self._relative = relative
+        self._thresholds = absolute > 0 or relative > 0
         self._window_bytes = window_bytes
 
     def run(
@@ -106,9 +110,25 @@ class Comparer:
             x.reshape(-1).split(_PART_ELEMENTS), y.reshape(-1).split(_PART_ELEMENTS), strict=True
         )
         for mine, other in parts:
+            before = found.differing
             self._add_part(found, _numbers(mine), _numbers(other))
+            if mine.dtype == other.dtype and mine.dtype in _LONG and not self._thresholds:
+                exact = int((mine.view(torch.int64) != other.view(torch.int64)).count_nonzero())
+                found.differing = before + exact
+                found.max_abs = max(found.max_abs, float(exact > 0))
 
     def _add_part(self, found: Comparison, x: torch.Tensor, y: torch.Tensor) -> None:
+        off = (x - y).abs_()
+        if not self._thresholds and bool(off.sum().isfinite()):
+            found.differing += int((off.any(1) if off.shape[1] > 1 else off).count_nonzero())
+            found.max_abs = max(found.max_abs, float(off.max()))
+            ratios = off.div_(x.abs_()).nan_to_num_(nan=0.0, posinf=math.inf)  # 0 / 0 is equal
+            found.max_rel = max(found.max_rel, float(ratios.max()))
+        else:
+            self._add_odd_part(found, x, y)
+
+    def _add_odd_part(self, found: Comparison, x: torch.Tensor, y: torch.Tensor) -> None:
+        """With NaNs, infinities or thresholds."""
         nan_x, nan_y = torch.isnan(x), torch.isnan(y)
         found.nans_a += int(nan_x.any(1).sum())
         found.nans_b += int(nan_y.any(1).sum())

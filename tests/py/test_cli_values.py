@@ -87,6 +87,14 @@ def test_nans_and_infinities(tmp_path):
     assert differences(a, a) == {}
 
 
+def test_long_integers_are_compared_exactly(tmp_path):
+    a = cli.save(tmp_path / "a", {"w": torch.tensor([2**60, 7]), "n": 2**60})
+    b = cli.save(tmp_path / "b", {"w": torch.tensor([2**60 + 1, 7]), "n": 2**60 + 1})
+    found = differences(a, b)
+    assert found["w", "values"]["differing"] == 1 and found["w", "values"]["max_abs"] == 1
+    assert ("n", "values") in found
+
+
 def test_placement_is_told_and_counts_when_asked(tmp_path):
     path = next(p for p in cli.STOCK if p.name == "sharded")
     tensors = {

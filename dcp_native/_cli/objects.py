@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import collections
 import io
+import os
 import pickle
 import reprlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 from .checkpoint import Checkpoint, Chunk, Entry
@@ -42,6 +44,8 @@ def record_of(checkpoint: Checkpoint, entry: Entry) -> bytes:
     if chunk.transformed:
         raise CommandError(f"{entry.key} is stored transformed (compressed, say): load it instead")
     path = checkpoint.path / chunk.file
+    if os.path.isabs(chunk.file) or ".." in path.parts[len(checkpoint.path.parts) :]:
+        raise CommandError(f"{entry.key}: its record is outside of the checkpoint ({path})", 1)
     if chunk.length_bytes > _MOST_RECORD_BYTES:
         raise CommandError(f"{entry.key}: {chunk.length_bytes:,} bytes are too many to show")
     try:
@@ -62,9 +66,7 @@ def load_object(record: bytes) -> Any:
         Refused: only unsafe unpickling could load it, or it is damaged.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(record)) as archive:
-            name = next(n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
-            pickled = archive.read(name)
+        (pickled,) = (part for name, part in _parts(record) if name == "data.pkl")
         return _PlainUnpickler(io.BytesIO(pickled)).load()
     except Exception:  # not plain, or damaged: torch says which
         return _load_by_torch(record)
@@ -85,13 +87,22 @@ def contents_of(record: bytes) -> dict[str, bytes] | None:
 
     Equal contents are equal values; the zip around them depends on who wrote it.
     """
-    kept = ("data.pkl", "data/")
     try:
-        with zipfile.ZipFile(io.BytesIO(record)) as archive:
-            names = {n.partition("/")[2]: n for n in archive.namelist()}
-            return {n: archive.read(full) for n, full in names.items() if n.startswith(kept)}
+        return {n: part for n, part in _parts(record) if n == "data.pkl" or n.startswith("data/")}
     except Exception:
         return None
+
+
+def _parts(record: bytes) -> Iterator[tuple[str, bytes]]:
+    """Files of a record's zip, by name without the folder.
+
+    None is compressed: neither torch nor we do that, and what is could be of any size.
+    """
+    with zipfile.ZipFile(io.BytesIO(record)) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{info.filename} is compressed")
+            yield info.filename.partition("/")[2], archive.read(info)
 
 
 def describe_object(checkpoint: Checkpoint, entry: Entry) -> str:

@@ -20,6 +20,10 @@ from typing import Any, NamedTuple
 from .units import bytes_text, seconds_text
 
 _REDRAW_S = 0.1
+_SILENT_S = 1.0
+"""Before a bar is shown."""
+_FOLDED_COLUMNS = 30
+"""Least width of text that is folded."""
 
 
 class Column(NamedTuple):
@@ -111,15 +115,29 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal while bytes are gone through; gives ``update(bytes so far)``."""
+        """A bar on a terminal while bytes are gone through; gives ``update(bytes so far)``.
+
+        What is done within a second shows none.
+        """
         if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
             yield lambda done: None
-        elif self._remarks is not None:
-            with _rich_progress(self._remarks, what, total) as update:
-                yield update
-        else:
-            with _plain_progress(what, total) as update:
-                yield update
+            return
+        began, show = time.monotonic(), None
+        with contextlib.ExitStack() as bars:
+
+            def update(done: int) -> None:
+                nonlocal show
+                if show is None:
+                    if time.monotonic() - began < _SILENT_S:
+                        return
+                    if self._remarks is not None:
+                        bar = _rich_progress(self._remarks, what, total)
+                    else:
+                        bar = _plain_progress(what, total, began)
+                    show = bars.enter_context(bar)
+                show(done)
+
+            yield update
 
 
 def _console(stream: Any) -> Any:
@@ -144,18 +162,28 @@ def _print_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> No
 
 
 def _print_rich(console: Any, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """Only text in the last column is folded; where the rest does not fit lines are long."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    widths = [max(len(c.title), *(len(r[i]) for r in rows)) for i, c in enumerate(columns)]
     for i, column in enumerate(columns):
+        folds = i == len(columns) - 1 and not column.right
         table.add_column(
-            Text(column.title), justify="right" if column.right else "left",
-            overflow="fold", no_wrap=column.right, style="cyan" if i == 0 else "",
+            Text(column.title), justify="right" if column.right else "left", overflow="fold",
+            no_wrap=not folds, min_width=min(widths[i], _FOLDED_COLUMNS) if folds else widths[i],
+            style="cyan" if i == 0 else "",
         )  # fmt: skip
+        widths[i] = min(widths[i], _FOLDED_COLUMNS) if folds else widths[i]
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print(table)
+    width = console.width
+    console.width = max(width, sum(widths) + 2 * (len(widths) - 1))
+    try:
+        console.print(table, crop=False)
+    finally:
+        console.width = width
 
 
 @contextlib.contextmanager
@@ -176,9 +204,9 @@ def _rich_progress(console: Any, what: str, total: int) -> Iterator[Callable[[in
 
 
 @contextlib.contextmanager
-def _plain_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _plain_progress(what: str, total: int, began: float) -> Iterator[Callable[[int], None]]:
     """One line that is written over; a carriage return and blanks are all it needs."""
-    began, drawn = time.monotonic(), 0.0
+    drawn = 0.0
     width = shutil.get_terminal_size().columns - 1
 
     def update(done: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch.distributed.checkpoint as torch_dcp
 from conftest import ROOT
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -174,6 +177,24 @@ def test_objects_are_never_executed(tmp_path):
     assert not trace.exists() and not (tmp_path / "other").exists()
 
 
+def test_records_are_looked_for_in_the_checkpoint_alone(tmp_path):
+    secret = tmp_path / "secret"
+    torch.save("secret", secret)
+    for name in ("../secret", str(secret)):
+        index, record = MetadataIndex("key"), _StorageInfo(name, 0, secret.stat().st_size)
+        image = pickle.dumps(Metadata({"key": BytesStorageMetadata()}, None, {index: record}))
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c" / ".metadata").write_bytes(image)
+        for command in (("inspect", tmp_path / "c", "key"), ("cat", tmp_path / "c", "key")):
+            done = cli.run(*command)
+            assert "'secret'" not in done.out, done
+
+
+def test_the_installed_command_is_this_one():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dcp-native = "dcp_native._cli.main:main"' in text
+
+
 def test_names_can_not_speak_to_the_terminal(tmp_path):
     path = cli.save(tmp_path / "c", {"a\x1b[31m\nb": torch.ones(2), "ok": "\x1b[0m"})
     for command in (("inspect",), ("inspect", "ok"), ("du",), ("verify",)):
@@ -249,7 +270,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(ours):
 
 def on_terminal(*argv, block_rich=False, **env):
     """What a command writes to a terminal of 100 columns."""
-    program = "import sys\n"
+    program = "import sys\nfrom dcp_native._cli import output\noutput._SILENT_S = 0\n"
     program += "sys.modules['rich'] = None\n" if block_rich else ""
     program += "from dcp_native._cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
     leader, follower = pty.openpty()
@@ -281,9 +302,20 @@ def test_terminals_get_colours_from_rich_alone(ours):
         assert "\x1b" not in seen and "model" in seen
 
 
-def test_a_terminal_without_rich_sees_progress_and_no_escape_codes(ours):
-    seen = on_terminal("verify", ours, block_rich=True)
-    assert "whole" in seen and "\x1b" not in seen
+def test_progress_is_shown_on_a_terminal_with_rich_and_without(tmp_path):
+    path = cli.save(tmp_path / "c", {f"t{i}": torch.zeros(1 << 20) for i in range(60)})
+    seen = on_terminal("diff", path, path, block_rich=True)
+    assert "% of 252 MB" in seen and "/s" in seen and "left" in seen and "\x1b" not in seen
+    assert "equal" in seen.rsplit("\r", 2)[-2]
+    if importlib.util.find_spec("rich") is not None:
+        assert "of 252 MB" in on_terminal("diff", path, path)
+
+
+def test_long_keys_are_not_broken_on_narrow_terminals(ours):
+    pytest.importorskip("rich")
+    for text in (on_terminal("inspect", ours, COLUMNS="30"), on_terminal("du", ours, COLUMNS="30")):
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        assert "embed.weight" in plain or "model.embed" in plain
 
 
 # ---- many chunks ----

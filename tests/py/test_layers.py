@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 C_FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".c", ".h", ".cpp"))
-OWN_FILES = C_FILES + sorted((ROOT / "dcp_native").glob("*.py"))
+OWN_FILES = C_FILES + sorted((ROOT / "dcp_native").rglob("*.py"))
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 70
 MAX_COLUMNS = 100

@@ -366,6 +366,7 @@ begin_pieces(struct load_object *self, struct module_state *state, PyObject *rec
         native_set_error(state->error_class, &err);
         return -1;
     }
+    dcp_device_put_set_cancel(self->put, &self->cancel);
     plan->on_piece = dcp_device_put_piece;
     plan->on_piece_ctx = self->put;
     return 0;

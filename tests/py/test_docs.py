@@ -85,6 +85,8 @@ made.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
 made.build().save("theirs/step-100", {"model": model.state_dict(), "step": 3})
 """
 """Before a block about torch_checkpointing, where that is installed."""
+RUN_ELSEWHERE = {"cli.md": "test_cli_docs.py"}
+"""Pages whose commands another test runs, with what it knows of them."""
 NEW_PROCESS = {"install.md"}
 """Pages whose blocks are ways to begin a program: each is run by itself."""
 
@@ -93,7 +95,8 @@ def environment(home: Path) -> dict[str, str]:
     """`python` and `torchrun` are this interpreter's; the package is this tree's."""
     bin_ = home / "bin"
     bin_.mkdir(exist_ok=True)
-    for name, arguments in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+    programs = {"python": "", "torchrun": "-m torch.distributed.run", "dcp-native": "-m dcp_native"}
+    for name, arguments in programs.items():
         script = bin_ / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
         script.chmod(0o755)
@@ -129,7 +132,10 @@ def program_of(page: str, blocks: list[Block]) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize("page", [p for p, t in PAGES.items() if blocks_of(t, "python", "sh")])
+@pytest.mark.parametrize(
+    "page",
+    [p for p, t in PAGES.items() if blocks_of(t, "python", "sh") and p not in RUN_ELSEWHERE],
+)
 def test_every_block_shown_runs(tmp_path, page):
     env = environment(tmp_path)
     python = blocks_of(PAGES[page], "python")
@@ -146,6 +152,11 @@ def commands_of(text: str) -> set[str]:
     """Commands of the build that a page shows: in blocks of a shell or indented, and in a line."""
     shown = re.findall(r"^(?:    )?(make [\w-]+)", text, re.M)
     return {*shown, *re.findall(r"`(make [\w-]+)", text)}
+
+
+def test_pages_that_are_run_elsewhere_are_run_there():
+    for page, test in RUN_ELSEWHERE.items():
+        assert page in (ROOT / "tests/py" / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", [p for p, t in PAGES.items() if commands_of(t)])

@@ -25,6 +25,12 @@ class Config:
             refuses are unpickled as torch does.  Off: refused by name.
         direct_io: ``"auto"`` uses O_DIRECT where the file system gains from it, ``"off"`` never,
             ``"on"`` fails where it is not possible.
+        gpu_direct: ``"auto"``: a load has large tensors on CUDA devices read from storage straight
+            into their memory, by cuFile (GPUDirect Storage), where they are one run there, are
+            wanted whole, and can be verified on the device if they are verified at all; what cuFile
+            refuses is read as with ``"off"``, and the report's ``device_reason`` says why; its
+            ``device_direct_bytes`` says how much it was.  ``"on"``: the same, but a load to a
+            device for which cuFile cannot be had raises.  Starting cuFile takes time and memory.
         read_once: data that several ranks of a load want is read by one of them.  ``"host"``: for
             the ranks of one host, which hand it over through shared memory; ``"group"``: what all
             ranks want whole also across hosts, through the process group, if every rank asks for
@@ -93,6 +99,7 @@ class Config:
     strict_coverage: bool = True
     allow_unsafe_objects: bool = True
     direct_io: Literal["auto", "off", "on"] = "auto"
+    gpu_direct: Literal["off", "auto", "on"] = "off"
     read_once: Literal["host", "group", "off"] = "host"
     comm: Literal["auto", "nccl", "cpu"] = "auto"
     incremental_links: Literal["reflink", "hard"] = "reflink"
@@ -125,6 +132,10 @@ class Config:
         if self.direct_io not in DIRECT_IO:
             raise ValueError(
                 f"direct_io must be one of {sorted(DIRECT_IO)}, not {self.direct_io!r}"
+            )
+        if self.gpu_direct not in GPU_DIRECT:
+            raise ValueError(
+                f"gpu_direct must be one of {sorted(GPU_DIRECT)}, not {self.gpu_direct!r}"
             )
         if self.incremental_links not in LINK_MODE:
             raise ValueError(
@@ -176,6 +187,8 @@ READ_ONCE = {"host": 0, "group": 1, "off": 2}
 COMM = ("auto", "nccl", "cpu")
 DIRECT_IO = {"auto": 0, "off": 1, "on": 2}
 """Values of enum dcp_direct (csrc/include/dcp_engine.h)."""
+GPU_DIRECT = {"off": 0, "auto": 1, "on": 2}
+"""Values of enum gpu_direct (csrc/py/load_object.h)."""
 PROGRESS = ("auto", "off", "on")
 ASYNC_OVERLAP = ("wait", "skip", "fail")
 MOST_ARENAS = 4
@@ -234,6 +247,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "DCP_NATIVE_STRICT_COVERAGE": ("strict_coverage", _as_bool),
     "DCP_NATIVE_ALLOW_UNSAFE_OBJECTS": ("allow_unsafe_objects", _as_bool),
     "DCP_NATIVE_DIRECT_IO": ("direct_io", str),
+    "DCP_NATIVE_GPU_DIRECT": ("gpu_direct", str),
     "DCP_NATIVE_READ_ONCE": ("read_once", str),
     "DCP_NATIVE_COMM": ("comm", str),
     "DCP_NATIVE_INCREMENTAL_LINKS": ("incremental_links", str),

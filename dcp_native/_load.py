@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from . import _native
 from ._clock import Clock
-from ._config import DIRECT_IO, READ_ONCE, VERIFY, config
+from ._config import DIRECT_IO, GPU_DIRECT, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
 from ._filter import KeyFilter
 from ._lazy_metadata import refusal
@@ -134,6 +134,7 @@ class NativeLoad:
             direct=DIRECT_IO[settings.direct_io],
             read_once=READ_ONCE[settings.read_once],
             elsewhere=self.reader is None,
+            gpu_direct=GPU_DIRECT[settings.gpu_direct],
         )
 
     def _leave(self, native: _native.Load, error: BaseException) -> None:

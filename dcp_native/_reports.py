@@ -258,6 +258,7 @@ class LoadReport(Report):
         verified_bytes, unverified_bytes: of wanted_bytes; unverified are rows of a block of which
             too little was wanted to read it whole, and payloads saved without checksums.
         straight_bytes: read into their target without a buffer between.
+        device_direct_bytes: of these, read by a device from storage (``gpu_direct``).
         hole_bytes: of targets, that no saved chunk covers.
         progress_bytes: delivered so far, also by a load that failed.
         verify: the setting: True, False or ``"strict"``.
@@ -307,6 +308,7 @@ class LoadReport(Report):
     verified_bytes: int
     unverified_bytes: int
     straight_bytes: int
+    device_direct_bytes: int
     hole_bytes: int
     progress_bytes: int
     verify: bool | str

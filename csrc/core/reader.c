@@ -190,12 +190,14 @@ next_extent(const struct dcp_reader *reader, const struct dcp_read_part *part, u
     return true;
 }
 
-/* Reads what an item wants of a large payload: neighbouring pieces of one sort in one go. */
+/* Reads what an item wants of a large payload: by a device, else neighbouring pieces of one sort in
+ * one go. */
 static int
 want_part(struct dcp_reader *reader, struct dcp_read_part *part, struct dcp_error *err)
 {
     struct extent open = {0}, next;
-    int rc = 0;
+    int rc = dcp_read_to_device(reader, part, &open.to, err);
+    open.from = open.to;
     while (rc == 0 && next_extent(reader, part, open.to, &next)) {
         if (open.to == next.from && open.verified == next.verified && open.full == next.full &&
             open.to > open.from) {
@@ -442,6 +444,7 @@ dcp_read_stats_add(struct dcp_read_stats *sum, const struct dcp_read_stats *more
     sum->verified_bytes += more->verified_bytes;
     sum->unverified_bytes += more->unverified_bytes;
     sum->straight_bytes += more->straight_bytes;
+    sum->device_direct_bytes += more->device_direct_bytes;
     sum->shared_bytes += more->shared_bytes;
     sum->requests_count += more->requests_count;
     sum->files_count += more->files_count;

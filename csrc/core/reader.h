@@ -3,7 +3,8 @@
  *
  * reader.c walks the items, reader_request.c builds requests, reader_pool.c has the threads that
  * read ahead, reader_file.c opens files and reads from them, reader_record.c checks and delivers
- * what was read.  The calling thread builds and delivers in order.
+ * what was read, reader_device.c has devices read.  The calling thread builds and delivers in
+ * order.
  */
 #ifndef DCP_READER_H
 #define DCP_READER_H
@@ -43,6 +44,7 @@ struct dcp_read_file {
     int direct_fd; /* O_DIRECT; -1 when the file is read through the page cache */
     enum dcp_read_mode mode;
     bool hot;       /* lay in the page cache, or in memory, when it was opened */
+    bool refused;   /* no device reads from it by itself */
     uint32_t users; /* requests in flight, and the walk while it is in this file */
     uint64_t align_bytes, mem_align_bytes; /* 1 without direct I/O */
     uint64_t size_bytes;
@@ -186,6 +188,9 @@ int dcp_read_in_place(struct dcp_reader *reader, const struct dcp_read_use *use,
                       struct dcp_error *err) DCP_MUST_CHECK;
 /* Bytes from `at_bytes` on that the open request can take; 0: it cannot. */
 uint64_t dcp_read_request_room(struct dcp_reader *reader, uint64_t at_bytes);
+/* Counts what was read of the file. */
+void dcp_read_count(struct dcp_reader *reader, const struct dcp_read_file *file, uint64_t bytes,
+                    uint32_t requests);
 /* Has the request that is being filled read; a mapped one is delivered at once. */
 int dcp_read_request_push(struct dcp_reader *reader, struct dcp_error *err) DCP_MUST_CHECK;
 /* Forgets what it holds; also of a load that failed. */
@@ -205,6 +210,11 @@ int dcp_read_deliver(struct dcp_reader *reader, const struct dcp_read_file *file
                      const struct dcp_read_use *use, const uint8_t *bytes, bool in_place,
                      struct dcp_error *err) DCP_MUST_CHECK;
 void dcp_read_part_release(struct dcp_read_part *part);
+/* Counts bytes of targets that are in place. */
+void dcp_read_count_done(struct dcp_reader *reader, uint64_t wanted, bool verified);
+/* The error of a block, at `from` of the payload, that is not what was saved. */
+int dcp_read_fail_block(const struct dcp_reader *reader, const struct dcp_read_file *file,
+                        const struct dcp_read_part *part, uint64_t from, struct dcp_error *err);
 /* Sets an error that names tensor and file. */
 int dcp_read_fail(const struct dcp_reader *reader, const struct dcp_read_file *file,
                   const struct dcp_read_item *item, int code, uint64_t offset_bytes,
@@ -219,6 +229,12 @@ dcp_read_length_tells(const struct dcp_reader *reader, const struct dcp_read_fil
     return reader->plan->md->is_native &&
            (!file->header.planned_outside || dcp_record_length_tells(dtype));
 }
+
+/* ---- reader_device.c ---- */
+/* Has a device read a payload of the current file into its memory, up to *ret_to, a block's
+ * border; 0 when none does. */
+int dcp_read_to_device(struct dcp_reader *reader, const struct dcp_read_part *part,
+                       uint64_t *ret_to, struct dcp_error *err) DCP_MUST_CHECK;
 
 static inline const struct dcp_md_entry *
 dcp_read_entry(const struct dcp_reader *reader, const struct dcp_read_item *item)

@@ -34,6 +34,17 @@ dcp_read_fail(const struct dcp_reader *reader, const struct dcp_read_file *file,
     return code;
 }
 
+int
+dcp_read_fail_block(const struct dcp_reader *reader, const struct dcp_read_file *file,
+                    const struct dcp_read_part *part, uint64_t from, struct dcp_error *err)
+{
+    return dcp_read_fail(reader, file, part->item, DCP_E_CHECKSUM,
+                         part->payload_offset_bytes + from,
+                         "the checksum of a block does not match: the file is damaged; "
+                         "load another checkpoint, or with verify off to take it as it is",
+                         err);
+}
+
 void
 dcp_read_part_release(struct dcp_read_part *part)
 {
@@ -42,8 +53,8 @@ dcp_read_part_release(struct dcp_read_part *part)
     }
 }
 
-static void
-count_done(struct dcp_reader *reader, uint64_t wanted, bool verified)
+void
+dcp_read_count_done(struct dcp_reader *reader, uint64_t wanted, bool verified)
 {
     reader->stats.wanted_bytes += wanted;
     if (verified) {
@@ -87,11 +98,7 @@ deliver_blocks(struct dcp_reader *reader, const struct dcp_read_file *file,
         uint32_t crc =
             move_with_crc(reader, part, bytes + (from - use->from), 0, from, to, in_place);
         if (crc != part->block_crcs[from / DCP_BLOCK_BYTES]) {
-            return dcp_read_fail(reader, file, use->item, DCP_E_CHECKSUM,
-                                 part->payload_offset_bytes + from,
-                                 "the checksum of a block does not match: the file is damaged; "
-                                 "load another checkpoint, or with verify off to take it as it is",
-                                 err);
+            return dcp_read_fail_block(reader, file, part, from, err);
         }
     }
     return 0;
@@ -148,7 +155,7 @@ deliver_range(struct dcp_reader *reader, const struct dcp_read_file *file,
         put_unverified(reader, box, bytes, use->from, use->to);
     }
     if (rc == 0) {
-        count_done(reader, wanted, use->verified || use->part->check_whole);
+        dcp_read_count_done(reader, wanted, use->verified || use->part->check_whole);
         reader->stats.straight_bytes += in_place ? wanted : 0;
     }
     return rc;
@@ -194,7 +201,7 @@ hand_over(struct dcp_reader *reader, const struct dcp_read_file *file,
     int rc = reader->on_record(reader->on_record_ctx, reader->plan, use->item, record,
                                (size_t)use->len_bytes, err);
     if (rc == 0) {
-        count_done(reader, use->len_bytes, verify);
+        dcp_read_count_done(reader, use->len_bytes, verify);
     }
     return rc;
 }
@@ -238,7 +245,7 @@ deliver_own(struct dcp_reader *reader, const struct dcp_read_file *file,
     uint64_t len = box->payload_bytes;
     if (!reader->options->verify) {
         dcp_read_box_put(box, payload, 0, len);
-        count_done(reader, box->wanted_bytes, false);
+        dcp_read_count_done(reader, box->wanted_bytes, false);
         return 0;
     }
     uint8_t *run = dcp_read_box_run(box, 0, len);
@@ -256,7 +263,7 @@ deliver_own(struct dcp_reader *reader, const struct dcp_read_file *file,
                              "another checkpoint, or with verify off to take it as it is",
                              err);
     }
-    count_done(reader, box->wanted_bytes, true);
+    dcp_read_count_done(reader, box->wanted_bytes, true);
     return 0;
 }
 
@@ -307,7 +314,7 @@ deliver_parsed(struct dcp_reader *reader, const struct dcp_read_file *file,
     } else {
         dcp_read_put_strided(reader->plan, use->item, &view, payload);
     }
-    count_done(reader, box->wanted_bytes, verified);
+    dcp_read_count_done(reader, box->wanted_bytes, verified);
     return 0;
 }
 

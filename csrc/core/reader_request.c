@@ -84,9 +84,9 @@ request_settle(struct dcp_reader *reader, struct dcp_read_request *request, stru
 
 /* ---- mapped files ---- */
 
-static void
-count_read(struct dcp_reader *reader, const struct dcp_read_file *file, uint64_t bytes,
-           uint32_t requests)
+void
+dcp_read_count(struct dcp_reader *reader, const struct dcp_read_file *file, uint64_t bytes,
+               uint32_t requests)
 {
     reader->stats.read_bytes += bytes;
     reader->stats.hot_bytes += file->hot ? bytes : 0;
@@ -109,7 +109,7 @@ deliver_mapped(struct dcp_reader *reader, struct dcp_read_request *request, bool
         return rc;
     }
     *ret_mapped = true;
-    count_read(reader, request->file, request->used_bytes, 1);
+    dcp_read_count(reader, request->file, request->used_bytes, 1);
     rc = deliver_uses(reader, request, bytes, err);
     /* Behind a new end of the file, but in its last page, are zeros and no fault. */
     struct dcp_stat now;
@@ -185,7 +185,7 @@ dcp_read_request_push(struct dcp_reader *reader, struct dcp_error *err)
         uint64_t end = dcp_align_up(span->to_bytes, file->align_bytes);
         bytes += dcp_min_u64(end, file->size_bytes) - span->from_bytes;
     }
-    count_read(reader, file, bytes, request->spans_count);
+    dcp_read_count(reader, file, bytes, request->spans_count);
     request->pushed = true;
     dcp_read_pool_push(reader, request, reader->ahead && file->mode != DCP_READ_HOT);
     reader->open_request = (reader->open_request + 1) % reader->buffers_count;

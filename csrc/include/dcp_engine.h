@@ -150,6 +150,21 @@ struct dcp_piece {
  * once, in any order.  A failure is the receiver's own to keep. */
 typedef void (*dcp_piece_fn)(void *ctx, const struct dcp_piece *piece);
 
+/* A range of a payload that lies in a file as it belongs in its target: there it is one run, of the
+ * saved dtype. */
+struct dcp_file_range {
+    const struct dcp_read_item *item;
+    int fd; /* maybe of direct I/O */
+    uint64_t offset_bytes, bytes;
+    uint64_t at_bytes; /* from element 0 of the target's box */
+};
+
+/* Reads it; the bytes are there when it returns.  With `ret_crcs`: the CRC32 of each block of
+ * DCP_BLOCK_BYTES as it got there, valid until the next call.  DCP_E_UNSUPPORTED: not from this
+ * file; the range comes in pieces then.  `err` is given, and holds no error yet. */
+typedef int (*dcp_range_fn)(void *ctx, const struct dcp_file_range *range,
+                            const uint32_t **ret_crcs, struct dcp_error *err);
+
 struct dcp_read_plan {
     const struct dcp_metadata *md; /* borrows */
     struct dcp_target *targets;    /* owned */
@@ -168,6 +183,7 @@ struct dcp_read_plan {
     _Atomic uint64_t *delivered;
     dcp_piece_fn on_piece; /* set by the caller before reading; NULL without targets that need it */
     void *on_piece_ctx;
+    dcp_range_fn on_range; /* the same, for targets on devices; NULL: they get pieces only */
     const struct dcp_device_list *devices; /* those that targets name; NULL: there are none */
 };
 
@@ -241,8 +257,9 @@ struct dcp_read_stats {
     uint64_t read_bytes; /* by this rank, from storage or the page cache */
     uint64_t hot_bytes;  /* of them: of files that lay in the page cache */
     uint64_t wanted_bytes, verified_bytes, unverified_bytes; /* delivered to targets */
-    uint64_t straight_bytes; /* read into their target without a buffer between */
-    uint64_t shared_bytes;   /* delivered from what other ranks read */
+    uint64_t straight_bytes;      /* read into their target without a buffer between */
+    uint64_t device_direct_bytes; /* of them: into the memory of devices */
+    uint64_t shared_bytes;        /* delivered from what other ranks read */
     uint64_t requests_count, files_count;
     uint64_t direct_files_count; /* read with O_DIRECT */
     uint64_t hot_files_count;    /* that lay in the page cache; all others were read through it */
@@ -281,6 +298,10 @@ int dcp_device_put_new(const struct dcp_read_plan *plan, dcp_piece_fn host, void
                        struct dcp_device_put **ret_put, struct dcp_error *err) DCP_MUST_CHECK;
 /* The plan's on_piece; `put` is its context. */
 void dcp_device_put_piece(void *put, const struct dcp_piece *piece);
+/* The plan's on_range, for whoever wants direct reads from storage where devices can
+ * (DCP_DEVICE_READS_FILES, and with CRCs DCP_DEVICE_CHECKSUMS). */
+int dcp_device_put_range(void *put, const struct dcp_file_range *range, const uint32_t **ret_crcs,
+                         struct dcp_error *err) DCP_MUST_CHECK;
 /* Ends what pieces wait for a device for; may be NULL, as it is at first. */
 void dcp_device_put_set_cancel(struct dcp_device_put *put, atomic_int *cancel);
 /* After the reader ran, whether it failed or not, and before anybody asks for states: waits until

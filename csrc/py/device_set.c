@@ -168,6 +168,27 @@ device_set_find(struct device_set **set_at, const struct native_state *state, in
     return rc;
 }
 
+int
+device_set_use_files(struct device_set *set, bool must)
+{
+    for (uint32_t i = 0; is_lent(set) && i < set->list.count; i++) {
+        struct dcp_error err;
+        int rc;
+
+        dcp_error_clear(&err);
+        Py_BEGIN_ALLOW_THREADS rc = dcp_cuda_use_cufile(set->items[i], &err);
+        Py_END_ALLOW_THREADS if (rc != 0 && must)
+        {
+            native_set_error(set->state->error_class, &err);
+            return -1;
+        }
+        if (rc != 0) {
+            note_reason(set, err.message);
+        }
+    }
+    return 0;
+}
+
 void
 device_set_refuse(struct device_set *set, uint64_t bytes, const char *why)
 {

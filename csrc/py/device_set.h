@@ -35,6 +35,10 @@ int device_set_find(struct device_set **set, const struct native_state *state, i
 /* Notes a tensor that torch has to copy; `why` where that is not known yet, or NULL. */
 void device_set_refuse(struct device_set *set, uint64_t bytes, const char *why);
 
+/* Asks the devices for direct reads from storage.  Where one cannot: noted, or with `must` an
+ * exception; 0 or -1. */
+int device_set_use_files(struct device_set *set, bool must);
+
 /* Our streams wait for what the caller's current streams hold by now, and the other way round.  0
  * or -1 with an exception.  On the caller's thread. */
 int device_set_follow(struct device_set *set);

@@ -18,6 +18,7 @@ static const struct native_number numbers[] = {
     OF_READER(verified_bytes),
     OF_READER(unverified_bytes),
     OF_READER(straight_bytes),
+    OF_READER(device_direct_bytes),
     OF_READER(requests_count),
     OF_READER(files_count),
     OF_READER(direct_files_count),

@@ -62,22 +62,24 @@ run_collective(PyObject *object, native_fn fn, PyObject *record)
 static PyObject *
 load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"group",           "path",   "rank",      "call_hash", "verify",
-                            "strict_coverage", "direct", "read_once", "elsewhere", NULL};
+    static char *names[] = {
+        "group",  "path",      "rank",      "call_hash",  "verify", "strict_coverage",
+        "direct", "read_once", "elsewhere", "gpu_direct", NULL};
     struct module_state *state = module_state_of(type);
     struct dcp_load_params params = {.io = dcp_io_posix(), .shm = dcp_shm_posix()};
     unsigned long long call_hash = 0;
     unsigned int rank = 0;
     int verify = 1, strict = 1, direct = DCP_DIRECT_AUTO, once = DCP_READ_ONCE_HOST;
-    int elsewhere = 0;
+    int elsewhere = 0, gpu_direct = GPU_DIRECT_OFF;
     struct dcp_group *group;
     struct load_object *self;
     PyObject *group_arg;
     struct dcp_error err;
 
-    if (state == NULL || !PyArg_ParseTupleAndKeywords(
-                             args, kwargs, "Os|$IKipiip:Load", names, &group_arg, &params.dir_path,
-                             &rank, &call_hash, &verify, &strict, &direct, &once, &elsewhere)) {
+    if (state == NULL ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "Os|$IKipiipi:Load", names, &group_arg,
+                                     &params.dir_path, &rank, &call_hash, &verify, &strict, &direct,
+                                     &once, &elsewhere, &gpu_direct)) {
         return NULL;
     }
     if (!Py_IS_TYPE(group_arg, state->group_type)) {
@@ -91,6 +93,7 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     self->group = Py_NewRef(group_arg);
     self->strict_coverage = strict != 0;
+    self->gpu_direct = (enum gpu_direct)gpu_direct;
     params.rank = rank;
     params.call_hash = call_hash;
     params.verify = verify != 0;
@@ -205,6 +208,8 @@ plan_targets(struct load_object *self, struct module_state *state, PyObject *sta
     device_set_clean_up(&self->devices);
     if (load_targets_build(&state->native, dcp_load_metadata(self->load), state_dict, options,
                            &self->targets) != 0 ||
+        (self->gpu_direct != GPU_DIRECT_OFF &&
+         device_set_use_files(self->devices, self->gpu_direct == GPU_DIRECT_ON) != 0) ||
         device_set_follow(self->devices) != 0) { /* torch's code ran while targets were made */
         device_set_give_back(self->devices);
         return -1;
@@ -368,6 +373,7 @@ begin_pieces(struct load_object *self, struct module_state *state, PyObject *rec
     }
     dcp_device_put_set_cancel(self->put, &self->cancel);
     plan->on_piece = dcp_device_put_piece;
+    plan->on_range = self->gpu_direct != GPU_DIRECT_OFF ? dcp_device_put_range : NULL;
     plan->on_piece_ctx = self->put;
     return 0;
 }
@@ -444,9 +450,9 @@ static PyMethodDef load_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-PyDoc_STRVAR(load_doc,
-             "Load(group, path, *, rank=0, call_hash=0, verify=1, strict_coverage=True, "
-             "direct=0, read_once=0, elsewhere=False)\n--\n\nOne load from the directory `path`.");
+PyDoc_STRVAR(load_doc, "Load(group, path, *, rank=0, call_hash=0, verify=1, strict_coverage=True, "
+                       "direct=0, read_once=0, elsewhere=False, gpu_direct=0)\n--\n\nOne load from "
+                       "the directory `path`.");
 
 static PyType_Slot load_slots[] = {
     {Py_tp_doc, (void *)load_doc},

@@ -15,6 +15,9 @@
  * can make a rank enter the same one twice. */
 enum phase { PHASE_OPENING, PHASE_PLANNING, PHASE_READING, PHASE_OVER };
 
+/* Whether devices read from storage by themselves: Config.gpu_direct. */
+enum gpu_direct { GPU_DIRECT_OFF = 0, GPU_DIRECT_AUTO = 1, GPU_DIRECT_ON = 2 };
+
 struct load_object {
     PyObject_HEAD PyObject *group; /* struct group_object */
     struct dcp_load *load;
@@ -30,6 +33,7 @@ struct load_object {
     int local_code; /* what parsing the metadata gave on this rank */
     struct dcp_error local_err;
     bool strict_coverage;
+    enum gpu_direct gpu_direct;
     uint64_t hole_bytes;
     struct dcp_read_stats stats;
     struct load_receiver receiver;

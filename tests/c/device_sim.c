@@ -17,6 +17,7 @@
 
 /* Not canonical: following it is a fault. */
 #define BASE UINT64_C(0x00d0000000000000)
+#define READ_ALIGN_BYTES UINT64_C(4096)
 enum { MOST_RANGES = 4096, GUARD_BYTES = 256, RUBBISH = 0xEE, FREED = 0xDD, OURS = 0 };
 
 enum work_kind {
@@ -74,7 +75,7 @@ struct device_sim {
         uint8_t *memory;
         uint64_t bytes;
     } pins[64];
-    uint64_t calls, fail_call, fail_work, violations, live_events, pinned_bytes;
+    uint64_t calls, reads, fail_call, fail_work, violations, live_events, pinned_bytes;
     bool failed; /* for good */
     bool hung, hung_for_ever, closing;
 };
@@ -626,6 +627,51 @@ sim_wait_idle(void *ctx, struct dcp_error *err)
     return rc;
 }
 
+/* As far as the file goes; alignment is the device's own concern. */
+static int
+read_to_memory(struct device_sim *sim, int fd, uint64_t offset, uint64_t device, uint64_t bytes)
+{
+    uint64_t from = offset & ~(READ_ALIGN_BYTES - 1);
+    uint64_t len = dcp_align_up(offset + bytes, READ_ALIGN_BYTES) - from, done = 0;
+    uint8_t *buffer = aligned_alloc(READ_ALIGN_BYTES, len);
+    must(buffer != NULL, "no memory");
+    while (done < len) {
+        ssize_t n = sim->options.io->pread(sim->options.io->ctx, fd, buffer + done, len - done,
+                                           from + done);
+        if (n <= 0) {
+            break;
+        }
+        done += (uint64_t)n;
+    }
+    bool whole = done >= offset + bytes - from;
+    if (whole) {
+        memcpy(real(sim, device), buffer + (offset - from), bytes);
+    }
+    free(buffer);
+    return whole ? 0 : -1;
+}
+
+static int
+sim_read_file(void *ctx, int fd, uint64_t offset_bytes, uint64_t device, uint64_t bytes,
+              struct dcp_error *err)
+{
+    struct device_sim *sim = ctx;
+    uint64_t refuse = sim->options.refuse_read;
+    int rc = call(sim, "read_file", err);
+    must((sim->table.features & DCP_DEVICE_READS_FILES) != 0, "it reads no files");
+    rc = rc == 0 ? sim_wait_idle(ctx, err) : rc;
+    if (rc == 0 && !is_live(sim, device, bytes)) {
+        violation(sim, "a file was read to device memory that is not allocated");
+    } else if (rc == 0) {
+        bool refused = ++sim->reads >= refuse && refuse > 0;
+        uint64_t len = refused ? bytes / 2 : bytes;
+        if (read_to_memory(sim, fd, offset_bytes, device, len) != 0 || refused) {
+            rc = dcp_error_set(err, DCP_E_UNSUPPORTED, 0, NULL, "simulated: not this file");
+        }
+    }
+    return rc;
+}
+
 /* ---- for tests ---- */
 
 struct device_sim *
@@ -660,7 +706,8 @@ device_sim_new(const struct device_sim_options *options)
                                      .record = sim_record,
                                      .poll = sim_poll,
                                      .forget = sim_forget,
-                                     .wait_idle = sim_wait_idle};
+                                     .wait_idle = sim_wait_idle,
+                                     .read_file = sim_read_file};
     must(pthread_create(&sim->thread, NULL, thread_main, sim) == 0, "no thread");
     return sim;
 }
@@ -766,6 +813,12 @@ uint64_t
 device_sim_calls(const struct device_sim *sim)
 {
     return sim->calls;
+}
+
+uint64_t
+device_sim_reads(const struct device_sim *sim)
+{
+    return sim->reads;
 }
 
 static void

@@ -15,6 +15,7 @@
 #define DEVICE_SIM_H
 
 #include "dcp_device.h"
+#include "dcp_io.h"
 
 enum { DEVICE_SIM_STREAMS = 4, DEVICE_SIM_CAPTURING = 99 };
 
@@ -25,9 +26,12 @@ struct device_sim_options {
     uint32_t features;     /* enum dcp_device_features */
     uint64_t memory_bytes; /* 0: 64 MiB */
     uint64_t
-        slab_most_bytes; /* larger allocations are DCP_E_NOMEM; 0: all are.  UINT64_MAX: none */
-    bool no_pin;         /* pinning fails */
-    bool instant;        /* no pauses and no checks: for benchmarks */
+        slab_most_bytes;     /* larger allocations are DCP_E_NOMEM; 0: all are.  UINT64_MAX: none */
+    bool no_pin;             /* pinning fails */
+    const struct dcp_io *io; /* of files that it reads by itself */
+    uint64_t refuse_read;    /* of what it is to read the range of this number and all after it are
+                                refused, half read; 0: none */
+    bool instant;            /* no pauses and no checks: for benchmarks */
 };
 
 struct device_sim *device_sim_new(const struct device_sim_options *options);
@@ -52,6 +56,8 @@ void device_sim_fail_call(struct device_sim *sim, uint64_t number);
 /* The work of this number from now on fails when it runs, and with it all that is asked later. */
 void device_sim_fail_work(struct device_sim *sim, uint64_t number);
 uint64_t device_sim_calls(const struct device_sim *sim);
+/* Ranges of files that it was asked for. */
+uint64_t device_sim_reads(const struct device_sim *sim);
 /* Nothing runs any more.  Waiting for it to be idle ends the hang, or with `for_ever` is
  * DCP_E_TIMEOUT. */
 void device_sim_hang(struct device_sim *sim, bool for_ever);

@@ -31,6 +31,7 @@ struct scene {
     struct aim aims[MOST_AIMS];
     uint32_t aims_count;
     struct dcp_device_put *put;
+    bool ranges; /* devices may read files */
 };
 
 /* A dtype that elements are converted to without a NaN on the way, or their own. */
@@ -113,7 +114,10 @@ scene_make(struct scene *scene, uint64_t seed, const struct world_options *optio
     memset(scene, 0, sizeof *scene);
     world_make(&scene->world, options);
     disk_make(&scene->disk, &scene->world, seed % 3 == 0 ? 0 : 512);
-    devices_make(&scene->devices, 1 + (uint32_t)(seed % DEVICE_WORLD_MOST), *device);
+    struct device_sim_options of_disk = *device;
+    of_disk.io = scene->disk.io;
+    devices_make(&scene->devices, 1 + (uint32_t)(seed % DEVICE_WORLD_MOST), of_disk);
+    scene->ranges = (device->features & DCP_DEVICE_READS_FILES) != 0;
     scene->plan.md = &scene->world.md;
     scene->plan.devices = &scene->devices.list;
     for (uint32_t t = 0; t < scene->world.tensors_count; t++) {
@@ -158,6 +162,7 @@ scene_load(struct scene *scene, struct dcp_error *err)
     }
     scene->plan.on_piece = dcp_device_put_piece;
     scene->plan.on_piece_ctx = scene->put;
+    scene->plan.on_range = scene->ranges ? dcp_device_put_range : NULL;
     rc = dcp_reader_run(scene->disk.io, scene->disk.dirfd, "/d", &scene->plan, &engine, no_record,
                         NULL, NULL, err);
     int put_rc = dcp_device_put_finish(scene->put, NULL, rc == 0 ? err : NULL);
@@ -204,6 +209,8 @@ all_arrives_and_nothing_beside_it_changes(void)
         struct device_sim_options device = device_of_seed(seed);
         struct scene scene;
         struct dcp_error err = {0};
+        device.features |= seed % 3 == 0 ? DCP_DEVICE_READS_FILES : 0;
+        device.refuse_read = seed % 9;
         scene_make(&scene, seed, &options, &device, 3);
         CHECK_OK(scene_load(&scene, &err), &err);
         for (uint32_t i = 0; i < scene.devices.list.count; i++) {

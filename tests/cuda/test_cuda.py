@@ -22,6 +22,7 @@ RUNS = [  # module, ranks (0: no process group), backend
     ("cases_staging", 0, ""),
     ("cases_contract", 0, ""),
     ("cases_faults", 0, ""),
+    ("cases_file", 0, ""),
     ("cases_comm", 2, BOTH),
     ("cases_comm", 3, BOTH),
     ("cases_ranks", 2, BOTH),

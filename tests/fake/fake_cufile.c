@@ -5,12 +5,14 @@
  * torch links to and no test needs answer an error.
  */
 #include <stdlib.h>
+#include <string.h>
 #include <sys/types.h>
 #include <unistd.h>
 
 #include "fake_gpu.h"
 
 #define CUFILE_ERROR 5001
+#define ALIGN_BYTES 4096u
 
 struct status {
     int error, driver;
@@ -64,6 +66,26 @@ cuFileHandleDeregister(void *handle)
     free(handle);
 }
 
+/* As the real one it aligns what direct I/O wants aligned. */
+static ssize_t
+read_anywhere(int fd, char *to, size_t bytes, off_t offset)
+{
+    size_t skip = (size_t)offset % ALIGN_BYTES;
+    size_t room = (skip + bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES;
+    char *buffer = aligned_alloc(ALIGN_BYTES, room);
+    ssize_t n = buffer == NULL ? -1 : pread(fd, buffer, room, offset - (off_t)skip);
+
+    if (n > (ssize_t)skip) {
+        n -= (ssize_t)skip;
+        n = n < (ssize_t)bytes ? n : (ssize_t)bytes;
+        memcpy(to, buffer + skip, (size_t)n);
+    } else if (n >= 0) {
+        n = 0;
+    }
+    free(buffer);
+    return n;
+}
+
 ssize_t
 cuFileRead(void *handle, void *memory, size_t bytes, off_t file_offset, off_t memory_offset)
 {
@@ -75,7 +97,7 @@ cuFileRead(void *handle, void *memory, size_t bytes, off_t file_offset, off_t me
         range.kind != FAKE_MEMORY_DEVICE || (uintptr_t)to + bytes > range.start + range.bytes) {
         return -CUFILE_ERROR;
     }
-    return pread(*(int *)handle, to, wanted, file_offset);
+    return read_anywhere(*(int *)handle, to, wanted, file_offset);
 }
 
 ssize_t

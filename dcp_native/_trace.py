@@ -21,7 +21,7 @@ from . import _native
 from ._config import config
 from ._fork import fork_safe
 
-__all__ = ["end", "follow_config", "span"]
+__all__ = ["end", "flush", "follow_config", "span"]
 
 _TAIL = b"\n]}\n"
 _MOST_SPANS = 10_000
@@ -107,7 +107,9 @@ def follow_config(rank: int) -> None:
     global _file, _failed
     wanted = config().trace
     directory = None if wanted is None else os.path.abspath(os.fspath(wanted))
-    if directory == (None if _file is None else _file.directory) or directory == _failed:
+    if directory == (None if _file is None else _file.directory):
+        return
+    if directory is not None and directory == _failed:
         return
     with _lock():
         _native.trace_switch(False)
@@ -156,6 +158,13 @@ def end(kind: str, directory: str, begin_ns: int, *, background: bool = False) -
         _spans.append({"ph": "e", "ts": end_ns, **common})
     else:
         span("call", kind, begin_ns, end_ns, directory=directory)
+    flush()
+
+
+def flush() -> None:
+    """Write what was recorded so far.  Never raises."""
+    if _file is None:
+        return
     with _lock():
         if _file is not None:
             _write(_file)

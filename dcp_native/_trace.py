@@ -21,7 +21,7 @@ from . import _native
 from ._config import config
 from ._fork import fork_safe
 
-__all__ = ["end", "follow_config", "span"]
+__all__ = ["end", "flush", "follow_config", "span"]
 
 _TAIL = b"\n]}\n"
 _MOST_SPANS = 10_000
@@ -67,10 +67,9 @@ class _TraceFile:
                 "args": {"name": f"rank {rank} ({host}, pid {os.getpid()})"}}  # fmt: skip
         order = {"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0,
                  "args": {"sort_index": rank}}  # fmt: skip
-        self.path = Path(directory) / f"rank{rank:05d}-{host}-{os.getpid()}.json"
-        Path(directory).mkdir(parents=True, exist_ok=True)
         head = f'{{"displayTimeUnit":"ms","otherData":{json.dumps(facts)},"traceEvents":[\n'
         text = f"{head}{json.dumps(name)},\n{json.dumps(order)}"
+        self.path = _new_file(Path(directory), f"rank{rank:05d}-{host}-{os.getpid()}")
         self.path.write_bytes(text.encode() + _TAIL)
 
     def append(self, spans: list[dict[str, Any]]) -> None:
@@ -87,6 +86,19 @@ class _TraceFile:
         with open(self.path, "r+b") as file:
             file.seek(-len(_TAIL), os.SEEK_END)
             file.write(events + _TAIL)
+
+
+def _new_file(directory: Path, stem: str) -> Path:
+    """One that was not there: a trace that is switched on again does not replace the one before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path, number = directory / f"{stem}.json", 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+            path = directory / f"{stem}-{number}.json"
 
 
 def _boot_id() -> str:
@@ -107,7 +119,9 @@ def follow_config(rank: int) -> None:
     global _file, _failed
     wanted = config().trace
     directory = None if wanted is None else os.path.abspath(os.fspath(wanted))
-    if directory == (None if _file is None else _file.directory) or directory == _failed:
+    if directory == (None if _file is None else _file.directory):
+        return
+    if directory is not None and directory == _failed:
         return
     with _lock():
         _native.trace_switch(False)
@@ -156,6 +170,13 @@ def end(kind: str, directory: str, begin_ns: int, *, background: bool = False) -
         _spans.append({"ph": "e", "ts": end_ns, **common})
     else:
         span("call", kind, begin_ns, end_ns, directory=directory)
+    flush()
+
+
+def flush() -> None:
+    """Write what was recorded so far.  Never raises."""
+    if _file is None:
+        return
     with _lock():
         if _file is not None:
             _write(_file)

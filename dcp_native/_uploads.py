@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from . import _native
+from . import _native, _trace
 from ._failures import forget_frames, raise_failures
 from ._fork import fork_safe
 from ._progress import Progress
@@ -179,6 +179,7 @@ class Upload:
         if state == "ended":
             _, stats = self._stats()
             self.future._report.update(stats)
+            _trace.flush()  # its threads have told their last
             self.give_back(in_touch=stats["in_touch"])
         return state == "ended"
 

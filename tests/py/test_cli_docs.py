@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -10,6 +11,7 @@ import cli
 import pytest
 from conftest import ROOT
 
+from dcp_native import configure
 from dcp_native._cli.main import COMMANDS
 
 TEXT = (ROOT / "docs" / "cli.md").read_text()
@@ -26,8 +28,10 @@ def commands() -> list[tuple[list[str], int]]:
 
 
 def test_every_command_of_the_document_runs(tmp_path, monkeypatch):
+    before = configure(trace=tmp_path / "traces")
     for number in (100, 200, 300):
         cli.save(tmp_path / "run" / f"step-{number}", cli.state(seed=number, step=number))
+    configure(**dataclasses.asdict(before))
     monkeypatch.chdir(tmp_path)
     for argv, status in commands():
         if argv[1] == "plot" and importlib.util.find_spec("matplotlib") is None:

@@ -39,7 +39,7 @@ def recording_ends():
     yield
     dcp.configure(trace=None)
     _trace.follow_config(0)
-    assert _native.trace_take(0, 0) == b""
+    assert _native.trace_take(0, 0).decode() == ""
 
 
 def run_all(path) -> None:
@@ -142,9 +142,21 @@ def test_the_file_is_whole_after_every_call(tmp_path, traces):
     assert counts == [1, 2, 3]
 
 
-def test_nothing_is_recorded_when_it_is_off(tmp_path):
+def test_nothing_is_recorded_when_it_is_off_again(tmp_path, traces):
     dcp.save(STATE, checkpoint_id=tmp_path)
-    assert _native.trace_take(0, 0) == b""
+    dcp.configure(trace=None)
+    before = len(traces())
+    dcp.save(STATE, checkpoint_id=tmp_path)
+    assert len(traces()) == before
+    assert _native.trace_take(0, 0).decode() == ""
+
+
+def test_a_trace_that_is_switched_on_again_does_not_replace_the_one_before(tmp_path, traces):
+    for wanted in (traces.directory, None, traces.directory):
+        dcp.configure(trace=wanted)
+        dcp.save(STATE, checkpoint_id=tmp_path / "a")
+    files = [json.loads(path.read_text()) for path in traces.directory.glob("*.json")]
+    assert [len(named(file["traceEvents"], "save", cat="call")) for file in files] == [1, 1]
 
 
 def test_failures_are_traced_too(tmp_path, traces):

@@ -31,8 +31,8 @@ def __getattr__(name: str) -> Any:
     names = vars(api).get("__all__", ())  # of a part of it, while it is being imported
     if name != "__all__" and name not in names:
         return api.rest(name)
-    for each in ("__all__", *names):
-        globals().setdefault(each, getattr(api, each))
+    for each in ("__all__", *names):  # those that only a newer torch has are torch's own
+        globals().setdefault(each, vars(api)[each] if each in vars(api) else api.rest(each))
     return globals()[name]
 
 

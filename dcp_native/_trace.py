@@ -67,10 +67,9 @@ class _TraceFile:
                 "args": {"name": f"rank {rank} ({host}, pid {os.getpid()})"}}  # fmt: skip
         order = {"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0,
                  "args": {"sort_index": rank}}  # fmt: skip
-        self.path = Path(directory) / f"rank{rank:05d}-{host}-{os.getpid()}.json"
-        Path(directory).mkdir(parents=True, exist_ok=True)
         head = f'{{"displayTimeUnit":"ms","otherData":{json.dumps(facts)},"traceEvents":[\n'
         text = f"{head}{json.dumps(name)},\n{json.dumps(order)}"
+        self.path = _new_file(Path(directory), f"rank{rank:05d}-{host}-{os.getpid()}")
         self.path.write_bytes(text.encode() + _TAIL)
 
     def append(self, spans: list[dict[str, Any]]) -> None:
@@ -87,6 +86,19 @@ class _TraceFile:
         with open(self.path, "r+b") as file:
             file.seek(-len(_TAIL), os.SEEK_END)
             file.write(events + _TAIL)
+
+
+def _new_file(directory: Path, stem: str) -> Path:
+    """One that was not there: a trace that is switched on again does not replace the one before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path, number = directory / f"{stem}.json", 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+            path = directory / f"{stem}-{number}.json"
 
 
 def _boot_id() -> str:

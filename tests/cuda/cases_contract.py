@@ -184,9 +184,9 @@ def case_a_device_that_dies_while_it_is_staged_fails_both_futures(c):
     for mode in (THREAD, PROCESS):
         state = everywhere("cuda:1", layouts(torch.float32, seed=2))
         torch.cuda.synchronize(1)
-        with fake.dying(1, 0), fake.held():
-            response = started(state, c.dir / "x", mode)
         with fake.dying(1, 0):
+            with fake.held():
+                response = started(state, c.dir / "x", mode)
             with pytest.raises(RuntimeError, match="illegal memory"):
                 response.staging_completion.result(timeout=WAIT_S)
             with pytest.raises(dcp.CheckpointException, match="illegal memory"):

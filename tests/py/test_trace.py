@@ -151,6 +151,14 @@ def test_nothing_is_recorded_when_it_is_off_again(tmp_path, traces):
     assert _native.trace_take(0, 0).decode() == ""
 
 
+def test_a_trace_that_is_switched_on_again_does_not_replace_the_one_before(tmp_path, traces):
+    for wanted in (traces.directory, None, traces.directory):
+        dcp.configure(trace=wanted)
+        dcp.save(STATE, checkpoint_id=tmp_path / "a")
+    files = [json.loads(path.read_text()) for path in traces.directory.glob("*.json")]
+    assert [len(named(file["traceEvents"], "save", cat="call")) for file in files] == [1, 1]
+
+
 def test_failures_are_traced_too(tmp_path, traces):
     (tmp_path / "f").write_text("no directory")
     with pytest.raises(dcp.CheckpointException):

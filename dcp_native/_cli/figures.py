@@ -20,7 +20,10 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot as found
 
-    found.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    found.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+         "text.parse_math": False}  # names may have dollars
+    )  # fmt: skip
     return found
 
 
@@ -37,8 +40,10 @@ def title(figure: Any, text: str) -> None:
 
 
 def rows(axes: Any, names: list[str], label: str) -> None:
-    """Names beside the rows; of many only some, at even steps."""
-    step = -(-len(names) // MOST_BARS)
+    """Names beside the rows; of many only every second, fourth, eighth."""
+    step = 1
+    while len(names) > step * MOST_BARS:
+        step *= 2
     axes.set_yticks(range(0, len(names), step), names[::step])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_ylabel(label)

@@ -12,7 +12,7 @@ from . import figures
 from .checkpoint import NO_FILE, Checkpoint, Entry, rank_of
 from .figures import GAP_COLOR, MOST_BARS
 from .output import CommandError, Output
-from .units import bytes_text, shape_text
+from .units import bytes_text, natural_order, shape_text
 
 _MOST_GROUPS = 9
 _OTHER = "other"
@@ -80,7 +80,7 @@ def _timeline(args: argparse.Namespace, out: Output) -> int:
     figure = timeline_figure.draw(pyplot, call)
     figure.savefig(args.output, dpi=120)
     pyplot.close(figure)
-    out.line(f"{args.output}: {timeline.summary(call)}")
+    out.line(f"{args.output}: {'; '.join(timeline.summary(call))}")
     if len(calls) > 1:
         out.line(f"call {number} of {len(calls)}; --call N draws another")
     out.json({"file": str(args.output), "call": number, "calls": len(calls), **call.facts()})
@@ -92,7 +92,7 @@ def _timeline(args: argparse.Namespace, out: Output) -> int:
 
 def _files(pyplot: Any, checkpoint: Checkpoint) -> Any:
     groups, colors = _groups(pyplot, checkpoint)
-    order = sorted(range(len(checkpoint.files)), key=lambda i: _natural(checkpoint.files[i]))
+    order = sorted(range(len(checkpoint.files)), key=lambda i: natural_order(checkpoint.files[i]))
     spans, ends = _spans(checkpoint, groups)
     by_rank = _by_rank(checkpoint, spans)
     tall = min(max(len(order), len(by_rank)), MOST_BARS)
@@ -182,20 +182,13 @@ def _spans(checkpoint: Checkpoint, groups: list[str]) -> tuple[_Spans, list[int]
 def _by_rank(checkpoint: Checkpoint, spans: _Spans) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for name, groups in sorted(
-        zip(checkpoint.files, spans, strict=True), key=lambda item: _natural(item[0])
+        zip(checkpoint.files, spans, strict=True), key=lambda item: natural_order(item[0])
     ):
         rank = rank_of(name)
         sizes = found.setdefault("other files" if rank is None else str(rank), {})
         for group, parts in groups.items():
             sizes[group] = sizes.get(group, 0) + sum(length for _, length in parts)
     return found
-
-
-def _natural(name: str) -> list[Any]:
-    import re
-
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if part.isdigit() else part for part in parts]
 
 
 def _draw_ranks(axes: Any, by_rank: dict[str, dict[str, int]], colors: dict[str, Any]) -> None:

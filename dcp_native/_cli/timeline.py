@@ -20,7 +20,7 @@ from typing import Any
 
 from .._trace_merge import merged_events
 from .output import CommandError
-from .units import count_text, seconds_text
+from .units import count_text, natural_order, seconds_text
 
 _CORE_STEPS = {
     "write files": "write",
@@ -44,6 +44,13 @@ class Lane:
     spans: list[Span]
     returned_s: float | None = None
     """When the program could go on, of a call that goes on behind it."""
+
+    def earlier(self, by_s: float) -> Lane:
+        return Lane(
+            self.rank, self.begin_s - by_s, self.end_s - by_s,
+            [(name, begin - by_s, end - by_s) for name, begin, end in self.spans],
+            None if self.returned_s is None else self.returned_s - by_s,
+        )  # fmt: skip
 
     def by_phase(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -87,13 +94,14 @@ class Call:
         }
 
 
-def summary(call: Call) -> str:
-    """``save of run/step-100: 4 ranks, 1.2 s; longest phase: write, 0.9 s on rank 2``."""
-    text = (f"{call.kind.replace('_', ' ')} of {call.directory}: "
-            f"{count_text(len(call.lanes), 'rank')}, {seconds_text(call.total_s)}")  # fmt: skip
+def summary(call: Call) -> list[str]:
+    """``save of run/step-100: 4 ranks, 1.2 s``, ``longest phase: write, 0.9 s on rank 2``."""
+    texts = [f"{call.kind.replace('_', ' ')} of {call.directory}: "
+             f"{count_text(len(call.lanes), 'rank')}, {seconds_text(call.total_s)}"]  # fmt: skip
     for name, (took_s, rank) in call.longest().items():
-        return f"{text}; longest phase: {name}, {seconds_text(took_s)} on rank {rank}"
-    return text
+        texts.append(f"longest phase: {name}, {seconds_text(took_s)} on rank {rank}")
+        break
+    return texts
 
 
 def calls_of(source: Path) -> list[Call]:
@@ -113,7 +121,7 @@ def _from_directory(directory: Path) -> list[Call]:
         return _from_events(merged_events(directory))
     except FileNotFoundError:
         pass
-    paths = sorted(directory.glob("*.json"), key=lambda path: _natural(path.name))
+    paths = sorted(directory.glob("*.json"), key=lambda path: natural_order(path.name))
     if not paths:
         raise CommandError(f"{directory} has neither traces nor reports (*.json)")
     return _from_reports([report for path in paths for report in _reports(path, _parse(path))])
@@ -133,10 +141,6 @@ def _parse(path: Path) -> Any:
         raise CommandError(f"{path} is not whole JSON: {error}") from None
 
 
-def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
-
-
 # ---- reports ----
 
 
@@ -150,7 +154,7 @@ def _reports(path: Path, content: Any) -> list[dict[str, Any]]:
 
 
 def _from_reports(reports: list[dict[str, Any]]) -> list[Call]:
-    calls: list[Call] = []
+    joined = _Joined(has_times=False)
     for report in reports:
         total_s, at_s = report["total_ns"] / 1e9, 0.0
         spans: list[Span] = []
@@ -158,40 +162,53 @@ def _from_reports(reports: list[dict[str, Any]]) -> list[Call]:
             spans.append((name, at_s, at_s + ns / 1e9))
             at_s += ns / 1e9
         lane = Lane(report.get("rank", 0), 0.0, max(total_s, at_s), spans)
-        _same_call(calls, Call(report["kind"], report.get("directory", "?"), False, [lane]))
-    return _in_order(calls)
+        joined.add(report["kind"], report.get("directory", "?"), lane)
+    return joined.calls()
 
 
-def _same_call(calls: list[Call], of_rank: Call) -> None:
-    """Adds a rank's part to the first call of that kind and directory that lacks it; parts that
-    have times are of one call if they overlap."""
-    (lane,) = of_rank.lanes
-    for call in calls:
-        if (call.kind, call.directory) != (of_rank.kind, of_rank.directory):
-            continue
-        if any(other.rank == lane.rank for other in call.lanes):
-            continue
-        first_s = min(other.begin_s for other in call.lanes)
-        if lane.begin_s <= call.total_s and first_s <= lane.end_s:
-            call.lanes.append(lane)
-            return
-    calls.append(of_rank)
+@dataclasses.dataclass
+class _Part:
+    """What is known of a call so far."""
+
+    kind: str
+    directory: str
+    begin_s: float
+    end_s: float
+    lanes: dict[int, Lane]
+
+    def takes(self, lane: Lane) -> bool:
+        overlaps = lane.begin_s <= self.end_s and self.begin_s <= lane.end_s
+        return overlaps and lane.rank not in self.lanes
 
 
-def _in_order(calls: list[Call]) -> list[Call]:
-    """By their begin, which becomes 0."""
-    calls.sort(key=lambda call: min(lane.begin_s for lane in call.lanes))
-    for call in calls:
-        zero_s = min(lane.begin_s for lane in call.lanes)
-        call.lanes = [
-            Lane(
-                lane.rank, lane.begin_s - zero_s, lane.end_s - zero_s,
-                [(name, begin - zero_s, end - zero_s) for name, begin, end in lane.spans],
-                None if lane.returned_s is None else lane.returned_s - zero_s,
+class _Joined:
+    """Lanes joined to calls: a lane belongs to the first call of its kind and directory that has
+    none of its rank and that it overlaps; without times all overlap."""
+
+    def __init__(self, *, has_times: bool) -> None:
+        self.has_times = has_times
+        self._parts: list[_Part] = []
+        self._alike: dict[tuple[str, str], list[_Part]] = {}
+
+    def add(self, kind: str, directory: str, lane: Lane) -> None:
+        alike = self._alike.setdefault((kind, directory), [])
+        part = next((part for part in alike if part.takes(lane)), None)
+        if part is None:
+            part = _Part(kind, directory, lane.begin_s, lane.end_s, {})
+            alike.append(part)
+            self._parts.append(part)
+        part.lanes[lane.rank] = lane
+        part.begin_s, part.end_s = min(part.begin_s, lane.begin_s), max(part.end_s, lane.end_s)
+
+    def calls(self) -> list[Call]:
+        """By their begin, or as they were added; each begins at 0."""
+        return [
+            Call(
+                part.kind, part.directory, self.has_times,
+                [part.lanes[rank].earlier(part.begin_s) for rank in sorted(part.lanes)],
             )
-            for lane in sorted(call.lanes, key=lambda lane: lane.rank)
+            for part in sorted(self._parts, key=lambda part: part.begin_s)
         ]  # fmt: skip
-    return calls
 
 
 # ---- traces ----
@@ -221,10 +238,10 @@ def _from_events(events: Iterable[dict[str, Any]]) -> list[Call]:
         elif event.get("cat") == "call":
             _add_call(process, event)
     parts = [part for process in processes.values() for part in _parts(process)]
-    calls: list[Call] = []
-    for part in sorted(parts, key=lambda part: part.lanes[0].begin_s):
-        _same_call(calls, part)
-    return _in_order(calls)
+    joined = _Joined(has_times=True)
+    for kind, directory, lane in sorted(parts, key=lambda part: part[2].begin_s):
+        joined.add(kind, directory, lane)
+    return joined.calls()
 
 
 def _add_call(process: _Process, event: dict[str, Any]) -> None:
@@ -236,8 +253,8 @@ def _add_call(process: _Process, event: dict[str, Any]) -> None:
         process.outcomes[process.begins[event["id2"]["local"]]] = event["ts"]
 
 
-def _parts(process: _Process) -> Iterator[Call]:
-    """The process's part of each of its calls."""
+def _parts(process: _Process) -> Iterator[tuple[str, str, Lane]]:
+    """The process's part of each of its calls, with the call's kind and directory."""
     for call in process.calls:
         returned = call["ts"] + call["dur"]
         spans = [
@@ -252,7 +269,7 @@ def _parts(process: _Process) -> Iterator[Call]:
         in_s = [(name, begin / 1e6, end / 1e6) for name, begin, end in _innermost(spans)]
         lane = Lane(process.rank, call["ts"] / 1e6, end / 1e6, in_s)
         lane.returned_s = returned / 1e6 if end > returned else None
-        yield Call(call["name"], call["args"]["directory"], True, [lane])
+        yield call["name"], call["args"]["directory"], lane
 
 
 def _behind(

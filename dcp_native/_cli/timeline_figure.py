@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import figures
-from .timeline import Call
-from .units import count_text, seconds_text
+from .timeline import Call, summary
+from .units import seconds_text
 
 _COLORS = {
     "wait": "#c7c7c7", "state_dict": "#bcbd22", "open": "#9467bd", "flatten": "#c5b0d5",
@@ -24,6 +24,7 @@ _LEAST_SHARE = 0.004
 _GAP = "between phases"
 _RETURN_COLOR = "black"
 _LANE_HEIGHT = 0.76
+_THIN_LANE_HEIGHT = 1.0
 _LETTER_SHARE = 0.0095
 """Width of a letter in a bar, as a share of the axis."""
 
@@ -32,7 +33,7 @@ def draw(pyplot: Any, call: Call) -> Any:
     names = [str(lane.rank) for lane in call.lanes]
     height = 1.75 + 0.34 * min(max(len(names), 3), figures.MOST_BARS)
     figure, axes = pyplot.subplots(figsize=(11, height), layout="constrained")
-    figures.title(figure, _title(call))
+    figures.title(figure, "\n".join(summary(call)))
     colors = _colors(call)
     _draw_bars(axes, call, colors)
     figures.rows(axes, names, "rank")
@@ -45,14 +46,6 @@ def draw(pyplot: Any, call: Call) -> Any:
     handles, labels = _legend(pyplot, call, colors)
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False)
     return figure
-
-
-def _title(call: Call) -> str:
-    text = (f"{call.kind.replace('_', ' ')} of {call.directory}   {seconds_text(call.total_s)}, "
-            f"{count_text(len(call.lanes), 'rank')}")  # fmt: skip
-    for name, (took_s, rank) in call.longest().items():
-        return f"{text}\nlongest phase: {name}, {seconds_text(took_s)} on rank {rank}"
-    return text
 
 
 def _colors(call: Call) -> dict[str, str]:
@@ -71,17 +64,16 @@ def _colors(call: Call) -> dict[str, str]:
 def _draw_bars(axes: Any, call: Call, colors: dict[str, str]) -> None:
     from matplotlib.collections import PolyCollection
 
+    is_thin = len(call.lanes) > figures.MOST_BARS
+    height = _THIN_LANE_HEIGHT if is_thin else _LANE_HEIGHT
     boxes: dict[str, list[Any]] = {_GAP: []}
     for row, lane in enumerate(call.lanes):
-        boxes[_GAP].append(_box(row, lane.begin_s, lane.end_s))
+        boxes[_GAP].append(_box(row, height, lane.begin_s, lane.end_s))
         for name, begin_s, end_s in lane.spans:
             shown = name if name in colors else _OTHER
-            boxes.setdefault(shown, []).append(_box(row, begin_s, end_s))
+            boxes.setdefault(shown, []).append(_box(row, height, begin_s, end_s))
             letters = len(name) + 1
-            if (
-                len(call.lanes) <= figures.MOST_BARS
-                and end_s - begin_s > letters * _LETTER_SHARE * call.total_s
-            ):
+            if not is_thin and end_s - begin_s > letters * _LETTER_SHARE * call.total_s:
                 axes.text(
                     (begin_s + end_s) / 2, row, name, ha="center", va="center_baseline",
                     fontsize=8, color="#222222" if name in _DARK_TEXT else "white",
@@ -97,8 +89,8 @@ def _draw_bars(axes: Any, call: Call, colors: dict[str, str]) -> None:
         axes.add_collection(PolyCollection(polygons, facecolors=known[name], linewidths=0))
 
 
-def _box(row: int, begin_s: float, end_s: float) -> list[tuple[float, float]]:
-    top, bottom = row - _LANE_HEIGHT / 2, row + _LANE_HEIGHT / 2
+def _box(row: int, height: float, begin_s: float, end_s: float) -> list[tuple[float, float]]:
+    top, bottom = row - height / 2, row + height / 2
     return [(begin_s, top), (end_s, top), (end_s, bottom), (begin_s, bottom)]
 
 

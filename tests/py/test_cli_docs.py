@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 
@@ -10,6 +11,8 @@ import cli
 import pytest
 from conftest import ROOT
 
+import dcp_native as dcp
+from dcp_native import _trace
 from dcp_native._cli.main import COMMANDS
 
 TEXT = (ROOT / "docs" / "cli.md").read_text()
@@ -26,8 +29,14 @@ def commands() -> list[tuple[list[str], int]]:
 
 
 def test_every_command_of_the_document_runs(tmp_path, monkeypatch):
+    (tmp_path / "reports").mkdir()
+    dcp.configure(trace=tmp_path / "traces")
     for number in (100, 200, 300):
         cli.save(tmp_path / "run" / f"step-{number}", cli.state(seed=number, step=number))
+        report = json.dumps(dict(dcp.last_report()))
+        (tmp_path / "reports" / f"step-{number}-rank-0.json").write_text(report)
+    dcp.configure(trace=None)
+    _trace.follow_config(0)
     monkeypatch.chdir(tmp_path)
     for argv, status in commands():
         if argv[1] == "plot" and importlib.util.find_spec("matplotlib") is None:

@@ -34,28 +34,45 @@ def merge_traces(
         ValueError: a file that begins as a trace of ours is no JSON (its process was killed while
             it wrote).
     """
-    files = [(path, facts) for path, facts in _traces(Path(directory))
+    files = _aligned(Path(directory), ranks)
+    target = Path(output)
+    part = target.with_name(f"{target.name}.part")
+    with open(part, "w") as out:
+        out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+        before = ""
+        for event in _merged(files):
+            out.write(before + json.dumps(event, separators=(",", ":")))
+            before = ",\n"
+        out.write("\n]}\n")
+    os.replace(part, target)
+    return len(files)
+
+
+def merged_events(directory: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """What :func:`merge_traces` would write."""
+    return _merged(_aligned(Path(directory), None))
+
+
+def _aligned(directory: Path, ranks: set[int] | None) -> list[tuple[Path, float]]:
+    """The files by rank, and how many microseconds after the first each was begun."""
+    files = [(path, facts) for path, facts in _traces(directory)
              if ranks is None or facts["rank"] in ranks]  # fmt: skip
     if not files:
         raise FileNotFoundError(f"there is no trace of dcp_native in {os.fspath(directory)}")
     files.sort(key=lambda file: (file[1]["rank"], file[1]["start_unix_ns"]))
     starts = _starts_ns([facts for _, facts in files])
     first_ns = min(starts)
-    target = Path(output)
-    part = target.with_name(f"{target.name}.part")
-    with open(part, "w") as out:
-        out.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        before = ""
-        for pid, ((path, _), start_ns) in enumerate(zip(files, starts, strict=True)):
-            for event in _events(path):
-                event["pid"] = pid  # two processes may have had one rank
-                if "ts" in event:
-                    event["ts"] += (start_ns - first_ns) / 1000
-                out.write(before + json.dumps(event, separators=(",", ":")))
-                before = ",\n"
-        out.write("\n]}\n")
-    os.replace(part, target)
-    return len(files)
+    return [(path, (start_ns - first_ns) / 1000)
+            for (path, _), start_ns in zip(files, starts, strict=True)]  # fmt: skip
+
+
+def _merged(files: list[tuple[Path, float]]) -> Iterator[dict[str, Any]]:
+    for pid, (path, later_us) in enumerate(files):
+        for event in _events(path):
+            event["pid"] = pid  # two processes may have had one rank
+            if "ts" in event:
+                event["ts"] += later_us
+            yield event
 
 
 def _traces(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

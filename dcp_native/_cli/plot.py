@@ -1,5 +1,5 @@
-"""plot: a picture of a checkpoint: bytes per rank, and where what lies in its files; or of one
-tensor: which rank wrote which box."""
+"""plot: a picture of a checkpoint: bytes per rank, and where what lies in its files; of one tensor:
+which rank wrote which box; or of a save or load: which rank was in which phase when."""
 
 from __future__ import annotations
 
@@ -8,42 +8,54 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import figures
 from .checkpoint import NO_FILE, Checkpoint, Entry, rank_of
+from .figures import GAP_COLOR, MOST_BARS
 from .output import CommandError, Output
-from .units import bytes_text, shape_text
+from .units import bytes_text, natural_order, shape_text
 
 _MOST_GROUPS = 9
-_MOST_BARS = 40
 _OTHER = "other"
 _GAP = "no record"
-_GAP_COLOR = "#e8e8e8"
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "plot",
-        help="a picture of a checkpoint's files, or of a tensor's shards",
+        help="a picture of a checkpoint's files, of a tensor's shards, or of a save's time",
         description="Draws bytes per rank and a map of the data files, coloured by prefix of the "
-        "keys; with KEY the boxes of that tensor, coloured by the rank that wrote them. Needs "
-        "matplotlib (pip install 'dcp_native[plot]').",
+        "keys; with KEY the boxes of that tensor, coloured by the rank that wrote them; with "
+        "--timeline which rank was in which phase of a save or load when. Needs matplotlib (pip "
+        "install 'dcp_native[plot]').",
     )
-    parser.add_argument("dir", type=Path, help="the checkpoint's directory")
+    parser.add_argument(
+        "dir", type=Path, metavar="source",
+        help="the checkpoint's directory; with --timeline a directory of traces or of reports in "
+        "JSON, or one file of either",
+    )  # fmt: skip
     parser.add_argument("key", nargs="?", help="a tensor")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .svg, .pdf"
     )
+    parser.add_argument("--timeline", action="store_true", help="a save or load, by rank and phase")
+    parser.add_argument(
+        "--call", type=int, metavar="N",
+        help="with --timeline: which save or load: 1 is the first, -1 the last (that one is drawn)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
+    if args.timeline:
+        return _timeline(args, out)
+    if args.call is not None:
+        raise CommandError("--call is for --timeline")
     checkpoint = Checkpoint(args.dir)
     entry = None if args.key is None else checkpoint.entry(args.key)
     if entry is not None and not entry.shape:
         raise CommandError(f"{entry.key} has no dimensions to draw")
-    pyplot = _pyplot()
-    if args.output.suffix.lstrip(".") not in pyplot.figure().canvas.get_supported_filetypes():
-        raise CommandError(f"{args.output}: no kind of picture; name a .png, .svg or .pdf")
-    pyplot.close("all")
+    pyplot = figures.pyplot()
+    figures.check_kind(pyplot, args.output)
     figure = _files(pyplot, checkpoint) if entry is None else _tensor(pyplot, checkpoint, entry)
     figure.savefig(args.output, dpi=120)
     pyplot.close(figure)
@@ -52,16 +64,27 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise CommandError("plot needs matplotlib: pip install 'dcp_native[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _timeline(args: argparse.Namespace, out: Output) -> int:
+    from . import timeline, timeline_figure
 
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot
+    if args.key is not None:
+        raise CommandError("--timeline is of all tensors: leave out the key")
+    calls = timeline.calls_of(args.dir)
+    number = len(calls) if args.call is None else args.call
+    number += len(calls) + 1 if number < 0 else 0
+    if not 1 <= number <= len(calls):
+        raise CommandError(f"there is no call {args.call}: {args.dir} has {len(calls)}")
+    call = calls[number - 1]
+    pyplot = figures.pyplot()
+    figures.check_kind(pyplot, args.output)
+    figure = timeline_figure.draw(pyplot, call)
+    figure.savefig(args.output, dpi=120)
+    pyplot.close(figure)
+    out.line(f"{args.output}: {'; '.join(timeline.summary(call))}")
+    if len(calls) > 1:
+        out.line(f"call {number} of {len(calls)}; --call N draws another")
+    out.json({"file": str(args.output), "call": number, "calls": len(calls), **call.facts()})
+    return 0
 
 
 # ---- files ----
@@ -69,25 +92,23 @@ def _pyplot() -> Any:
 
 def _files(pyplot: Any, checkpoint: Checkpoint) -> Any:
     groups, colors = _groups(pyplot, checkpoint)
-    order = sorted(range(len(checkpoint.files)), key=lambda i: _natural(checkpoint.files[i]))
+    order = sorted(range(len(checkpoint.files)), key=lambda i: natural_order(checkpoint.files[i]))
     spans, ends = _spans(checkpoint, groups)
     by_rank = _by_rank(checkpoint, spans)
-    tall = min(max(len(order), len(by_rank)), _MOST_BARS)
+    tall = min(max(len(order), len(by_rank)), MOST_BARS)
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 1.9 + 0.26 * max(tall, 4)), width_ratios=(2, 5), layout="constrained"
     )
-    figure.suptitle(
+    figures.title(
+        figure,
         f"{checkpoint.path}   {bytes_text(sum(checkpoint.length))} in {len(checkpoint.files):,} "
         f"files of {len(by_rank):,} ranks",
-        x=0.01,
-        ha="left",
-        fontsize=11,
     )
     _draw_ranks(left, by_rank, colors)
     _draw_files(right, checkpoint, order, spans, ends, colors)
     used = [name for name in colors if any(name in sizes for sizes in by_rank.values())]
     handles = [
-        pyplot.Rectangle((0, 0), 1, 1, color=colors.get(name, _GAP_COLOR)) for name in (*used, _GAP)
+        pyplot.Rectangle((0, 0), 1, 1, color=colors.get(name, GAP_COLOR)) for name in (*used, _GAP)
     ]
     figure.legend(
         handles, [*used, _GAP], loc="outside lower left", ncols=min(len(used) + 1, 6),
@@ -161,20 +182,13 @@ def _spans(checkpoint: Checkpoint, groups: list[str]) -> tuple[_Spans, list[int]
 def _by_rank(checkpoint: Checkpoint, spans: _Spans) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for name, groups in sorted(
-        zip(checkpoint.files, spans, strict=True), key=lambda item: _natural(item[0])
+        zip(checkpoint.files, spans, strict=True), key=lambda item: natural_order(item[0])
     ):
         rank = rank_of(name)
         sizes = found.setdefault("other files" if rank is None else str(rank), {})
         for group, parts in groups.items():
             sizes[group] = sizes.get(group, 0) + sum(length for _, length in parts)
     return found
-
-
-def _natural(name: str) -> list[Any]:
-    import re
-
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if part.isdigit() else part for part in parts]
 
 
 def _draw_ranks(axes: Any, by_rank: dict[str, dict[str, int]], colors: dict[str, Any]) -> None:
@@ -186,7 +200,7 @@ def _draw_ranks(axes: Any, by_rank: dict[str, dict[str, int]], colors: dict[str,
         ]
         widths = [by_rank[name].get(group, 0) for name in names]
         axes.barh(range(len(names)), widths, left=lefts, color=color, height=0.8)
-    _rows(axes, names, "rank")
+    figures.rows(axes, names, "rank")
     axes.set_title("bytes per rank", loc="left", fontsize=10)
     _bytes_axis(axes)
 
@@ -196,21 +210,12 @@ def _draw_files(
     colors: dict[str, Any],
 ) -> None:  # fmt: skip
     for row, file in enumerate(order):
-        axes.broken_barh([(0, ends[file])], (row - 0.4, 0.8), color=_GAP_COLOR, linewidth=0)
+        axes.broken_barh([(0, ends[file])], (row - 0.4, 0.8), color=GAP_COLOR, linewidth=0)
         for group, parts in spans[file].items():
             axes.broken_barh(parts, (row - 0.4, 0.8), color=colors[group], linewidth=0)
-    _rows(axes, [os.path.basename(checkpoint.files[file]) for file in order], "")
+    figures.rows(axes, [os.path.basename(checkpoint.files[file]) for file in order], "")
     axes.set_title("map of the files", loc="left", fontsize=10)
     _bytes_axis(axes)
-
-
-def _rows(axes: Any, names: list[str], label: str) -> None:
-    """Names beside the rows; of many only some, at even steps."""
-    step = -(-len(names) // _MOST_BARS)
-    axes.set_yticks(range(0, len(names), step), names[::step])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_ylabel(label)
-    axes.tick_params(axis="y", length=0)
 
 
 def _bytes_axis(axes: Any) -> None:

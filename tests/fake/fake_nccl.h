@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define EXPORT __attribute__((visibility("default")))
+
 enum { FAKE_MAX_RANKS = 64, FAKE_CHANNEL_BYTES = 1 << 16, FAKE_NAME_BYTES = 96 };
 
 enum fake_result {
@@ -26,6 +28,10 @@ enum fake_result {
     FAKE_REMOTE = 6,
     FAKE_IN_PROGRESS = 7,
 };
+
+/* NCCL's own names for what its functions take and give. */
+typedef struct fake_comm *ncclComm_t;
+typedef int ncclResult_t;
 
 enum fake_kind {
     FAKE_P2P = 1,
@@ -92,6 +98,28 @@ struct fake_op {
     int type, reduction, root; /* root: or the peer of P2P */
     bool is_send;              /* of P2P */
 };
+
+/* ---- fake_nccl.c ---- */
+
+/* Counts an operation.  The result to give at once; what is to happen later goes to *ret_fault: an
+ * asynchronous error, -1 to hang, or 0. */
+ncclResult_t fake_count_op(int *ret_fault);
+/* The result that ncclCommSplit is to give, or 0. */
+ncclResult_t fake_split_fault(void);
+/* Seconds more that a communicator that is not blocking takes to be joined. */
+double fake_join_delay_s(void);
+
+/* ---- fake_nccl_comm.c ---- */
+
+/* Gives back one of the references that comm->refs counts. */
+void fake_comm_release(ncclComm_t comm);
+
+/* ---- fake_nccl_call.c ---- */
+
+/* A function of the CUDA runtime that the process has, or NULL. */
+void *fake_runtime_function(const char *name);
+/* Runs an operation in its turn, on the calling thread.  0, or a result. */
+int fake_run_now(ncclComm_t comm, const struct fake_op *op);
 
 /* ---- fake_nccl_world.c ---- */
 

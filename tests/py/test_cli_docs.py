@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 
@@ -11,7 +11,8 @@ import cli
 import pytest
 from conftest import ROOT
 
-from dcp_native import configure
+import dcp_native as dcp
+from dcp_native import _trace
 from dcp_native._cli.main import COMMANDS
 
 TEXT = (ROOT / "docs" / "cli.md").read_text()
@@ -28,10 +29,14 @@ def commands() -> list[tuple[list[str], int]]:
 
 
 def test_every_command_of_the_document_runs(tmp_path, monkeypatch):
-    before = configure(trace=tmp_path / "traces")
+    (tmp_path / "reports").mkdir()
+    dcp.configure(trace=tmp_path / "traces")
     for number in (100, 200, 300):
         cli.save(tmp_path / "run" / f"step-{number}", cli.state(seed=number, step=number))
-    configure(**dataclasses.asdict(before))
+        report = json.dumps(dict(dcp.last_report()))
+        (tmp_path / "reports" / f"step-{number}-rank-0.json").write_text(report)
+    dcp.configure(trace=None)
+    _trace.follow_config(0)
     monkeypatch.chdir(tmp_path)
     for argv, status in commands():
         if argv[1] == "plot" and importlib.util.find_spec("matplotlib") is None:

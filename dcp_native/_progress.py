@@ -76,7 +76,10 @@ class Progress:
             self._thread = threading.Thread(
                 target=self._run, name="dcp_native-progress", daemon=True
             )
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # no thread is to be had; that must not harm what is watched
+                self._thread = None
         return self
 
     def __exit__(self, *unused: object) -> None:

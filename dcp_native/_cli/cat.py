@@ -123,7 +123,7 @@ def _print(checkpoint: Checkpoint, box: Box, kept: tuple[int, ...], out: Output)
     (tensor,) = Reader(checkpoint).read([box])
     tensor = tensor.reshape(kept)
     if out.as_json:
-        values = tensor.float() if entry.dtype not in _NUMPY_DTYPES else tensor
+        values = tensor if entry.dtype in _NUMPY_DTYPES else tensor.to(_wider(tensor.dtype))
         if values.is_complex():
             values = torch.view_as_real(values)
         out.json({
@@ -138,6 +138,13 @@ def _print(checkpoint: Checkpoint, box: Box, kept: tuple[int, ...], out: Output)
         out.line(line.removeprefix("       "))
 
 
+def _wider(dtype: Any) -> Any:
+    """Of a type that NumPy has not, one that it has and that holds its values."""
+    import torch
+
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
 def _save(checkpoint: Checkpoint, box: Box, kept: tuple[int, ...], path: Path) -> str:
     """Write a .npy file window by window; the dtype it has."""
     try:
@@ -148,7 +155,9 @@ def _save(checkpoint: Checkpoint, box: Box, kept: tuple[int, ...], path: Path) -
 
     from .values import Box, Reader, windows
 
-    dtype = box.entry.dtype if box.entry.dtype in _NUMPY_DTYPES else "float32"
+    dtype = box.entry.dtype
+    if dtype not in _NUMPY_DTYPES:
+        dtype = str(_wider(getattr(torch, dtype))).removeprefix("torch.")
     reader = Reader(checkpoint)
     made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -101,6 +101,8 @@ class Comparer:
 
     def _add(self, found: Comparison, x: torch.Tensor, y: torch.Tensor) -> None:
         found.elements += x.numel()
+        if x.numel() == 0:
+            return
         if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
             nans = int(torch.isnan(x).sum()) if _has_nans(x.dtype) else 0
             found.nans_a += nans
@@ -135,7 +137,8 @@ class Comparer:
         off = (x - y).abs()
         off[(x == y) | (nan_x & nan_y)] = 0.0  # infinities of one sign, too
         size = x.abs()
-        differs = ~((off <= self._absolute) | (off <= self._relative * size))
+        near = (off <= self._absolute) | (off <= self._relative * size)
+        differs = ~(near & off.isfinite())  # an infinity is near nothing else
         found.differing += int(differs.any(1).sum())
         known = differs & ~(nan_x | nan_y)
         if known.any():

@@ -145,9 +145,27 @@ def _explained(error: BaseException) -> CommandError:
 # ---- the ways ----
 
 
+def _opened(path: Path) -> Checkpoint:
+    """A checkpoint of which one metadata file says everything.
+
+    Raises:
+        CommandError: it was saved rank by rank (``use_collectives=False``): only ``--to hf`` joins
+            what its ranks hold.
+    """
+    checkpoint = Checkpoint(path)
+    if not checkpoint.is_whole and len(checkpoint.images) > 1:
+        raise CommandError(
+            f"{path} was saved by each rank for itself (use_collectives=False): load it on as many "
+            "ranks and save it with collectives, or convert its tensors with --to hf",
+            1,
+        )
+    return checkpoint
+
+
 def _dcp_to_torch(args: argparse.Namespace, out: Output) -> None:
     from ..format_utils import dcp_to_torch_save
 
+    _opened(args.source)
     dcp_to_torch_save(args.source, args.target)
 
 
@@ -159,10 +177,10 @@ def _dcp_to_dcp(args: argparse.Namespace, out: Output) -> None:
     """By way of a torch.save file beside the target: memory stays bounded, the disk pays."""
     from ..format_utils import dcp_to_torch_save
 
+    wanted = {entry.key for entry in _opened(args.source).entries}  # the target may be the source
     with _between(args.target, ".pt") as between:
         dcp_to_torch_save(args.source, between)
         _save_torch_file(between, args.target, args.files)
-    wanted = {entry.key for entry in Checkpoint(args.source).entries}
     got = {entry.key for entry in Checkpoint(args.target).entries}
     if wanted != got:
         odd = sorted(wanted ^ got)[0]

@@ -18,7 +18,7 @@ from typing import Any
 from .._config import configure
 from .checkpoint import METADATA
 from .output import Column, CommandError, Output
-from .steps import Step, in_flight, steps_in
+from .steps import Step, in_flight, steps_in, written_ns
 from .units import bytes_text, count_text, positive
 
 _OURS = re.compile(
@@ -75,12 +75,14 @@ def _plan(steps: list[Step], last: int, every: int | None) -> list[tuple[Step, s
     """Each checkpoint, the oldest first, and why it is kept; None: it goes."""
     planned: list[tuple[Step, str | None]] = []
     whole = 0
-    for step in steps:
+    for at, step in enumerate(steps):
         why = None
         if in_flight(step):
             why = "a save into it is in flight, or was stopped"
         elif step.path.is_symlink():
             why = "a link"
+        elif lacking := _lacking(step, steps[at + 1 :]):
+            why = f"not whole, left alone: it has no {lacking}, as an older one has"
         elif not (result := step.check("complete")):
             why = f"damaged, left alone: {result.problems[0]}"
         else:
@@ -89,9 +91,33 @@ def _plan(steps: list[Step], last: int, every: int | None) -> list[tuple[Step, s
                 why = "the newest" if last == 1 else f"newest {last}"
             elif every is not None and step.number is not None and step.number % every == 0:
                 why = f"step {step.number:,} is one of every {every:,}"
+            elif link := _link_to(step):
+                why = f"{link} links to it"
         planned.append((step, why))
     planned.reverse()
     return planned
+
+
+def _lacking(step: Step, older: list[Step]) -> str:
+    """The part (accelerate's model, optimizer) that an older checkpoint has besides; "": none."""
+    mine = {part.relative_to(step.path) for part in step.parts}
+    for other in older:
+        theirs = {part.relative_to(other.path) for part in other.parts}
+        if mine < theirs:
+            return str(min(theirs - mine))
+    return ""
+
+
+def _link_to(step: Step) -> str:
+    """The name of a link beside a checkpoint that leads to it: somebody wants to find it there."""
+    with os.scandir(step.path.parent) as entries:
+        return next(
+            (e.name for e in entries if e.is_symlink() and os.path.realpath(e) == _real(step)), ""
+        )
+
+
+def _real(step: Step) -> str:
+    return os.path.realpath(step.path)
 
 
 def _size(path: Path) -> int:
@@ -120,6 +146,9 @@ def _left(step: Step, everything: bool) -> list[str]:
 
 def _removed(step: Step, everything: bool, row: dict[str, Any]) -> bool:
     try:
+        if in_flight(step) or written_ns(step.parts) != step.written_ns:
+            row |= {"action": "keep", "why": "a save into it has begun meanwhile", "left": []}
+            return True
         remove(step, everything)
         row["action"] = "removed"
         return True

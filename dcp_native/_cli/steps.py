@@ -70,13 +70,11 @@ def steps_in(parent: Path, pattern: str | None = None) -> list[Step]:
                 continue
             inode = os.stat(child.path)
             parts = _parts(Path(child.path))
-            times = [_written_ns(part) for part in parts]
+            time_ns = written_ns(parts)
         except OSError:  # it vanishes, or is not ours to look into
             continue
         if parts:
-            found.setdefault(
-                (inode.st_dev, inode.st_ino), Step(Path(child.path), parts, max(times))
-            )
+            found.setdefault((inode.st_dev, inode.st_ino), Step(Path(child.path), parts, time_ns))
     return newest_first(list(found.values()))
 
 
@@ -93,9 +91,12 @@ def _by_numbers(step: Step) -> tuple[tuple[Decimal, ...], int, str]:
 
 def in_flight(step: Step) -> bool:
     """Whether a save has claimed a directory of it, and has not ended."""
-    return any(
-        name.startswith(CLAIM_PREFIX) for part in (step.path, *step.parts) for name in _names(part)
-    )
+    inside = (step.path / name for name in _names(step.path))
+    return any(map(is_claimed, (step.path, *step.parts, *inside)))
+
+
+def is_claimed(path: Path) -> bool:
+    return any(name.startswith(CLAIM_PREFIX) for name in _names(path))
 
 
 def _names(path: Path) -> list[str]:
@@ -111,7 +112,8 @@ def _parts(path: Path) -> tuple[Path, ...]:
         return (path,)
     with os.scandir(path) as entries:
         inside = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
-    if any(has_data(path / name) and not _is_committed(path / name) for name in inside):
+    begun = (name for name in inside if not _is_committed(path / name))
+    if any(has_data(path / name) or is_claimed(path / name) for name in begun):
         return ()
     return tuple(path / name for name in inside if _is_committed(path / name))
 
@@ -125,5 +127,9 @@ def _is_committed(path: Path) -> bool:
     return any((path / name).exists() for name in _METADATA)
 
 
-def _written_ns(path: Path) -> int:
-    return max(os.stat(path / name).st_mtime_ns for name in metadata_names(path))
+def written_ns(parts: tuple[Path, ...]) -> int:
+    """When the newest metadata of them was committed; 0 without any."""
+    return max(
+        (os.stat(part / name).st_mtime_ns for part in parts for name in metadata_names(part)),
+        default=0,
+    )

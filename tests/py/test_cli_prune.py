@@ -128,9 +128,41 @@ def test_saves_in_flight_links_and_strangers_are_left_alone(make):
     (parent / "notes").mkdir()
     (parent / "notes" / "text").write_text("mine")
     gone = removed(parent, "--keep-last", 1, "--pattern", "step-*")
-    assert gone == ["step-2", "step-3"]
-    assert left(parent) == sorted(["latest", "notes", "other", "step-1", "step-4", "unfinished"])
+    assert gone == ["step-3"]
+    stays = ["latest", "notes", "other", "step-1", "step-2", "step-4", "unfinished"]
+    assert left(parent) == sorted(stays)
     assert (parent / "notes" / "text").read_text() == "mine"
+
+
+def test_a_step_of_which_a_part_is_not_saved_yet_is_not_the_newest_whole_one(make):
+    """accelerate saves the model first: a crash now must find the step before."""
+    names = [f"checkpoint_{i}/{part}" for i in (1, 2) for part in ("model", "optimizer")]
+    parent = make(*names, "checkpoint_3/model")
+    assert removed(parent, "--keep-last", 1) == ["checkpoint_1"]
+    begun = parent / "checkpoint_3" / "optimizer"
+    begun.mkdir()
+    (begun / (".dcp_native-claim-0-" + "0" * 32)).write_text("")
+    assert removed(parent, "--keep-last", 1) == []
+    assert left(parent) == ["checkpoint_2", "checkpoint_3"]
+
+
+@pytest.mark.parametrize("by", ["claim", "commit"])
+def test_a_save_that_begins_meanwhile_keeps_what_it_saves_into(make, monkeypatch, by):
+    parent = make("a", "b", "c")
+
+    def begin(path):
+        if path.name == "a":
+            if by == "claim":
+                (path / (".dcp_native-claim-5-" + "0" * 32)).write_text("")
+            else:
+                os.utime(path / ".metadata", (9000, 9000))
+        return 1
+
+    monkeypatch.setattr(prune, "_size", begin)  # is asked behind the plan
+    done = cli.run("prune", parent, "--keep-last", 1, "--delete", "--json")
+    actions = {Path(c["path"]).name: c["action"] for c in done.json["checkpoints"]}
+    assert actions == {"a": "keep", "b": "removed", "c": "keep"}
+    assert left(parent) == ["a", "c"] and (parent / "a" / ".metadata").exists()
 
 
 def test_files_that_no_save_made_stay_unless_the_directory_is_asked_for(make):

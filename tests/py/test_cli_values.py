@@ -87,6 +87,41 @@ def test_nans_and_infinities(tmp_path):
     assert differences(a, a) == {}
 
 
+def test_an_infinity_is_near_nothing_else(tmp_path):
+    a = cli.save(tmp_path / "a", {"w": torch.tensor([math.inf, 1.0])})
+    b = cli.save(tmp_path / "b", {"w": torch.tensor([5.0, 1.0])})
+    assert cli.run("diff", a, b, "--relative", "0.5").status == 1
+    assert cli.run("diff", b, a, "--relative", "0.5").status == 1
+    assert cli.run("diff", a, a, "--relative", "0.5").status == 0
+
+
+def test_tensors_without_elements_may_change_their_dtype(tmp_path):
+    a = cli.save(tmp_path / "a", {"w": torch.ones(2), "none": torch.ones(0, 3)})
+    b = cli.save(tmp_path / "b", {"w": torch.ones(2), "none": torch.ones(0, 3).bfloat16()})
+    found = cli.run("diff", a, b)
+    assert found.status == 1 and "none" in found.out
+
+
+def test_half_complex_values_keep_both_parts(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    values = torch.tensor([1 + 2j, -3 - 4j], dtype=torch.complex64)
+    path = cli.save(tmp_path / "c", {"z": values.to(torch.complex32)})
+    assert cli.run("cat", path, "z", "--json").json["values"] == [[1.0, 2.0], [-3.0, -4.0]]
+    assert cli.run("cat", path, "z", "-o", tmp_path / "z.npy").status == 0
+    assert numpy.load(tmp_path / "z.npy").tolist() == values.tolist()
+
+
+def test_what_each_rank_saved_for_itself_is_not_converted_as_rank_0s(tmp_path):
+    path = cli.save(tmp_path / "c", {"w": torch.ones(2)})
+    (path / ".metadata").rename(path / "__0.metadata")
+    (path / "__1.metadata").write_bytes((path / "__0.metadata").read_bytes())
+    for target in ("out.pt", "c"):
+        argv = ("--files", 2, "--overwrite") if target == "c" else ()
+        done = cli.run("convert", path, tmp_path / target, *argv)
+        assert done.status == 1 and "each rank for itself" in done.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
 def test_long_integers_are_compared_exactly(tmp_path):
     a = cli.save(tmp_path / "a", {"w": torch.tensor([2**60, 7]), "n": 2**60})
     b = cli.save(tmp_path / "b", {"w": torch.tensor([2**60 + 1, 7]), "n": 2**60 + 1})

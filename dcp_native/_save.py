@@ -490,8 +490,6 @@ class NativeSave:
             "ranks_count": self.group.size,
             "total_ns": self.clock.total_ns,
             "phases": phases,
-            "comm": self.group.kind,
-            "comm_reason": self.group.reason,
             "comm_calls_count": calls,
             "comm_bytes": sent_bytes,
             "comm_ns": ns,

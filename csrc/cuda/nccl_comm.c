@@ -138,6 +138,14 @@ struct parts {
     uint8_t *recv;
 };
 
+/* The first bytes of the device's buffer to the host's: they are there when it returns. */
+static int
+bring(struct call *call, uint64_t bytes)
+{
+    int rc = to_host(call, 0, bytes);
+    return rc != 0 ? rc : wait_for_round(call);
+}
+
 typedef int round_fn(struct call *call, const struct parts *parts, uint64_t offset, uint64_t n);
 
 static int
@@ -151,12 +159,7 @@ reduce_round(struct call *call, const struct parts *parts, uint64_t offset, uint
                                                    (size_t)(n / sizeof(int64_t)), DCP_NCCL_INT64,
                                                    DCP_NCCL_MIN, link->comm, link->stream));
     }
-    if (rc == 0) {
-        rc = to_host(call, 0, n);
-    }
-    if (rc == 0) {
-        rc = wait_for_round(call);
-    }
+    rc = rc == 0 ? bring(call, n) : rc;
     if (rc == 0) {
         memcpy(parts->recv + offset, link->pinned, (size_t)n);
     }
@@ -215,12 +218,7 @@ all_gather_round(struct call *call, const struct parts *parts, uint64_t offset, 
         rc = check(call, link->nccl->ncclAllGather(link->scratch + own, link->scratch, (size_t)n,
                                                    DCP_NCCL_UINT8, link->comm, link->stream));
     }
-    if (rc == 0) {
-        rc = to_host(call, 0, n * link->source.size);
-    }
-    if (rc == 0) {
-        rc = wait_for_round(call);
-    }
+    rc = rc == 0 ? bring(call, n * link->source.size) : rc;
     if (rc == 0) {
         take_parts(call, parts, offset, n);
     }
@@ -231,12 +229,7 @@ static int
 gather_at_root(struct call *call, const struct parts *parts, uint64_t offset, uint64_t n)
 {
     int rc = with_all_ranks(call, false, n);
-    if (rc == 0) {
-        rc = to_host(call, 0, n * call->table->link.source.size);
-    }
-    if (rc == 0) {
-        rc = wait_for_round(call);
-    }
+    rc = rc == 0 ? bring(call, n * call->table->link.source.size) : rc;
     if (rc == 0) {
         take_parts(call, parts, offset, n);
     }
@@ -283,12 +276,7 @@ scatter_round(struct call *call, const struct parts *parts, uint64_t offset, uin
     }
     int rc = check(call, link->nccl->ncclRecv(link->scratch, (size_t)n, DCP_NCCL_UINT8,
                                               (int)parts->root, link->comm, link->stream));
-    if (rc == 0) {
-        rc = to_host(call, 0, n);
-    }
-    if (rc == 0) {
-        rc = wait_for_round(call);
-    }
+    rc = rc == 0 ? bring(call, n) : rc;
     if (rc == 0) {
         memcpy(parts->recv + offset, link->pinned, (size_t)n);
     }

@@ -110,14 +110,10 @@ def _lacking(step: Step, older: list[Step]) -> str:
 
 def _link_to(step: Step) -> str:
     """The name of a link beside a checkpoint that leads to it: somebody wants to find it there."""
+    real = os.path.realpath(step.path)
     with os.scandir(step.path.parent) as entries:
-        return next(
-            (e.name for e in entries if e.is_symlink() and os.path.realpath(e) == _real(step)), ""
-        )
-
-
-def _real(step: Step) -> str:
-    return os.path.realpath(step.path)
+        links = (entry for entry in entries if entry.is_symlink())
+        return next((link.name for link in links if os.path.realpath(link) == real), "")
 
 
 def _size(path: Path) -> int:

@@ -91,8 +91,11 @@ def _by_numbers(step: Step) -> tuple[tuple[Decimal, ...], int, str]:
 
 def in_flight(step: Step) -> bool:
     """Whether a save has claimed a directory of it, and has not ended."""
-    inside = (step.path / name for name in _names(step.path))
-    return any(map(is_claimed, (step.path, *step.parts, *inside)))
+    try:
+        inside = _dirs(step.path)
+    except OSError:  # it vanishes, or is not ours to look into
+        inside = []
+    return any(map(is_claimed, (step.path, *step.parts, *map(step.path.joinpath, inside))))
 
 
 def is_claimed(path: Path) -> bool:
@@ -106,12 +109,16 @@ def _names(path: Path) -> list[str]:
         return []
 
 
+def _dirs(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
 def _parts(path: Path) -> tuple[Path, ...]:
     """Directories with metadata; none when one of them has data files, but no metadata yet."""
     if _is_committed(path):
         return (path,)
-    with os.scandir(path) as entries:
-        inside = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+    inside = _dirs(path)
     begun = (name for name in inside if not _is_committed(path / name))
     if any(has_data(path / name) or is_claimed(path / name) for name in begun):
         return ()

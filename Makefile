@@ -19,69 +19,83 @@ CUDA_SRC   := $(wildcard csrc/cuda/cuda_*.c csrc/cuda/kernel_*.c csrc/cuda/nccl_
 CTEST_SRC  := $(wildcard tests/c/test_*.c)
 CTEST_AID  := $(filter-out $(CTEST_SRC),$(wildcard tests/c/*.c))
 HEADERS    := $(wildcard csrc/include/*.h csrc/core/*.h csrc/cuda/*.h tests/c/*.h benchmarks/*.h)
-CTESTS     := $(patsubst tests/c/%.c,build/ctest/%,$(CTEST_SRC))
+CTESTS      = $(patsubst tests/c/%.c,$(CB)/ctest/%,$(CTEST_SRC))
 T          ?= *
+
+# Where the C tests are built.
+CB      ?= build
 
 C_WARN  := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wconversion -Wno-sign-conversion
 C_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -fno-omit-frame-pointer -DDCP_DEBUG -Icsrc/include -Icsrc/core -Icsrc/cuda -Itests/c $(C_WARN)
 SANITIZE ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test test-clients test-cuda build-cuda bench lint ctest ctest-build clean set-up build compile_commands FORCE
+.PHONY: demo test test-clients test-cuda build-cuda bench lint ctest ctest-build ctest-tsan clean set-up build compile_commands FORCE
 
 # T=name runs one.
-CTEST_WANTED := $(if $(filter *,$(T)),$(CTESTS),$(addprefix build/ctest/test_,$(T)))
+CTEST_WANTED = $(if $(filter *,$(T)),$(CTESTS),$(addprefix $(CB)/ctest/test_,$(T)))
 
 ctest-build: $(CTEST_WANTED)
 
 # Two at a time, the longest first; what each prints comes when it is done.
-CTEST_LONGEST := $(addprefix build/ctest/test_,commit_model crash incremental_faults)
+CTEST_LONGEST = $(addprefix $(CB)/ctest/test_,commit_model crash incremental_faults agreement_faults \
+    device_stream device_range device_stage)
 CTEST_ORDER    = $(filter $(CTEST_LONGEST),$(CTEST_WANTED)) $(filter-out $(CTEST_LONGEST),$(CTEST_WANTED))
+
+CTEST_LIMIT_S ?= 600
 
 ctest: $(CTEST_WANTED)
 	@printf '%s\n' $(CTEST_ORDER) | xargs -P 2 -I{} sh -c \
-	    'timeout 600 {} > {}.log 2>&1; rc=$$?; echo "== {}"; cat {}.log; exit $$rc'
+	    'timeout $(CTEST_LIMIT_S) {} > {}.log 2>&1; rc=$$?; echo "== {}"; cat {}.log; exit $$rc'
 
 # Objects are kept: a chain of implicit rules would delete them.
 .SECONDARY:
 
-build/obj/%.o: csrc/core/%.c $(HEADERS)
+$(CB)/obj/%.o: csrc/core/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -Werror -c $< -o $@
 
-build/obj/aid_%.o: tests/c/%.c $(HEADERS)
+$(CB)/obj/aid_%.o: tests/c/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -c $< -o $@
 
-build/libcore.a: $(patsubst csrc/core/%.c,build/obj/%.o,$(CORE_SRC))
+$(CB)/libcore.a: $(patsubst csrc/core/%.c,$(CB)/obj/%.o,$(CORE_SRC))
 	@rm -f $@
 	ar rcs $@ $^
 
 # Without kernels: what runs them in tests needs no image of them.
-build/obj/cuda/%.o: csrc/cuda/%.c $(HEADERS)
+$(CB)/obj/cuda/%.o: csrc/cuda/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -Werror -c $< -o $@
 
-build/libcuda_tables.a: $(patsubst csrc/cuda/%.c,build/obj/cuda/%.o,$(CUDA_SRC))
+$(CB)/libcuda_tables.a: $(patsubst csrc/cuda/%.c,$(CB)/obj/cuda/%.o,$(CUDA_SRC))
 	@rm -f $@
 	ar rcs $@ $^
 
-build/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,build/obj/aid_%.o,$(CTEST_AID)) build/libcuda_tables.a build/libcore.a $(HEADERS)
+$(CB)/ctest/%: tests/c/%.c $(patsubst tests/c/%.c,$(CB)/obj/aid_%.o,$(CTEST_AID)) $(CB)/libcuda_tables.a $(CB)/libcore.a $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) build/libcuda_tables.a build/libcore.a -ldl -lpthread -o $@
+	$(CC) $(C_FLAGS) $(SANITIZE) $< $(filter %.o,$^) $(CB)/libcuda_tables.a $(CB)/libcore.a -ldl -lpthread -o $@
 
 # The writer process, as its tests start it.
-build/ctest/dcp_writer: csrc/writer/main.c build/libcore.a $(HEADERS)
+$(CB)/ctest/dcp_writer: csrc/writer/main.c $(CB)/libcore.a $(HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(SANITIZE) -Werror $< build/libcore.a -lpthread -o $@
+	$(CC) $(C_FLAGS) $(SANITIZE) -Werror $< $(CB)/libcore.a -lpthread -o $@
 
-build/ctest/test_writer_mappings build/ctest/test_writer_message build/ctest/test_writer_process build/ctest/test_writer_survive: build/ctest/dcp_writer
+$(CB)/ctest/test_writer_mappings $(CB)/ctest/test_writer_message $(CB)/ctest/test_writer_process $(CB)/ctest/test_writer_survive: $(CB)/ctest/dcp_writer
 
 # CUDA and NCCL as their tests have them.
 build/fake/.built: $(wildcard tests/fake/*)
 	sh tests/fake/build.sh $(CURDIR)/build/fake
 	@touch $@
 
-build/ctest/test_nccl_comm: build/fake/.built
+$(CB)/ctest/test_nccl_comm $(CB)/ctest/test_nccl_faults: build/fake/.built
+
+# Threads of ours beside those of devices, under ThreadSanitizer: what takes a minute, or with
+#     make ctest-tsan T='device_stage device_stream device_put device_range'
+# what takes an hour.
+TSAN_QUICK := arena device_save
+ctest-tsan:
+	$(MAKE) --no-print-directory CB=build/tsan SANITIZE=-fsanitize=thread CTEST_LIMIT_S=3600 \
+	    T='$(if $(filter *,$(T)),$(TSAN_QUICK),$(T))' ctest
 
 # ---- benchmarks in C: the core as the package has it, without sanitizers ----
 
@@ -150,12 +164,13 @@ lint: $(SET_UP)
 demo: build
 	$(RUN_PY) demo/run.py
 
-# C tests under sanitizers, then the rest with the built package.
-test: build
-	$(MAKE) --no-print-directory -j2 ctest-build
+# Installs and builds what all tests need, at once: one waits for the network while others compile.
+# Then C tests under sanitizers, and the rest with the built package.
+test:
+	$(MAKE) --no-print-directory -j3 ctest-build build build-cuda lint
 	$(MAKE) --no-print-directory ctest
-	$(MAKE) --no-print-directory lint
-	$(RUN_PY) -m pytest -q
+	$(MAKE) --no-print-directory -j2 ctest-tsan
+	$(RUN_PY) -m pytest -q -n 2
 	$(MAKE) --no-print-directory test-cuda
 
 # Real clients from the registry over the package as a user installs it; not part of `make test`.
@@ -200,7 +215,7 @@ build-cuda: $(CUDA_SET_UP)
 	    $(RUN_CUDA) setup.py --quiet build_ext --inplace && mv build/.new build/.id
 
 test-cuda: build-cuda
-	cd $(CUDA_TREE) && $(RUN_CUDA) -m pytest -q tests/cuda $(if $(filter *,$(T)),,-k '$(T)')
+	cd $(CUDA_TREE) && $(RUN_CUDA) -m pytest -q -n 2 tests/cuda $(if $(filter *,$(T)),,-k '$(T)')
 
 bench: build
 	$(RUN_PY) benchmarks/bench.py $(BENCH)

@@ -1,11 +1,13 @@
 """bench.py: times save and load of dcp_native beside stock torch and the machine's own limits.
 
-    python benchmarks/bench.py                   # all: about 25 minutes on 2 cores, 5 GB of disk
+    python benchmarks/bench.py                   # all: 10 minutes on 2 cores, 20 with rivals
     python benchmarks/bench.py --size small      # seconds; the test suite runs this
     python benchmarks/bench.py --cases llama --dir /mnt/nvme --repeats 9
+    python benchmarks/document.py --add benchmarks/results/....json  # into docs/benchmarks.md
 
 All contenders run in one set of processes, in turn: dcp_native, torch with 1 and with 4 threads,
-the limits, and again in another order. A figure is the median of the rounds. wall: from a barrier
+the rivals of rivals.py that are installed, the limits, and again in another order. A figure is the
+median of the rounds, of which there are fewer where a round takes minutes. wall: from a barrier
 to the end of the slowest rank. CPU: user and system time of all ranks; kernel write-back threads
 are not in it, which favours buffered writers. extra: the largest growth of resident memory on a
 rank over all rounds, the first included; the page cache does not count. Loads are cold: the page
@@ -28,6 +30,7 @@ import sys
 import tempfile
 
 import limits
+import rivals
 from program import WRONG_SHOWN, BenchError, machine, say, write_json
 from ranks import Ranks
 from report import summarize, table
@@ -40,21 +43,27 @@ CONTENDERS = {
     "dcp_native": {"module": "dcp_native", "threads": 1, "plan": "kept"},
     "torch1": {"module": "torch.distributed.checkpoint", "threads": 1},
     "torch4": {"module": "torch.distributed.checkpoint", "threads": 4},
+    **{name: {"rival": name} for name in rivals.NEEDS},
 }
 # Of the contender before the blank, only saved: where planning costs more than the bytes.
 VARIANTS = {
     "dcp_native first": {"module": "dcp_native", "threads": 1, "plan": "new"},
     "torch1 cached": {"module": "torch.distributed.checkpoint", "threads": 1, "plan": "cached"},
 }
-RIVALS = ["torch1", "torch4", "torch1 cached"]
+TORCH = ["torch1", "torch4", "torch1 cached"]
+TRIAL_TIMEOUT_S = 60
+# Of many small tensors stock torch takes a minute a round, whatever its threads.
+REPEATS = {"llama": 5, "many_dtensor": 3, "many_plain": 3}
 
 
 def _readers(name: str, names: list[str], last_round: bool, loads: bool) -> list[str]:
     """Who loads what `name` saved: itself, where loads are measured, and once the other module; a
     contender that is not measured so is checked once by the quickest reader.
     """
+    if name in rivals.NEEDS:
+        return [name] if loads else []
     module = CONTENDERS.get(name, VARIANTS.get(name))["module"]
-    others = [n for n in names if n in CONTENDERS and CONTENDERS[n]["module"] != module]
+    others = [n for n in names if CONTENDERS.get(n, {}).get("module", module) != module]
     readers = [name] if loads and name in CONTENDERS else []
     if last_round and name in VARIANTS:
         readers.append("dcp_native" if "dcp_native" in names else names[0])
@@ -116,6 +125,7 @@ def run_case(
         say(f"  {case}: round {turn + 1} of {repeats} done")
     return {
         "bytes": total_bytes,
+        "repeats": repeats,
         "checkpoint_bytes": on_disk,
         "tensors_per_rank": built[0]["tensors"],
         "loads_verified": sum(
@@ -127,27 +137,66 @@ def run_case(
     }
 
 
+def usable(names: list[str], count: int, disk: pathlib.Path, scratch: pathlib.Path) -> list[str]:
+    """`names` without the rivals that are not installed, or do not run with this torch; says which.
+
+    They are tried in ranks of their own: what raises leaves its ranks in disorder.
+    """
+    left = []
+    for name in names:
+        if name in rivals.NEEDS and rivals.missing(name):
+            say(f"{name} is not installed: left out")
+            continue
+        if name not in rivals.TRIED:
+            left.append(name)
+            continue
+        own = scratch / name
+        own.mkdir()
+        ranks = Ranks(count, own, timeout_s=TRIAL_TIMEOUT_S)
+        try:
+            ranks.wait_ready()
+            run_case(ranks, "llama", "small", disk, [name], 1)
+            left.append(name)
+        except BenchError as e:
+            say(f"{name} does not run here: left out\n{e}")
+        finally:
+            ranks.close()
+            shutil.rmtree(disk)
+            disk.mkdir()
+    return left
+
+
+def contenders_of(case: str, names: list[str]) -> list[str]:
+    """Who takes part in `case`. Of many small tensors a save is planning: stock torch's threads
+    change nothing, and the variants of planning are of interest. torchsnapshot takes minutes there.
+    """
+    if case == "llama":
+        return names
+    names = [n for n in names if n != "torchsnapshot" and not (n == "torch4" and "torch1" in names)]
+    return names + [v for v in VARIANTS if v.split()[0] in names]
+
+
 def run_all(args: argparse.Namespace, places: dict, scratch: pathlib.Path) -> dict:
     """Starts the ranks, runs and prints every case; returns the results by title."""
     results = {}
+    names = usable(args.contenders, args.ranks, places["disk"], scratch)
     ranks = Ranks(args.ranks, scratch)
     try:
         ranks.wait_ready()
         # Once on a small state, unmeasured: imports, thread pools and buffers of every contender.
-        run_case(ranks, "llama", "small", places["disk"], args.contenders, 1)
+        run_case(ranks, "llama", "small", places["disk"], names, 1)
         for case in args.cases:
             for place in args.where:
                 if place == "tmpfs" and case != "llama":
                     continue  # with many small tensors the medium decides nothing
                 title = f"{case} on {place}"
                 say(f"{title} ...")
-                names = list(args.contenders)
-                if case != "llama":
-                    names += [v for v in VARIANTS if v.split()[0] in names]
+                taking_part = contenders_of(case, names)
+                repeats = args.repeats or REPEATS[case]
                 results[title] = run_case(
-                    ranks, case, args.size, places[place], names, args.repeats
+                    ranks, case, args.size, places[place], taking_part, repeats
                 )
-                print(table(title, results[title], RIVALS), flush=True)
+                print(table(title, results[title], TORCH, list(rivals.NEEDS)), flush=True)
     finally:
         ranks.close()
     return results
@@ -166,7 +215,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--size", choices=("full", "small"), default="full")
-    p.add_argument("--repeats", type=int, help="rounds; 5, with --size small 1")
+    rounds = "/".join(map(str, REPEATS.values()))
+    p.add_argument("--repeats", type=int, help=f"rounds; {rounds}, with --size small 1")
     p.add_argument("--ranks", type=int, default=2)
     p.add_argument("--cases", type=some_of(CASES), default=list(CASES), metavar="A,B")
     p.add_argument("--where", type=some_of(PLACES), default=list(PLACES), metavar="A,B")
@@ -179,7 +229,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--tmpfs", type=pathlib.Path, default=pathlib.Path("/dev/shm"))
     p.add_argument("--json", type=pathlib.Path, help="the results; default: benchmarks/results/...")
     args = p.parse_args(argv)
-    args.repeats = args.repeats or (5 if args.size == "full" else 1)
+    args.dir, args.tmpfs = args.dir.absolute(), args.tmpfs.absolute()  # ranks run elsewhere
+    if args.size == "small" and not args.repeats:
+        args.repeats = 1
     return args
 
 
@@ -189,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
     about = machine()
     print(f"{about['cpu']}, {about['cores']} cores, Linux {about['kernel']}, Python", end=" ")
-    print(f"{about['python']}; {args.ranks} ranks over gloo; median of {args.repeats}")
+    print(f"{about['python']}; {args.ranks} ranks over gloo", flush=True)
     with contextlib.ExitStack() as stack:
         places = {
             place: pathlib.Path(
@@ -209,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nverified: {loads} loads compared bit for bit, {len(wrong)} values differ")
     for text in wrong[:WRONG_SHOWN]:
         print(f"  WRONG {text}")
+    about["rivals"] = rivals.versions()
     about["load_average_after"] = os.getloadavg()
     path = args.json or HERE / "results" / f"{about['time_utc']}-{args.size}.json"
     report = {

@@ -6,6 +6,7 @@ group and the contenders' own caches live as long as the process, as they do in 
 output belongs to the answers: everything else that is printed goes to standard error.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import rivals
 import torch
 import torch.distributed as dist
 from limits import (
@@ -162,7 +164,11 @@ class Worker:
     def save(self, contender: dict, path: str, base: str | None = None) -> dict:
         """Saves the state once. `contender["plan"]`: "new": plans are gathered; "kept": must reuse
         what the save before it agreed on; "cached": by torch's enable_plan_caching.
+        `contender["rival"]`: not DCP at all but one of rivals.py.
         """
+        if name := contender.get("rival"):
+            work = functools.partial(rivals.rival(name).save, self._state, path)
+            return {**self._measure(path, work), "wrong": []}
         dcp, threads = importlib.import_module(contender["module"]), contender["threads"]
         keywords = {} if base is None else {"base": base}
         plan = contender.get("plan")
@@ -249,16 +255,20 @@ class Worker:
         release_free_memory()
 
     def load(self, contender: dict, path: str, hot: bool = False) -> dict:
-        dcp = importlib.import_module(contender["module"])
         poison(self._state)
         if self._rank == 0:
             (warm_page_cache if hot else drop_page_cache)(path)
+        if name := contender.get("rival"):
+            work = functools.partial(rivals.rival(name).load, self._state, path)
+            result, taken = self._measure(path, work), []
+        else:
+            dcp = importlib.import_module(contender["module"])
 
-        def work() -> None:
-            dcp.load(self._state, storage_reader=dcp.FileSystemReader(path))
+            def work() -> None:
+                dcp.load(self._state, storage_reader=dcp.FileSystemReader(path))
 
-        result = self._measure(path, work)
-        taken, result["report"] = not_native(dcp), _reported(dcp)
+            result = self._measure(path, work)
+            taken, result["report"] = not_native(dcp), _reported(dcp)
         got, expected = digests(self._state), self._expected
         result["wrong"] = taken + sorted(
             name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)

@@ -6,7 +6,9 @@
  * The device is instant: its memory is the host's, its copies are memcpy, done inside of the call,
  * so that what is left is what staging costs besides.  In every round each way runs once, one after
  * another; figures are payload bytes by time, and the share of the limit of the same round: a
- * memcpy of the same bytes followed by a CRC of them, which is what staging from a device comes to.
+ * memcpy tensor by tensor followed by a CRC of the same bytes, which is what staging from such a
+ * device comes to.  One memcpy of everything is faster, for libc copies past the cache then, and is
+ * shown beside it: no copy of a tensor could be that long.
  * Medians.  The first round compares what was staged with the source.  No GPU is in it: a figure
  * about one is not made here.
  */
@@ -21,10 +23,18 @@
 
 enum { MOST_ROUNDS = 64 };
 
-enum way { WAY_COPY_AND_CRC, WAY_FILL_HOST, WAY_STAGE_DEVICE, WAY_STAGE_PLAIN, WAYS };
+enum way {
+    WAY_COPY_AND_CRC,
+    WAY_PIECES_AND_CRC,
+    WAY_FILL_HOST,
+    WAY_STAGE_DEVICE,
+    WAY_STAGE_PLAIN,
+    WAYS
+};
 
-static const char *const names[WAYS] = {"memcpy, then CRC", "fill from the host",
-                                        "stage from a device", "the same without kernels"};
+static const char *const names[WAYS] = {"one memcpy, then CRC", "memcpy by tensors, then CRC",
+                                        "fill from the host", "stage from a device",
+                                        "the same without kernels"};
 
 /* ---- a device that is memory of the host ---- */
 
@@ -183,6 +193,12 @@ run(const struct bench *bench, enum way way)
         memcpy(bench->memory, bench->source, bench->bytes);
         must(dcp_crc32(0, bench->memory, bench->bytes) != 1, "a checksum", NULL);
         break;
+    case WAY_PIECES_AND_CRC:
+        for (uint64_t at = 0; at < bench->bytes; at += bench->item_bytes) {
+            memcpy(bench->memory + at, bench->source + at, bench->item_bytes);
+        }
+        must(dcp_crc32(0, bench->memory, bench->bytes) != 1, "a checksum", NULL);
+        break;
     case WAY_FILL_HOST:
         must(dcp_image_fill(&bench->image, bench->memory, &bench->plan, &bench->layout,
                             bench->sources, &bench->save_id, 0, &options, NULL, &err) == 0,
@@ -224,7 +240,7 @@ main(int argc, char **argv)
             double start = seconds_of(CLOCK_MONOTONIC);
             run(&bench, way);
             seconds[way][round] = seconds_of(CLOCK_MONOTONIC) - start;
-            if (round == 0 && way != WAY_COPY_AND_CRC) {
+            if (round == 0 && way >= WAY_FILL_HOST) {
                 check(&bench);
             }
         }
@@ -233,9 +249,9 @@ main(int argc, char **argv)
            bench.item_bytes, rounds);
     for (enum way way = 0; way < WAYS; way++) {
         for (int round = 0; round < rounds; round++) {
-            shares[round] = seconds[WAY_COPY_AND_CRC][round] / seconds[way][round];
+            shares[round] = seconds[WAY_PIECES_AND_CRC][round] / seconds[way][round];
         }
-        printf("%-24s %8.2f GB/s  %5.0f %% of the limit\n", names[way],
+        printf("%-28s %8.2f GB/s  %5.0f %% of the limit\n", names[way],
                (double)bench.bytes / median(seconds[way], rounds) / 1e9,
                100 * median(shares, rounds));
     }

@@ -18,17 +18,24 @@ import pathlib
 import re
 import sys
 
+from pictures import UNITS_S, draw, text_of
+
 HERE = pathlib.Path(__file__).resolve().parent
 RECORDED = HERE / "recorded"
 DOCS = HERE.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
 PICTURES = DOCS / "pictures"
 
-UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 DURATION = re.compile(r"([\d.e+-]+) (s|ms|us|ns)(?=[ ,;(]|$)")
 
 PROGRAMS = {
-    "bench": ("Save and load beside torch", "`make bench`, the whole picture in one program."),
+    "bench": (
+        "Save and load beside others",
+        "`make bench`. torch: stock DCP at its quickest setting, plan caching included. torch.save "
+        "and safetensors: a file for each rank, as programs write them by hand; no other number of "
+        "ranks can load it. torch_checkpointing: without its resharder, whose save needs a GPU. "
+        "What they leave unsynced is synced within their time; only ours checks what it loads.",
+    ),
     "saving": (
         "Saving",
         "First and steady saves, planning, the coordinator of large jobs, `.metadata`, memory, "
@@ -67,14 +74,18 @@ INTRODUCTION = """\
 Written by `benchmarks/document.py` from the results in `benchmarks/recorded/`: not to be edited.
 To measure on another machine, and to have the page written anew:
 
-    make bench                      # save and load beside torch: 25 minutes, 5 GB of disk
-    python benchmarks/saving.py     # and loading.py, async_saving.py, ...: 10 minutes each
-    python benchmarks/document.py --add benchmarks/results/*.json
+    make bench                      # save and load beside others: 10 to 20 minutes, 5 GB of disk
+    python benchmarks/saving.py     # and loading.py, async_saving.py, ...: 2 to 10 minutes each
+    python benchmarks/document.py --add benchmarks/results/RESULT.json
+
+Each program prints its table, `ours : torch : limit`, and names its RESULT.json at the end. Rivals
+besides torch take part in `make bench` where they are installed: `pip install safetensors
+torch_checkpointing torchsnapshot-nightly`.
 
 ## How to read it
 
 Every row was measured in one run: ours, stock torch and the machine's own limit in turn, medians of
-5 rounds where a row does not say another number. Of torch with 1 and with 4 threads the faster one
+5 rounds where no other number is said. Of torch with 1 and with 4 threads the faster one
 counts; with plan caching it has rows of its own. Saves are durable (fsync) when the clock stops,
 torch's too. Cold loads begin with an empty page cache of the guest; what lies below it (the host's
 cache of the virtual disk) is the same for all. What is loaded is compared bit for bit; a wrong
@@ -87,7 +98,8 @@ target is missed says **no**. A row that begins with `-` belongs to the one abov
 
 What these figures do not show: a GPU, NCCL, a network file system, more than one host, more than
 two cores. Planning and metadata of large jobs were simulated in one process. The machine is
-virtual: the same row varies by some percent from run to run, the disk now and then by tens.
+virtual, its disk too (ext4): the same row varies by some percent from run to run, the disk now and
+then by tens.
 
 ![Time of ours, torch's and the limit](pictures/measured.svg)"""
 
@@ -111,6 +123,8 @@ SHOWN = [
     ("loading", "20,000 x 2 KiB dtensor tensors, 2 ranks (medians of 3)",
      "load 20,000 tensors of 2 KiB a rank"),
     ("loading", "- ready to plan, our file", "read .metadata of 236,000 chunks (CPU)"),
+    ("state_dict", "get_model_state_dict, 4,400 parameters",
+     "get_model_state_dict of 4,400 parameters (CPU)"),
     ("hugging_face", "HF export, rows, 2.1 GB", "export 2 GB of safetensors, 2 ranks"),
     ("format_utils", "dcp_to_torch_save of 2.15 GB, cold", "convert 2 GB to a torch.save file"),
 ]  # fmt: skip
@@ -119,8 +133,6 @@ rows of a name count: '- steady ...' is that of DTensors."""
 
 LIMITS = {"- steady beside torch with enable_plan_caching": "39.4 ms"}
 """The row above it has it: the same save."""
-
-OURS, TORCH, LIMIT, GREY = "#1f6f8b", "#c8553d", "#222222", "#8a8a8a"
 
 
 def duration_s(text: str) -> float | None:
@@ -144,41 +156,75 @@ def times_of(row: dict) -> tuple[float | None, float | None, float | None, float
 # ---- recording ----
 
 
+STOCK = ("torch1", "torch4", "torch1 cached")
+RIVALS = ("torch.save", "safetensors", "torch_checkpointing", "torchsnapshot")
+
+
 def rows_of_bench(cases: dict) -> list[dict]:
-    """bench.py has summaries where the other programs have rows."""
+    """bench.py has summaries where the other programs have rows.  Three rows for each operation:
+    wall time, CPU time and extra memory, those of torch at its quickest setting.  Where rivals took
+    part a row has `rivals`, their cells by name.
+    """
     rows = []
     for title, case in cases.items():
-        summary = case["summary"]
+        gigabytes = case["bytes"] / 1e9
+        medians = f" (medians of {case['repeats']})" if case.get("repeats", 5) != 5 else ""
         for operation in ("save", "load"):
-            rivals = [
-                s[operation]["wall_s"]
-                for n, s in summary.items()
-                if n.startswith("torch") and " reads " not in n and operation in s
-            ]
-            if operation not in summary.get("dcp_native", {}) or not rivals:
+            done = {n: s[operation] for n, s in case["summary"].items() if operation in s}
+            ours, limit = done.get("dcp_native"), done.get("limit")
+            torch = min((done[n] for n in STOCK if n in done), key=wall_s, default=None)
+            if not (ours and limit and torch):
                 continue
-            ours, limit = (summary[n][operation]["wall_s"] for n in ("dcp_native", "limit"))
-            torch = min(rivals)
-            rows.append(
-                {
-                    "what": f"{operation}, {title}, {case['bytes'] / 1e9:.2f} GB",
-                    "ours": f"{ours:.3g} s ({100 * limit / ours:.0f}% of the limit)",
-                    "torch": f"{torch:.3g} s ({torch / ours:.3g}x)",
-                    "limit": f"{limit:.3g} s",
-                    "target": "",
-                    "met": None,
-                }
-            )
+            rivals = {n: done[n] for n in RIVALS if n in done}
+            sides = {"torch": torch, **rivals}
+            limit_text = text_of(wall_s(limit))
+            share = 100 * wall_s(limit) / wall_s(ours)
+            rows += [
+                bench_row(
+                    f"{operation}, {title}, {gigabytes:.2f} GB{medians}",
+                    f"{text_of(wall_s(ours))} ({share:.0f}% of the limit)",
+                    {
+                        n: f"{text_of(wall_s(s))} ({wall_s(s) / wall_s(ours):.3g}x)"
+                        for n, s in sides.items()
+                    },
+                    limit_text,
+                ),
+                bench_row(
+                    "- CPU of all ranks",
+                    f"{ours['cpu_s'] / gigabytes:.2f} s/GB",
+                    {n: f"{s['cpu_s'] / gigabytes:.2f} s/GB" for n, s in sides.items()},
+                    f"{limit['cpu_s'] / gigabytes:.2f} s/GB",
+                ),
+                bench_row(
+                    "- extra memory of a rank",
+                    f"{ours['extra_bytes'] / 2**20:.0f} MiB",
+                    {n: f"{s['extra_bytes'] / 2**20:.0f} MiB" for n, s in sides.items()},
+                ),
+            ]
     return rows
 
 
-def record(path: pathlib.Path, program: str | None, torch: str) -> pathlib.Path:
+def wall_s(measured: dict) -> float:
+    return measured["wall_s"]
+
+
+def bench_row(what: str, ours: str, sides: dict[str, str], limit: str = "") -> dict:
+    row = {"what": what, "ours": ours, "torch": sides.pop("torch"), "limit": limit}
+    return {**row, "target": "", "met": None, **({"rivals": sides} if sides else {})}
+
+
+def record(path: pathlib.Path, program: str | None, torch: str | None) -> pathlib.Path:
     result = json.loads(path.read_text(encoding="utf-8"))
-    name = program or re.sub(r"^[\dT-]+-|-(quick|full)$", "", path.stem)
+    if re.search("-(quick|small)$", path.stem) or result.get("args", {}).get("size") == "small":
+        raise SystemExit(f"{path}: tiny sizes prove the program and give no figure")
+    name = program or re.sub(r"^[\dT-]+-|-full$", "", path.stem)
     name = "bench" if "cases" in result else name
     if name not in PROGRAMS:
         raise SystemExit(f"{path}: which program is it? Say --program, one of {list(PROGRAMS)}")
     rows = rows_of_bench(result["cases"]) if "cases" in result else result["rows"]
+    torch = torch or result["machine"].get("torch")
+    if torch is None:
+        raise SystemExit(f"{path} does not say with which torch it was measured: say --torch")
     kept = {"machine": {**result["machine"], "torch": torch}, "rows": rows}
     target = RECORDED / f"{name}.json"
     target.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -205,8 +251,25 @@ def machine_line(machine: dict) -> str:
         f"{machine['time_utc']} UTC, torch {machine['torch']}, Python {machine['python']}, "
         f"Linux {machine['kernel']}, {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+        + "".join(f", {name} {version}" for name, version in machine.get("rivals", {}).items())
         + (f"; load average before -> after: {load}" if load else "")
+        + (f"; medians of {machine['repeats']}" if machine.get("repeats", 5) != 5 else "")
     )
+
+
+def table_of(rows: list[dict]) -> list[str]:
+    """The rows as a markdown table: a column for each rival, none for targets that nobody set."""
+    rivals = list(dict.fromkeys(name for row in rows for name in row.get("rivals", ())))
+    columns = ["what", "ours", "torch", *rivals, "limit"]
+    if any(row["target"] for row in rows):
+        columns += ["target", "met"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for row in rows:
+        met = {True: "yes", False: "**no**", None: ""}[row["met"]]
+        cells = {**row, **row.get("rivals", {}), "met": met}
+        texts = (cells.get(column, "").replace("|", "\\|") or "-" for column in columns)
+        lines.append("| " + " | ".join(texts) + " |")
+    return lines
 
 
 def page(results: dict[str, dict]) -> str:
@@ -220,11 +283,7 @@ def page(results: dict[str, dict]) -> str:
             lines += [note, ""]
         if plotted(result):
             lines += [f"![{title}](pictures/{name}.svg)", ""]
-        lines += ["| what | ours | torch | limit | target | met |", "| --- " * 6 + "|"]
-        for row in result["rows"]:
-            met = {True: "yes", False: "**no**", None: ""}[row["met"]]
-            cells = [row["what"], row["ours"], row["torch"], row["limit"], row["target"], met]
-            lines.append("| " + " | ".join(c.replace("|", "\\|") or "-" for c in cells) + " |")
+        lines += table_of(result["rows"])
     return "\n".join(lines) + "\n"
 
 
@@ -254,150 +313,13 @@ def shown(results: dict[str, dict]) -> list[tuple]:
     return rows
 
 
-def text_of(seconds: float) -> str:
-    for unit, size in UNITS_S.items():
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def put(axes, x: float, y: float, text: str, side: str, color: str) -> None:
-    """Beside a dot, on its left or right."""
-    axes.annotate(text, (x, y), (-8 if side == "left" else 8, 0), textcoords="offset points",
-                  ha="right" if side == "left" else "left", va="center", fontsize=8.5, color=color,
-                  zorder=6)  # fmt: skip
-
-
-def draw(rows: list[tuple], file: pathlib.Path, title: str, note: str) -> None:
-    """One line a row: our time, torch's, and a bar where the limit is; a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {"svg.hashsalt": "dcp_native", "font.family": "DejaVu Sans", "font.size": 10}
-    )
-    height = 0.36 * len(rows) + 1.25
-    label_inches = 0.078 * max(len(row[0]) for row in rows) + 0.15
-    width = label_inches + 6.2
-    figure, axes = plt.subplots(figsize=(width, height))
-    times = [t for row in rows for t in row[1:4] if t]
-    low, high = min(times) / 2.2, max(times) * 1.7
-    for y, (_label, ours, torch, limit, factor) in enumerate(rows):
-        if torch:
-            axes.plot(
-                [ours, torch],
-                [y, y],
-                color="#d9d9d9",
-                linewidth=5,
-                zorder=1,
-                solid_capstyle="round",
-            )
-            axes.plot(torch, y, "o", color=TORCH, markersize=8, zorder=3)
-            text = f"{factor:.2g}x" if factor < 10 else f"{factor:.0f}x"
-            axes.text(
-                1.015,
-                y,
-                text,
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                fontweight="bold" if factor >= 1.2 else "normal",
-                color=OURS if factor >= 1 else TORCH,
-            )
-        if limit:
-            axes.plot([limit, limit], [y - 0.3, y + 0.3], color=LIMIT, linewidth=2, zorder=4)
-        axes.plot(ours, y, "o", color=OURS, markersize=9, zorder=5)
-        first = ours if torch is None or torch >= ours else torch
-        near = limit is not None and first / 3.6 < limit < first
-        put(
-            axes,
-            limit if near else first,
-            y,
-            text_of(first),
-            "left",
-            OURS if first == ours else TORCH,
-        )
-        if torch:
-            last = torch if first == ours else ours
-            put(axes, last, y, text_of(last), "right", TORCH if last == torch else OURS)
-    axes.set_xscale("log")
-    axes.set_xlim(low / 1.6, high * 1.6)
-    axes.set_ylim(len(rows) - 0.5, -0.6)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.tick_params(axis="y", length=0)
-    ticks = [
-        (1e-3, "1 ms"),
-        (1e-2, "10 ms"),
-        (1e-1, "0.1 s"),
-        (1, "1 s"),
-        (10, "10 s"),
-        (100, "100 s"),
-    ]
-    ticks = [t for t in ticks if low / 1.6 < t[0] < high * 1.6]
-    axes.set_xticks([t[0] for t in ticks], [t[1] for t in ticks])
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.grid(axis="x", color="#ececec", zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    handles = [
-        plt.Line2D(
-            [], [], marker="o", color="w", markerfacecolor=OURS, markersize=9, label="dcp_native"
-        ),
-        plt.Line2D(
-            [], [], marker="o", color="w", markerfacecolor=TORCH, markersize=9, label="stock torch"
-        ),
-        plt.Line2D(
-            [],
-            [],
-            marker="|",
-            color="w",
-            markeredgecolor=LIMIT,
-            markeredgewidth=2,
-            markersize=12,
-            label="the machine's limit",
-        ),
-    ]
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(-0.005, 1.0),
-        ncols=3,
-        frameon=False,
-        borderaxespad=0.1,
-        handletextpad=0.2,
-        columnspacing=1.2,
-    )
-    axes.text(
-        1.015,
-        -0.85,
-        "faster",
-        transform=axes.get_yaxis_transform(),
-        va="center",
-        fontsize=8.5,
-        color=GREY,
-    )
-    figure.text(0.995, 0.012, note, ha="right", fontsize=7.5, color=GREY)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.subplots_adjust(
-        left=label_inches / width,
-        right=1 - 0.72 / width,
-        top=1 - 0.42 / height - (0.3 / height if title else 0),
-        bottom=0.6 / height,
-    )
-    figure.savefig(file, metadata={"Date": None}, facecolor="white")
-    plt.close(figure)
-
-
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument(
         "--add", type=pathlib.Path, nargs="+", default=[], help="results to record first"
     )
     p.add_argument("--program", help="whose results these are, when their names do not say")
-    p.add_argument("--torch", default="2.13.0 (CPU)", help="the torch that they were measured with")
+    p.add_argument("--torch", help="the torch that they were measured with, when they do not say")
     p.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     args = p.parse_args()
     for path in args.add:
@@ -408,12 +330,13 @@ def main() -> int:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print("up to date" if same else f"{PAGE} is out of date: run benchmarks/document.py")
         return 0 if same else 1
+    first_picture = shown(results)
     PAGE.write_text(text, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     first = next(iter(results.values()))["machine"]
-    note = f"{first['cpu']}, {first['cores']} cores, ext4 on a virtual disk, torch {first['torch']}"
+    note = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}"
     draw(
-        shown(results), PICTURES / "measured.svg", "", f"wall time where not CPU, log scale; {note}"
+        first_picture, PICTURES / "measured.svg", "", f"wall time where not CPU, log scale; {note}"
     )
     for name, result in results.items():
         if rows := plotted(result):

@@ -340,6 +340,7 @@ def main() -> int:
     parser.add_argument("--dir", type=pathlib.Path, default=program.ROOT / "build")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
+    about = program.machine()
     os.environ["OMP_NUM_THREADS"] = "1"
     # Children import what this process does, wherever it was started.
     paths = (str(program.ROOT), os.environ.get("PYTHONPATH"))
@@ -348,7 +349,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dcp-bench-", dir=args.dir) as where:
         mp.spawn(run_rank, (args, where), RANKS)
         results = json.loads(pathlib.Path(where, "results.json").read_text(encoding="utf-8"))
-    return program.finish(args, rows_of(results["found"]), results["found"], results["wrong"])
+    found, wrong = results["found"], results["wrong"]
+    return program.publish("hugging_face", args, about, rows_of(found), found, wrong)
 
 
 if __name__ == "__main__":

@@ -208,29 +208,34 @@ def settle(path: str) -> None:
         os.close(fd)
 
 
+def files_below(directory: str) -> Iterator[str]:
+    """The files of `directory` and of what is in it; links to others are not followed."""
+    for where, _, names in os.walk(directory):
+        paths = (os.path.join(where, name) for name in names)
+        yield from (path for path in paths if not os.path.islink(path))
+
+
 def drop_page_cache(directory: str) -> None:
-    """Writes back the files of `directory` and drops them from the page cache, so that the next
+    """Writes back the files below `directory` and drops them from the page cache, so that the next
     load is a cold one.
     """
-    for entry in os.scandir(directory):
-        if entry.is_file(follow_symlinks=False):
-            fd = os.open(entry.path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
+    for path in files_below(directory):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 def warm_page_cache(directory: str) -> None:
-    """Reads the files of `directory` through the page cache, so that the next load is a hot one."""
-    for entry in os.scandir(directory):
-        if entry.is_file(follow_symlinks=False):
-            with open(entry.path, "rb", buffering=0) as f:
-                while f.read(REQUEST_BYTES):
-                    pass
+    """Reads the files below `directory` through the page cache, so that the next load is hot."""
+    for path in files_below(directory):
+        with open(path, "rb", buffering=0) as f:
+            while f.read(REQUEST_BYTES):
+                pass
 
 
 def directory_bytes(directory: str) -> int:
-    """The bytes of all files right under `directory`."""
-    return sum(e.stat().st_size for e in os.scandir(directory) if e.is_file(follow_symlinks=False))
+    """The bytes of all files below `directory`."""
+    return sum(os.stat(path).st_size for path in files_below(directory))

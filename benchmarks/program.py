@@ -7,6 +7,7 @@ own output wrong exits with 1; a missed target does not count as wrong.
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -135,6 +136,7 @@ def machine() -> dict:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
         "load_average_before": os.getloadavg(),
         "time_utc": time.strftime("%Y-%m-%dT%H%M%S", time.gmtime()),
     }
@@ -180,6 +182,7 @@ def main_of_parts(
     parser = options_of_parts(doc, 5, parts)
     more_options(parser)
     args = parser.parse_args(argv)
+    args.dir, args.tmpfs = args.dir.absolute(), args.tmpfs.absolute()  # ranks run elsewhere
     args.dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing stays behind
     about = machine()
@@ -219,6 +222,7 @@ def publish(
     about["load_average_after"] = os.getloadavg()
     file = f"{about['time_utc']}-{name}{'-quick' if args.quick else ''}.json"
     path = args.json or HERE / "results" / file
+    about["repeats"] = args.repeats
     write_json(path, {"machine": about, "rows": rows, "wrong": wrong, "details": details})
     print(f"results: {path}")
     return 1 if wrong else 0

@@ -35,28 +35,37 @@ def _row(name: str, operations: dict, total_bytes: int) -> str:
     return " |".join(cells).rstrip(" |")
 
 
-def ratios(summary: dict, rivals: list[str]) -> list[str]:
-    """ours : torch : limit, in units of the limit's wall time; torch at its better setting."""
+def quickest(summary: dict, names: list[str], operation: str) -> dict | None:
+    """Of the contenders `names` the quickest at `operation`."""
+    having = [summary[n][operation] for n in names if operation in summary.get(n, {})]
+    return min(having, key=lambda s: s["wall_s"], default=None)
+
+
+def ratios(summary: dict, stock: list[str], rivals: list[str]) -> list[str]:
+    """ours : torch : limit, in units of the limit's wall time; torch at its better setting. Then
+    how much faster we are than each of the rivals.
+    """
     lines = []
-    rivals = [name for name in rivals if name in summary]
-    if "dcp_native" not in summary or not rivals:
-        return lines
     for operation in OPERATIONS:
-        ours, limit = summary["dcp_native"][operation], summary["limit"][operation]
-        having = [summary[name][operation] for name in rivals if operation in summary[name]]
-        best = min(having, key=lambda s: s["wall_s"])
+        ours, limit = (summary.get(n, {}).get(operation) for n in ("dcp_native", "limit"))
+        if ours is None or limit is None:
+            continue
+        if best := quickest(summary, stock, operation):
+            lines.append(
+                f"  {operation}: ours : torch : limit = {ours['wall_s'] / limit['wall_s']:.2f}"
+                f" : {best['wall_s'] / limit['wall_s']:.2f} : 1"
+                f"   ({best['wall_s'] / ours['wall_s']:.1f}x faster than torch,"
+                f" CPU 1 : {best['cpu_s'] / max(ours['cpu_s'], 0.001):.1f})"
+            )
+        others = {n: summary[n][operation] for n in rivals if operation in summary.get(n, {})}
+        texts = [f"{n} {s['wall_s'] / ours['wall_s']:.2f}x" for n, s in others.items()]
+        if texts:
+            lines.append(f"  {operation}, their time over ours: {', '.join(texts)}")
+    first, best = summary.get("dcp_native first"), quickest(summary, stock[:1], "save")
+    if first is not None and best is not None:
         lines.append(
-            f"  {operation}: ours : torch : limit = {ours['wall_s'] / limit['wall_s']:.2f}"
-            f" : {best['wall_s'] / limit['wall_s']:.2f} : 1"
-            f"   ({best['wall_s'] / ours['wall_s']:.1f}x faster than torch,"
-            f" CPU 1 : {best['cpu_s'] / max(ours['cpu_s'], 0.001):.1f})"
-        )
-    first = summary.get("dcp_native first")
-    if first is not None:
-        stock = min(summary[name]["save"]["wall_s"] for name in rivals if " " not in name)
-        lines.append(
-            f"  save: first {stock / first['save']['wall_s']:.1f}x,"
-            f" steady {stock / summary['dcp_native']['save']['wall_s']:.1f}x faster than torch"
+            f"  save: first {best['wall_s'] / first['save']['wall_s']:.1f}x, steady"
+            f" {best['wall_s'] / summary['dcp_native']['save']['wall_s']:.1f}x faster than torch"
         )
     return lines
 
@@ -65,15 +74,15 @@ def _order(name: str) -> tuple:
     return (" reads " in name, name == "memcpy", name == "limit")
 
 
-def table(title: str, case: dict, rivals: list[str]) -> str:
+def table(title: str, case: dict, stock: list[str], rivals: list[str]) -> str:
     """The table of one case as text."""
     head = f"{'wall s':>8} {'GB/s':>7} {'CPU s':>7} {'extra MB':>9}"
-    size = f"{case['bytes'] / 1e9:.3f} GB of tensors"
+    size = f"{case['bytes'] / 1e9:.3f} GB of tensors, {case['tensors_per_rank']} tensors per rank"
     lines = [
-        f"\n{title}: {size}, {case['tensors_per_rank']} tensors per rank",
+        f"\n{title}: {size}; median of {case['repeats']}",
         f"  {'':<33} |{head} |{head}",
         f"  {'':<33} |{'-- save --':^34} |{'-- load --':^34}".rstrip(),
     ]
     summary = case["summary"]
     lines += [_row(name, summary[name], case["bytes"]) for name in sorted(summary, key=_order)]
-    return "\n".join(lines + ratios(summary, rivals))
+    return "\n".join(lines + ratios(summary, stock, rivals))

@@ -19,7 +19,7 @@ from typing import Any
 
 import full_state_dict_cases
 import torch
-from program import finish, median_of, options, row, say, seconds, times
+from program import machine, median_of, options, publish, row, say, seconds, times
 from torch import nn
 from torch.distributed.checkpoint import state_dict as theirs
 
@@ -140,6 +140,7 @@ NAMES = (
 
 def main(argv: list[str] | None = None) -> int:
     args = options(__doc__, repeats=7).parse_args(argv)
+    about = machine()
     torch.set_num_threads(1)
     rows, details, wrong = [], {}, []
     say("one process gets and sets state ...")
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     full_rows, details["full_state_dict"], full_wrong = full_state_dict_cases.run(
         args.quick, args.repeats
     )
-    return finish(args, rows + full_rows, details, wrong + full_wrong)
+    return publish("state_dict", args, about, rows + full_rows, details, wrong + full_wrong)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def build(case: str, size: str, mesh: DeviceMesh, count: int | None = None) -> d
     return {"model": model, "optim": {"state": state, "param_groups": groups}, "step": 1000}
 
 
-def _leaves(tree: dict | list, prefix: str = "") -> Iterator[tuple]:
+def leaves(tree: dict | list, prefix: str = "") -> Iterator[tuple]:
     """Yields (container, key in it, full name, value) of every leaf.
 
     As in DCP, a list is a leaf unless it holds a dict or a tensor.
@@ -158,12 +158,12 @@ def _leaves(tree: dict | list, prefix: str = "") -> Iterator[tuple]:
     for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
         inner = isinstance(value, list) and any(isinstance(v, (dict, torch.Tensor)) for v in value)
         if isinstance(value, dict) or inner:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield tree, key, f"{prefix}{key}", value
 
 
-def _local(value: object) -> torch.Tensor | None:
+def local_tensor(value: object) -> torch.Tensor | None:
     if isinstance(value, DTensor):
         return value.to_local()
     return value if isinstance(value, torch.Tensor) else None
@@ -171,8 +171,8 @@ def _local(value: object) -> torch.Tensor | None:
 
 def local_tensors(tree: dict, replicas: bool = True) -> list[torch.Tensor]:
     """This rank's tensors, with or without those that every rank holds."""
-    values = [value for *_, value in _leaves(tree) if replicas or isinstance(value, DTensor)]
-    return [t for t in map(_local, values) if t is not None]
+    values = [value for *_, value in leaves(tree) if replicas or isinstance(value, DTensor)]
+    return [t for t in map(local_tensor, values) if t is not None]
 
 
 def local_bytes(tree: dict, replicas: bool = True) -> int:
@@ -186,8 +186,8 @@ def count_tensors(tree: dict) -> int:
 def digests(tree: dict) -> dict[str, str]:
     """SHA-256 of every local tensor's bytes and of every other value's text, by name."""
     out = {}
-    for _, _, name, value in _leaves(tree):
-        t = _local(value)
+    for _, _, name, value in leaves(tree):
+        t = local_tensor(value)
         if t is None:
             text = value if isinstance(value, bytes) else repr(value).encode()
             out[name] = hashlib.sha256(text).hexdigest()
@@ -200,8 +200,8 @@ def digests(tree: dict) -> dict[str, str]:
 
 def poison(tree: dict) -> None:
     """Spoils every leaf, so that a load that leaves one untouched is caught."""
-    for container, key, _, value in _leaves(tree):
-        t = _local(value)
+    for container, key, _, value in leaves(tree):
+        t = local_tensor(value)
         if t is None:
             container[key] = None
         elif t.nbytes:
@@ -241,10 +241,10 @@ def change(tree: dict, share: float) -> int:
     """Flips bits in whole sharded tensors that hold `share` of this rank's bytes; returns how many
     bytes those are. Ranks of equal shares change the same tensors.
     """
-    sharded = [value for *_, value in _leaves(tree) if isinstance(value, DTensor)]
+    sharded = [value for *_, value in leaves(tree) if isinstance(value, DTensor)]
     room = share * sum(t.to_local().nbytes for t in sharded)
     changed = 0
-    for t in map(_local, sharded):
+    for t in map(local_tensor, sharded):
         if 0 < t.nbytes <= room - changed:
             t.view(torch.int16 if t.dtype is torch.bfloat16 else torch.int32).bitwise_xor_(1)
             changed += t.nbytes

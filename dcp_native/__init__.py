@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in modules_of(__name__):
+        if not name.startswith("_"):
+            # One by one: a module's import waits for another thread that imports the same module,
+            # and not for one that is importing its package.
+            for first in ("torch", "torch.distributed.checkpoint"):
+                importlib.import_module(first)
         return importlib.import_module(f"{__name__}.{name}")
     if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,12 @@
 
 import sys
 
-from ._cli.main import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from ._cli.main import main
+
+        status = main()
+    except KeyboardInterrupt:  # so early that nothing was begun
+        print("dcp-native: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

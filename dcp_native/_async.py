@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import (
@@ -119,12 +119,18 @@ def start(
             )
     except BaseException as error:  # an interrupt between the steps
         save.fail(error)
-    if save.is_staging():
-        staging = upload.staging = _running()
-        if hasattr(stager, "_staging_future"):  # for its synchronize_staging()
-            stager._staging_future = staging
     interrupt = save.interrupt()
-    _begin(upload)
+    try:
+        if save.is_staging():
+            staging = upload.staging = _running()
+            if hasattr(stager, "_staging_future"):  # for its synchronize_staging()
+                stager._staging_future = staging
+        _begin(upload)
+    except BaseException as error:
+        if not save.in_background:
+            _give_up(upload, error)
+        if not isinstance(error, Exception):
+            raise
     if interrupt is not None:
         raise interrupt  # nobody may ever look at the future
     return _response(upload.future, staging)
@@ -157,6 +163,16 @@ def _break_off(upload: Upload, error: BaseException) -> None:
         if upload.store is None:
             _borrow(upload, False)
         _begin(upload)
+
+
+def _give_up(upload: Upload, error: BaseException) -> None:
+    """Nothing runs that could tell of the save's end, to those who wait for it here either.  Other
+    ranks hear of it at their deadline: it was the telling that could not be begun."""
+    rank = upload.save.group.rank
+    _failed(upload.future, CheckpointException("write", {rank: _wrap_exception(error)}))
+    if upload.staging is not None:
+        upload.staging.set_exception(forget_frames(error))
+    upload.give_back()
 
 
 def _stage_by(

@@ -22,15 +22,25 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 class Clock:
     """Of one call, from when this is made to :meth:`end`.  Of the calling thread alone."""
 
-    def __init__(self, kind: str, directory: str, rank: int) -> None:
+    def __init__(self, kind: str, directory: str, rank: int, ranks_count: int) -> None:
         _trace.follow_config(rank)
         self.kind = kind
         self.directory = directory
         self.rank = rank
+        self.ranks_count = ranks_count
         self.begin_ns = time.monotonic_ns()
         self.phases_ns: dict[str, int] = {}
         """Nanoseconds by phase, in the order of their begins."""
         self._open: list[tuple[str, int]] = []
+
+    def facts(self) -> dict[str, Any]:
+        """What a report has of the call from its begin on."""
+        return {
+            "kind": self.kind,
+            "directory": self.directory,
+            "rank": self.rank,
+            "ranks_count": self.ranks_count,
+        }
 
     @property
     def total_ns(self) -> int:

@@ -16,7 +16,7 @@ class Config:
 
     Attributes:
         verify: check the CRC32 of what is loaded (payloads and blocks, ours and stock torch's).  Of
-            a block (1 MiB) of which less than half is wanted only the wanted rows are read, and
+            a block (1 MiB) of which less than 9/16 is wanted only the wanted rows are read, and
             counted in the report's ``unverified_bytes``; ``"strict"`` reads such blocks whole and
             checks them too.
         strict_coverage: a target that the saved chunks do not cover is an error; torch leaves that
@@ -40,8 +40,10 @@ class Config:
             communicator, connected and well on all ranks; else over its CPU backend.  ``"nccl"``:
             the communicator is connected if need be, and where it can not be used every rank
             raises; one rank that asks for it is enough.  ``"cpu"``: the CPU backend, for all ranks
-            when one has this set.  A group's first save decides for its life; a group without a CPU
-            backend uses NCCL, and ``"cpu"`` raises.  Background saves talk over the store.
+            when one has this set.  A group's first save decides for its life, or the second where
+            the first found the communicator not connected yet; NCCL is taken only if a reduction
+            over it has worked on all ranks.  A group without a CPU backend uses NCCL, and ``"cpu"``
+            raises.  Background saves talk over the store.
         incremental_links: how a save with ``base=`` takes over unchanged data files.
             ``"reflink"`` shares their blocks (btrfs, XFS, bcachefs and the like; where the file
             system cannot, everything is written and the report says so).  ``"hard"`` makes hard
@@ -82,16 +84,18 @@ class Config:
             committed by the writer processes when the trainers die.  All ranks must agree on it.
             While trainers live they decide: where one dies alone the others wait for it until the
             deadline and give the save up, unless the coordinator's process has committed it.
-        progress: how far saves and loads have come.  ``"auto"``: a bar for those over 2 s, on rank
-            0 where standard error is a terminal (``tqdm``'s, where it is installed); ``"off"``:
-            nothing; ``"on"``: also where it is no terminal, as a line every 10 s.  A callable,
-            instead of a bar and on every rank, gets (operation, bytes done, bytes in all, bytes per
-            second) of this rank four times a second and at the end, on a thread of its own;
-            operation is ``"save"``, ``"load"`` or ``"async_save"``.  What it raises ends its calls
-            for this operation and nothing else.  See also ``future.progress()``.
+        progress: how far an operation has come.  ``"auto"``: a bar for those over 2 s, on rank 0
+            where standard error is a terminal; ``"off"``: nothing; ``"on"``: also where it is no
+            terminal, as a line every 10 s.  A callable, instead of a bar and on every rank, gets
+            (operation, bytes done, bytes in all or 0, bytes per second) of this rank four times a
+            second and at the end, on a thread of its own; operation is ``"save"`` (Hugging Face
+            files too), ``"load"``, ``"async_save"``, ``"verify"``, ``"dcp_to_torch_save"`` or
+            ``"consolidate"``.  What it raises ends its calls for this operation and nothing else;
+            one that does not return delays the operation's end by a second at most; what it saves
+            or loads itself is not watched.  See also ``future.progress()``.
         trace: a directory for what saves and loads do when, in files for https://ui.perfetto.dev,
-            one for each process (``python -m dcp_native trace merge`` makes one of them); None:
-            nothing is recorded.
+            one for each process (``python -m dcp_native trace merge`` makes one of them), which
+            grows four times a second; None: nothing is recorded.
         native: False, on all ranks alike, sends every call through torch's own implementation.
     """
 
@@ -168,6 +172,8 @@ class Config:
             )
         if not isinstance(self.trace, (str, os.PathLike, type(None))):
             raise ValueError(f"trace must be a directory or None, not {self.trace!r}")
+        if self.trace is not None:  # wherever the program works later
+            object.__setattr__(self, "trace", os.path.abspath(self.trace))
         io_priority(self.writer_io_class)
         split, off = self.split_replicated, SPLIT_REPLICATED["off"]
         if not (

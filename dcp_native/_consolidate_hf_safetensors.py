@@ -48,6 +48,7 @@ from ._hf_layout import (
 )
 from ._hf_reads import read_headers
 from ._mirror import rest_of_torchs
+from ._progress import Counted
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -172,7 +173,15 @@ def _lay_out(shards: _Shards, fqn_to_index_mapping: dict[str, int]) -> Layout:
     return lay_out(shapes, file_names(shapes, fqn_to_index_mapping))
 
 
-def _join(shards: _Shards, layout: Layout, output_dir: str, token: str, wanted: set[str]) -> None:
+def _join(
+    shards: _Shards,
+    layout: Layout,
+    output_dir: str,
+    token: str,
+    wanted: set[str],
+    rank: int = 0,
+    ranks_count: int = 1,
+) -> None:
     """Write the files ``wanted`` of the layout, under their temporary names."""
     numbers = {i: n for n, i in enumerate(
         i for i, file in enumerate(layout.files) if file.name in wanted
@@ -187,16 +196,20 @@ def _join(shards: _Shards, layout: Layout, output_dir: str, token: str, wanted: 
         ),
         key=lambda tensor: (tensor[1], tensor[2]),
     )  # fmt: skip
+    total = sum(place.shape.nbytes for place in layout.places.values() if place.file in numbers)
+    progress = Counted("consolidate", total, rank=rank, ranks_count=ranks_count)
     try:
-        _native.export_create(output_dir, files)
-        _native.export_join(
-            shards.path,
-            shards.names,
-            output_dir,
-            [file[:2] for file in files],
-            tensors,
-            direct=DIRECT_IO[config().direct_io],
-        )
+        with progress:
+            _native.export_create(output_dir, files)
+            _native.export_join(
+                shards.path,
+                shards.names,
+                output_dir,
+                [file[:2] for file in files],
+                tensors,
+                direct=DIRECT_IO[config().direct_io],
+                progress=progress.counter,
+            )
     except BaseException:
         _native.export_discard(output_dir, [file[0] for file in files])
         raise
@@ -286,7 +299,7 @@ def consolidate_safetensors_files_on_every_rank(
         if fqn_to_index_mapping[fqn] % size == rank
     }
     try:
-        _agree(partial(_join, shards, layout, output_dir, token, mine), process_group)
+        _agree(partial(_join, shards, layout, output_dir, token, mine, rank, size), process_group)
     except BaseException:
         _native.export_discard(output_dir, [part_name(token, name) for name in mine])
         raise

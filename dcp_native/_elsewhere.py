@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from . import _native
 from ._failures import as_record, raise_alone, raise_failures
+from ._group_comm import take_error
 from ._python_planner import set_up_planner
 from ._report import logger
 
@@ -34,6 +35,7 @@ class SaveElsewhere:
     def resolve(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
         """The state dict with its Stateful values called, as the others do before they agree."""
         try:
+            self._raise_what_waits()
             return _stateful_to_state_dict(state_dict)
         except BaseException as error:
             self.leave(error)
@@ -42,11 +44,17 @@ class SaveElsewhere:
     def agree(self) -> None:
         """Collective: every rank saves by torch's implementation, or every rank raises."""
         try:
+            self._raise_what_waits()
             failures = self._native.agree(None)
         except BaseException as error:
             self.leave(error)  # an interrupt before the call
             raise_alone("plan", self._group.rank, error, self._native.interrupt())
         raise_failures("plan", failures, self._group.rank, None, self._native.interrupt())
+
+    def _raise_what_waits(self) -> None:
+        error = take_error(self._group)
+        if error is not None:
+            raise error
 
     def leave(self, error: BaseException) -> None:
         """This rank breaks off: let the others fail by name."""
@@ -63,6 +71,7 @@ class SaveElsewhere:
         mine: BaseException | None = None
         metadata = Metadata({})
         try:
+            self._raise_what_waits()
             metadata = self._run_hooks(state_dict, writer, planner or DefaultSavePlanner())
         except BaseException as error:
             mine = error

@@ -1,7 +1,8 @@
-"""One native Group per ProcessGroup: its comm table and the plan its ranks installed.
+"""One native Group per ProcessGroup and coordinator: the plan its ranks installed.
 
 A group that may talk over NCCL as well as over its CPU backend has one of each until its ranks have
-agreed (_group_comm.py); the plan is kept with the one that they use.
+agreed (_group_comm.py); the plan is kept with the one that they use.  Coordinators share what they
+talk over.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from ._fork import fork_safe
 from ._group_comm import GroupComm
 
 _lock = fork_safe()
-_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, GroupComm]] = (
-    weakref.WeakKeyDictionary()
-)
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupComm] = weakref.WeakKeyDictionary()
 # Made here, so that what the extension borrows from torch is there, or found missing, before any
 # rank waits for this one.
 _alone = _native.Group()
@@ -53,8 +52,7 @@ def group_for(
             return _alone
         if process_group is None:
             process_group = dist.distributed_c10d._get_default_group()
-        by_coordinator = _groups.setdefault(process_group, {})
-        if coordinator_rank not in by_coordinator:
-            by_coordinator[coordinator_rank] = GroupComm(process_group, coordinator_rank)
-        comm = by_coordinator[coordinator_rank]
-    return comm.group(process_group, state_dict, is_save=is_save)
+        comm = _groups.get(process_group)
+        if comm is None:
+            comm = _groups[process_group] = GroupComm(process_group)
+    return comm.group(process_group, coordinator_rank, state_dict, is_save=is_save)

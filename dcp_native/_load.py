@@ -20,6 +20,7 @@ from ._clock import Clock
 from ._config import DIRECT_IO, GPU_DIRECT, READ_ONCE, VERIFY, config
 from ._failures import LoadException, as_record, codes_of, raise_alone, raise_failures
 from ._filter import KeyFilter
+from ._group_comm import take_error
 from ._lazy_metadata import refusal
 from ._progress import Progress
 from ._receive import Receiver
@@ -71,7 +72,7 @@ class NativeLoad:
         self.reader = reader
         self.path = "" if reader is None else os.fspath(reader.path)
         self.group = group
-        self.clock = Clock("load", self.path, group.rank)
+        self.clock = Clock("load", self.path, group.rank, group.size)
         self._comm_before = group.comm_stats()
         _native.peak_bytes(True)
         self.top_is_copy = top_is_copy
@@ -80,7 +81,7 @@ class NativeLoad:
         self.flatten = getattr(planner, "flatten_state_dict", True)
         self.flatten_sharded = getattr(planner, "flatten_sharded_tensors", True)
         self.allow_partial = getattr(planner, "allow_partial_load", False)
-        self.error: BaseException | None = None
+        self.error = take_error(group)
         self.may_be_replaced = False  # says the last agreement, to all ranks alike
         self.by_python = _UNTOUCHED  # objects
         self.touched_before: set[str] = set()  # by reads of checkpoints that were replaced
@@ -182,7 +183,7 @@ class NativeLoad:
     def _report(self, native: _native.Load | None) -> dict[str, Any]:
         facts = {} if native is None else {**native.info(), **native.report()}
         return {
-            "kind": "load",
+            **self.clock.facts(),
             "path": "native",
             "reason": None,
             "comm": self.group.kind,
@@ -192,9 +193,6 @@ class NativeLoad:
             "failed": False,
             "error": None,
             "verify": self.verify,
-            "directory": self.path,
-            "rank": self.group.rank,
-            "ranks_count": self.group.size,
             "total_ns": self.clock.total_ns,
             "phases": dict(self.clock.phases_ns),
             **self._comm(),
@@ -302,7 +300,14 @@ class NativeLoad:
     def _read(self, native: _native.Load, state_dict: dict[str, Any]) -> None:
         objects, _ = native.results()
         receiver = Receiver(self.reader, native.metadata)
-        with Progress("load", native.progress, rank=self.group.rank, begin_ns=self.clock.begin_ns):
+        progress = Progress(
+            "load",
+            native.progress,
+            rank=self.group.rank,
+            ranks_count=self.group.size,
+            begin_ns=self.clock.begin_ns,
+        )
+        with progress:
             native.read(receiver)
         receiver.settle()
         self.by_python = _PARTLY

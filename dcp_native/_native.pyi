@@ -38,6 +38,7 @@ def export_write(
     nice: int = 0,
     io_priority: int = 0,
     limit_bytes_s: int = 0,
+    progress: Any = None,
 ) -> dict[str, int]: ...
 def export_join(
     source_path: str | os.PathLike,
@@ -49,6 +50,7 @@ def export_join(
     *,
     sync: bool = True,
     direct: int = 0,
+    progress: Any = None,
 ) -> dict[str, int]: ...
 def export_publish(
     path: str | os.PathLike,
@@ -74,6 +76,7 @@ def verify_checkpoint(
     parts: int = 0,
     translations: tuple[tuple[bytes, bytes], ...] = (),
     progress: Any = None,
+    cancel: Any = None,
 ) -> dict[str, Any]: ...
 def read_safetensors_header(
     source: str | os.PathLike | bytes | bytearray | memoryview, file_bytes: int = 0, /
@@ -91,6 +94,7 @@ def write_archive(
     verify: bool = True,
     direct: int = 0,
     io_uring: int = 0,
+    progress: Any = None,
 ) -> dict[str, Any]: ...
 def check_metadata(image: bytes, /, *, pickle: bool = False) -> str | None: ...
 def metadata_table(image: Any, /) -> dict[str, Any]: ...
@@ -119,10 +123,10 @@ class Group:
         cls,
         process_group: dist.ProcessGroup | None = None,
         coordinator_rank: int = 0,
-        device_index: int = -1,
-        stream: int = 0,
+        over_nccl: bool = False,
     ) -> Group: ...
     reason: str | None
+    error: BaseException | None
     @property
     def rank(self) -> int: ...
     @property
@@ -131,6 +135,10 @@ class Group:
     def kind(self) -> str: ...
     @property
     def coordinator_rank(self) -> int: ...
+    @property
+    def device_index(self) -> int: ...
+    def with_coordinator(self, coordinator_rank: int, /) -> Group: ...
+    def follow(self, stream: int, /) -> None: ...
     def forget_plan(self) -> None: ...
     def reduce_min(self, numbers: Sequence[int], /) -> list[int]: ...
 

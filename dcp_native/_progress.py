@@ -1,25 +1,27 @@
-"""How far a save or load has come: for a callback, or as a bar on a terminal.
+"""How far an operation has come: for a callback, or as a bar on a terminal.
 
 The core counts bytes as they go by; a thread of Python looks at the count four times a second.
-Between its looks it sleeps without the GIL, and it ends before the call returns.  Nothing is asked
-of other ranks: a bar shows this rank's bytes, and names the sum of all where this rank planned for
-all.  Where nobody would see anything there is no thread.
+Between its looks it sleeps without the GIL, and it ends before the call returns, unless a callback
+does not return: that one is left behind.  What a callback saves or loads itself is not watched.
+Nothing is asked of other ranks: a bar shows this rank's bytes, says so, and names the sum of all
+where this rank planned for all.  Where nobody would see anything there is no thread.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 from ._cli.units import bytes_text, seconds_text
 from ._config import config
 
-__all__ = ["Progress"]
+__all__ = ["Counted", "Progress", "unwatched"]
 
 LOOK_S = 0.25
 """Between two looks."""
@@ -27,8 +29,11 @@ BAR_AFTER_S = 2.0
 """Shorter operations show no bar."""
 LINE_EVERY_S = 10.0
 """Between two lines where standard error is no terminal (``progress="on"``)."""
-END_S = 5.0
-"""How long a callback that does not return holds up the call that it watches."""
+END_S = 1.0
+"""How long a callback that does not return holds up the call, or the future, that it watches."""
+
+_this_thread = threading.local()
+"""``watches``: it is a thread of ours, maybe in a callback, or at work for what is watched."""
 
 
 class _Bar(Protocol):
@@ -42,7 +47,8 @@ class Progress:
     Args:
         kind: what people and callbacks see it named.
         look: gives (bytes done, bytes in all); 0 in all: not known yet.
-        rank, ranks_bytes: of the group; what all its ranks write together, or 0.
+        rank, ranks_count: of the group.
+        ranks_bytes: what all its ranks write together, or 0: not known.
         begin_ns: of the operation, which began earlier than what is counted.
         foreground: the caller waits for it.
     """
@@ -53,6 +59,7 @@ class Progress:
         look: Callable[[], tuple[int, int]],
         *,
         rank: int = 0,
+        ranks_count: int = 1,
         ranks_bytes: int = 0,
         begin_ns: int = 0,
         foreground: bool = True,
@@ -60,13 +67,20 @@ class Progress:
         self._kind = kind
         self._look = look
         self._begin_s = begin_ns / 1e9 or time.monotonic()
-        self._note = f"of {bytes_text(ranks_bytes)} on all ranks" if ranks_bytes else ""
+        self._title = kind.replace("_", " ")
+        if ranks_count > 1:
+            self._title += f", rank {rank}"
+            self._title += f" (all: {bytes_text(ranks_bytes)})" if ranks_bytes else ""
         self._end = threading.Event()
+        self._end_by_s = 0.0
         self._thread: threading.Thread | None = None
+        self._run: Callable[[], None]
         wanted = config().progress
-        if callable(wanted):
-            self._run: Callable[[], None] = lambda: self._call(wanted)
-        elif foreground and _is_first(rank) and (wanted == "on" or _on_terminal(wanted)):
+        if getattr(_this_thread, "watches", False):
+            self._run = _nothing
+        elif callable(wanted):
+            self._run = lambda: self._call(wanted)
+        elif foreground and (wanted == "on" or _on_terminal(wanted)) and _is_first(rank):
             self._run = self._draw
         else:
             self._run = _nothing
@@ -83,22 +97,37 @@ class Progress:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._end.set()
-        if self._thread is None or self._thread is threading.current_thread():
-            return
-        self._thread.join(END_S)
+        self.end()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(END_S)
+            self.is_over()
+
+    def end(self) -> None:
+        """What is watched has ended.  Waits for nothing, unlike leaving ``with``."""
+        if self._end_by_s == 0.0:
+            self._end_by_s = time.monotonic() + END_S
+            self._end.set()
+
+    def is_over(self) -> bool:
+        """After :meth:`end`: the callback has heard of the end, or had its time."""
+        if self._thread is None:
+            return True
         if self._thread.is_alive():
+            if time.monotonic() < self._end_by_s:
+                return False
             _logger().warning(
                 "a progress callback did not return for %g s; the %s does not wait for it",
                 END_S, self._kind,
             )  # fmt: skip
         self._thread = None
+        return True
 
     def _counts(self) -> tuple[int, int]:
         done, total = self._look()  # objects are counted with their records, of unknown length
         return min(done, total) if total > 0 else done, total
 
     def _call(self, callback: Callable[[str, int, int, float], object]) -> None:
+        _this_thread.watches = True
         start_s = time.monotonic()
         try:
             ended = False
@@ -117,7 +146,7 @@ class Progress:
         if self._end.wait(max(0.0, self._begin_s + BAR_AFTER_S - time.monotonic())):
             return
         try:
-            bar = _bar(f"{self._kind} {self._note}".rstrip())
+            bar = _bar(self._title)
             try:
                 while not self._end.wait(LOOK_S):
                     done, total = self._counts()
@@ -126,6 +155,35 @@ class Progress:
                 bar.close()
         except BaseException as error:  # a terminal that went away
             _logger().debug("no progress is shown any more: %r", error)
+
+
+class Counted(Progress):
+    """The same of what the core counts in ``counter`` while it works.
+
+    Args:
+        total: bytes in all, or what gives them: asked once, by whoever looks first.
+    """
+
+    def __init__(self, kind: str, total: int | Callable[[], int], **options: Any) -> None:
+        self.counter = array("Q", [0])
+        self._total = total
+        super().__init__(kind, self._count, **options)
+
+    def _count(self) -> tuple[int, int]:
+        if callable(self._total):
+            self._total = self._total()
+        return self.counter[0], self._total
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """For what an operation that is watched does on this thread by others of its kind."""
+    before = getattr(_this_thread, "watches", False)
+    _this_thread.watches = True
+    try:
+        yield
+    finally:
+        _this_thread.watches = before
 
 
 def _nothing() -> None:
@@ -153,33 +211,7 @@ def _is_first(rank: int) -> bool:
 
 def _bar(title: str) -> _Bar:
     stream = sys.stderr
-    if not stream.isatty():
-        return _Lines(stream, title)
-    try:
-        return _Tqdm(importlib.import_module("tqdm"), stream, title)
-    except ImportError:
-        return _Line(stream, title)
-
-
-class _Tqdm:
-    """tqdm's bar, which gets on with the bars of the program; without its monitoring thread."""
-
-    def __init__(self, module: Any, stream: TextIO, title: str) -> None:
-        columns, lines = _shape(stream)
-        unwatched = type("tqdm", (module.tqdm,), {"monitor_interval": 0})
-        self._bar = unwatched(
-            desc=title, file=stream, unit="B", unit_scale=True, leave=False, mininterval=0,
-            ncols=columns, nrows=lines,
-        )  # fmt: skip
-
-    def show(self, done: int, total: int, took_s: float) -> None:
-        self._bar.start_t = self._bar._time() - took_s
-        self._bar.total = total or None
-        self._bar.n = done
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.close()
+    return _Line(stream, title) if stream.isatty() else _Lines(stream, title)
 
 
 class _Line:
@@ -191,7 +223,7 @@ class _Line:
         self._width = 0
 
     def show(self, done: int, total: int, took_s: float) -> None:
-        room = _shape(self._stream)[0] - 1
+        room = _columns(self._stream) - 1
         self._write(_text(self._title, done, total, took_s)[:room])
 
     def _write(self, text: str) -> None:
@@ -223,13 +255,12 @@ class _Lines:
         self._stream.flush()
 
 
-def _shape(stream: TextIO) -> tuple[int, int]:
-    """Columns and lines; those of old where a terminal does not say."""
+def _columns(stream: TextIO) -> int:
+    """Those of old where a terminal does not say."""
     try:
-        columns, lines = os.get_terminal_size(stream.fileno())
+        return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
-        columns = lines = 0
-    return columns or 80, lines or 24
+        return 80
 
 
 def _text(title: str, done: int, total: int, took_s: float) -> str:

@@ -21,7 +21,8 @@ class Report(dict[str, Any]):
 
     Both:
         kind: ``"save"``, ``"async_save"`` or ``"load"``.
-        path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else.
+        path: ``"native"`` or ``"torch"``.  With ``"torch"`` there is little else: why, where,
+            roles, ranks and ``total_ns`` from when torch's implementation was called.
         reason: why not native, or None.
         directory: of the checkpoint.
         rank, ranks_count: this one of the group, and how many there are.
@@ -111,13 +112,15 @@ class SaveReport(Report):
         is_coordinator, call_agrees: this rank wrote ``.metadata``; all ranks gave the same path.
 
     What was written:
-        kept_items, kept_bytes: of the plan, written by this rank.
-        dropped_items, dropped_bytes: replicas that another rank wrote.
+        kept_items, kept_bytes: of the plan, for this rank to write; bytes of their files.
+        dropped_items, dropped_bytes: replicas that were not written once more, of all ranks, on
+            the one that planned for all; else 0.
         cut_items: replicated tensors of which this rank wrote some rows.
         file_bytes, files_count, direct_files_count: data files; with O_DIRECT.
         files: of each of the first 64 of them ``{"name": "__0_0.distcp", "bytes": 123, "direct":
             True}``; ``direct``: with O_DIRECT, else through the page cache.
-        payload_bytes, progress_bytes: of tensors and objects; done so far.
+        payload_bytes, progress_bytes: of tensors and objects, without what frames them; done so
+            far.
         metadata_bytes: size of ``.metadata``.
         queue_writes_count: requests through io_uring.
         swept_files: files of older saves that were removed.

@@ -18,6 +18,7 @@ from . import _native
 from ._clock import Clock, phase
 from ._config import DIRECT_IO, IO_URING, LINK_MODE, SPLIT_REPLICATED, config, io_priority
 from ._failures import as_record, raise_alone, raise_failures
+from ._group_comm import take_error
 from ._lazy_metadata import lazy_metadata
 from ._plan_cache import plan_installed, plan_number
 from ._progress import Progress
@@ -79,12 +80,12 @@ class NativeSave:
         self.group = group
         self.use_collectives = use_collectives
         self.kind = kind
-        self.clock = Clock(kind, os.fspath(writer.path), group.rank)
+        self.clock = Clock(kind, os.fspath(writer.path), group.rank, group.size)
         self._comm_before = group.comm_stats()
         self._comm: tuple[int, ...] | None = None  # once its last collective is behind it
         _native.peak_bytes(True)
         self.base = None if base is None else os.fspath(base)
-        self.error: BaseException | None = None
+        self.error = take_error(group)
         self.in_background = False
         self._metadata_path = ""  # absolute, for the program may change its directory
         meta = writer.storage_meta()
@@ -210,7 +211,8 @@ class NativeSave:
             self.kind,
             self._native.progress,
             rank=self.group.rank,
-            ranks_bytes=self._native.info()["ranks_bytes"] if self.group.size > 1 else 0,
+            ranks_count=self.group.size,
+            ranks_bytes=self._native.info()["ranks_bytes"],
             begin_ns=self.clock.begin_ns,
         )
 
@@ -301,10 +303,21 @@ class NativeSave:
     def upload(self, watch: _native.Watch, **how: Any) -> None:
         """Write, agree and commit on threads of the core."""
         self._comm = self._comm_so_far()
-        self._native.upload(
-            watch, failure=as_record(self.error), host_timeout_s=config().host_timeout_s, **how
-        )
         self.in_background = True
+        try:
+            self._native.upload(
+                watch, failure=as_record(self.error), host_timeout_s=config().host_timeout_s, **how
+            )
+        except BaseException:  # an interrupt may also come when it has started
+            self.in_background = self._is_uploading()
+            raise
+
+    def _is_uploading(self) -> bool:
+        try:
+            self._native.upload_state()
+        except RuntimeError:
+            return False
+        return True
 
     def upload_state(self) -> str:
         """``"running"``, ``"settled"`` (there is a result) or ``"ended"``."""
@@ -481,13 +494,10 @@ class NativeSave:
             phases["settle"] = settle_ns
         calls, sent_bytes, ns = self._comm or self._comm_so_far()
         return {
-            "kind": self.kind,
+            **self.clock.facts(),
             "path": "native",
             "reason": None,
             **role_report(None, self._planner_reason, info["planned_outside"]),
-            "directory": self.clock.directory,
-            "rank": self.group.rank,
-            "ranks_count": self.group.size,
             "total_ns": self.clock.total_ns,
             "phases": phases,
             "comm_calls_count": calls,

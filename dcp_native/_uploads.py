@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from . import _native, _trace
+from . import _native
 from ._failures import forget_frames, raise_failures
 from ._fork import fork_safe
 from ._progress import Progress
@@ -169,19 +169,32 @@ class Upload:
     def look(self) -> bool:
         """Set the future when there is a result.  True when nothing of the upload runs any more."""
         state = self.save.upload_state()
-        expired = state == "running" and self.left_s() <= 0
+        expired = state == "running" and self.save.upload_left_s() <= 0
         if expired:
             self.save.expire()
             state = self.save.upload_state()
         self._look_at_staging(expired)
-        if state != "running" and not self.future.done():
+        if state != "running" and not self.future.done() and self._progress_is_over():
             self._settle()
-        if state == "ended":
-            _, stats = self._stats()
-            self.future._report.update(stats)
-            _trace.flush()  # its threads have told their last
-            self.give_back(in_touch=stats["in_touch"])
-        return state == "ended"
+        if state != "ended" or not self.future.done():
+            return False
+        _, stats = self._stats()
+        self.future._report.update(stats)
+        self.give_back(in_touch=stats["in_touch"])
+        return True
+
+    def _progress_is_over(self) -> bool:
+        """A callback hears of the last byte before the future has its result; one that does not
+        return has a second for that, in which the watcher sees to other saves."""
+        if self.progress is None:
+            return True
+        self.progress.end()
+        return self.progress.is_over()
+
+    def next_look_s(self) -> float:
+        """Seconds until it is to be looked at again, though nothing is heard of it."""
+        is_settled = self.save.upload_state() != "running"
+        return CALLBACK_POLL_S if is_settled else self.save.upload_left_s()
 
     def _look_at_staging(self, expired: bool) -> None:
         """Tell the trainer when its tensors are its own again.
@@ -203,10 +216,6 @@ class Upload:
         except BaseException as error:
             staging.set_exception(forget_frames(error))
 
-    def left_s(self) -> float:
-        """Seconds until an upload that has no result is given up."""
-        return self.save.upload_left_s()
-
     def _stats(self) -> tuple[bool, dict[str, Any]]:
         """Whether no thread is at work on bytes or outcome, and facts for the report."""
         stats = self.save.upload_stats()
@@ -227,8 +236,6 @@ class Upload:
         if at_rest:
             info = {**save.facts(stats.get("settle_ns", 0)), **save.info()}
         future._end({**info, "kind": save.kind, "path": "native", **self.facts})
-        if self.progress is not None:
-            self.progress.__exit__()
         save.clock.end(background=True)
         save.error = None  # its traceback holds the save
         if at_rest:
@@ -284,14 +291,19 @@ def wait_for_uploads(uploads: Iterable[Upload] | None = None) -> None:
 
 
 def begin(upload: Upload, start: Callable[[_native.Watch], None]) -> None:
-    """Start it and see to its end."""
+    """Start it and see to its end.  Where this raises and ``save.in_background`` is true, an
+    interrupt came with the start, which is seen to all the same."""
     with _lock():
         start_watcher()
-        start(_watch)
+        upload.progress = Progress(upload.save.kind, upload.future.progress, foreground=False)
         _uploads.append(upload)
-        progress = Progress(upload.save.kind, upload.future.progress, foreground=False)
-        upload.progress = progress.__enter__()
-    _watch.notify()
+        try:
+            start(_watch)
+            upload.progress.__enter__()
+        finally:
+            if not upload.save.in_background:
+                _uploads.remove(upload)
+            _watch.notify()
 
 
 def start_watcher() -> None:
@@ -321,9 +333,9 @@ def _run() -> None:
             if _closing and not _uploads:
                 _watcher = None  # who begins another one now starts another thread
                 return
-            left = [upload.left_s() for upload in _uploads if not upload.future.done()]
+            waits_s = [upload.next_look_s() for upload in _uploads if not upload.future.done()]
         uploads = ended = upload = None  # the last save's memory is not ours to keep
-        seen = _watch.wait(seen, min(left, default=3600.0))
+        seen = _watch.wait(seen, min(waits_s, default=3600.0))
 
 
 def _look_at(upload: Upload) -> bool:

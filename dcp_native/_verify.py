@@ -11,11 +11,13 @@ import pickle
 import re
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 from ._config import DIRECT_IO, config
+from ._progress import Counted
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -179,8 +181,28 @@ def verify(
     if max_problems < 1:
         raise ValueError(f"max_problems must be positive, not {max_problems!r}")
     if process_group is None:
-        return _as_result(path, level, _run(path, level, max_problems, 0, 1))
+        with _progress(path, level, 0, 1) as progress:
+            found = _run(path, level, max_problems, 0, 1, progress.counter)
+        return _as_result(path, level, found)
     return _verify_together(path, level, max_problems, process_group)
+
+
+def _progress(path: Path, level: Level, rank: int, size: int) -> Counted:
+    total = partial(_bytes_to_read, path, rank, size) if level == "full" else 0
+    return Counted("verify", total, rank=rank, ranks_count=size)
+
+
+def _bytes_to_read(path: Path, rank: int, size: int) -> int:
+    """Of the files that are this rank's, or 0: the check says what is wrong with the metadata."""
+    from ._cli.checkpoint import Checkpoint
+    from ._cli.output import CommandError
+
+    try:
+        checkpoint = Checkpoint(path)
+    except (CommandError, OSError, _native.NativeError):
+        return 0
+    chunks = zip(checkpoint.file, checkpoint.length, strict=True)
+    return sum(length for file, length in chunks if file % size == rank)
 
 
 def verify_alone(
@@ -191,17 +213,23 @@ def verify_alone(
     Args:
         counters: each an ``array("Q", [0])``, to which its thread adds the bytes that it has gone
             through; others may look at them meanwhile.
+
+    An interrupt, which only the calling thread sees, stops all of them.
     """
-    size = len(counters)
+    size, cancel = len(counters), array("i", [0])
 
     def one(part: int) -> dict[str, Any]:
-        return _run(path, level, max_problems, part, size, counters[part])
+        return _run(path, level, max_problems, part, size, counters[part], cancel)
 
     with ThreadPoolExecutor(size) as pool:
-        for tries_left in reversed(range(_TRIES)):
-            parts = list(pool.map(one, range(size)))
-            if len({found["metadata_id"] for found in parts}) == 1 or tries_left == 0:
-                break
+        try:
+            for tries_left in reversed(range(_TRIES)):
+                parts = list(pool.map(one, range(size)))
+                if len({found["metadata_id"] for found in parts}) == 1 or tries_left == 0:
+                    break
+        except BaseException:
+            cancel[0] = 1
+            raise
     return _as_result(path, level, _merge(parts, max_problems))
 
 
@@ -215,7 +243,8 @@ def _verify_together(
         mine: tuple[dict[str, Any] | None, _Failure | None]
         error = None
         try:
-            mine = (_run(path, level, max_problems, rank, size), None)
+            with _progress(path, level, rank, size) as progress:
+                mine = (_run(path, level, max_problems, rank, size, progress.counter), None)
         except BaseException as raised:
             error = raised
             mine = (None, _failure(raised))
@@ -263,7 +292,13 @@ def _agreed(failures: dict[int, _Failure], rank: int, error: BaseException | Non
 
 
 def _run(
-    path: Path, level: str, max_problems: int, part: int, parts: int, counter: array | None = None
+    path: Path,
+    level: str,
+    max_problems: int,
+    part: int,
+    parts: int,
+    counter: array | None = None,
+    cancel: array | None = None,
 ) -> dict[str, Any]:
     options: dict[str, Any] = {
         "level": LEVELS[level],
@@ -272,6 +307,7 @@ def _run(
         "part": part,
         "parts": parts,
         "progress": counter,
+        "cancel": cancel,
     }
     translations: dict[bytes, bytes] = {}
     for tries_left in reversed(range(_TRIES)):

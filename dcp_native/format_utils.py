@@ -32,6 +32,7 @@ from ._find_latest import _METADATA
 from ._groups import group_for
 from ._lazy_metadata import unpickle
 from ._mirror import rest_of_torchs
+from ._progress import Counted, unwatched
 from ._report import logger
 from ._stock import format_utils as _torch
 from .state_dict_loader import _load_state_dict
@@ -140,7 +141,11 @@ class _Conversion:
             if entry.fqn is not None and entry.bytes_count > 0 and not _is_rows(tensors[entry.fqn])
         ]
         settings = config()
-        with _torch_file.replacing(path) as (directory, name):
+        total = sum(entry.bytes_count for entry in self.entries)
+        with (
+            _torch_file.replacing(path) as (directory, name),
+            Counted("dcp_to_torch_save", total) as progress,
+        ):
             done = _native.write_archive(
                 self.source,
                 self.image,
@@ -153,6 +158,7 @@ class _Conversion:
                 verify=bool(settings.verify),
                 direct=DIRECT_IO[settings.direct_io],
                 io_uring=IO_URING[settings.io_uring],
+                progress=progress.counter,
             )
             if self.loaded_apart and _read_metadata(self.source)[0] != self.image:
                 raise _Replaced(f"{self.source} was replaced while it was read")
@@ -182,12 +188,13 @@ class _Conversion:
         """Fill flat ``values`` from the checkpoint."""
         if values:
             self.loaded_apart = True
-            _load_state_dict(
-                values,
-                FileSystemReader(self.source),
-                no_dist=True,
-                planner=DefaultLoadPlanner(flatten_state_dict=False),
-            )
+            with unwatched():
+                _load_state_dict(
+                    values,
+                    FileSystemReader(self.source),
+                    no_dist=True,
+                    planner=DefaultLoadPlanner(flatten_state_dict=False),
+                )
 
     def fetch(self, entry: int) -> memoryview:
         """The bytes of a tensor that is put together in memory, with small ones that follow."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ from ._hf_layout import (
 from ._hf_pieces import batches
 from ._hf_reader import HuggingFaceStorageReader
 from ._mirror import rest_of_torchs
+from ._progress import Counted
 from ._report import logger
 from ._stock import hf_storage as _torch
 from .filesystem import place_reason
@@ -301,17 +303,19 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
             if layout is not None:
                 _native.export_create(order.path, parts(layout.files, order.token))
             is_shard = layout is not None and self.save_distributed
-            for pieces in batches(plan.items, planner, order.places, is_shard):
-                _native.export_write(
-                    order.path,
-                    lengths,
-                    pieces,
-                    sync=self.sync_files,
-                    direct=DIRECT_IO[config().direct_io],
-                    nice=config().writer_nice,
-                    io_priority=io_priority(config().writer_io_class),
-                    limit_bytes_s=config().write_limit_bytes_s,
-                )
+            with self._progress(plan, order) as progress:
+                for pieces in batches(plan.items, planner, order.places, is_shard):
+                    _native.export_write(
+                        order.path,
+                        lengths,
+                        pieces,
+                        sync=self.sync_files,
+                        direct=DIRECT_IO[config().direct_io],
+                        nice=config().writer_nice,
+                        io_priority=io_priority(config().writer_io_class),
+                        limit_bytes_s=config().write_limit_bytes_s,
+                        progress=progress.counter,
+                    )
         except BaseException:
             # Other ranks go on writing to what has no name any more, and hear of it after.
             _native.export_discard(order.path, names)
@@ -319,6 +323,16 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
         if is_shard and not order.shared:
             self._publish(order, [name for name, _ in files], None, plan)
         return [self._result(item, order, files, is_shard) for item in plan.items]
+
+    def _progress(self, plan: SavePlan, order: _Order) -> Counted:
+        several = dist.is_available() and dist.is_initialized()
+        return Counted(
+            "save",
+            sum(_bytes_of(item, order) for item in plan.items),
+            rank=self.rank or 0,
+            ranks_count=dist.get_world_size() if several else 1,
+            foreground=threading.current_thread() is threading.main_thread(),
+        )
 
     def _shard_layout(self, plan: SavePlan) -> Layout:
         """Files of this rank alone, as torch names them and with what torch's consolidation
@@ -354,7 +368,7 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
     ) -> WriteResult:
         place, chunk = order.places[item.index.fqn], _tensor_data(item).chunk
         offset = place.offset if is_shard else place.offset_of(chunk.offsets)
-        length = dataclasses.replace(place.shape, size=tuple(chunk.sizes)).nbytes
+        length = _bytes_of(item, order)
         info = _StorageInfo(files[place.file][0], offset, length)
         return WriteResult(index=item.index, size_in_bytes=length, storage_data=info)
 
@@ -373,6 +387,11 @@ class HuggingFaceStorageWriter(_torch.HuggingFaceStorageWriter):
             sync=self.sync_files,
             **({} if index is None else publication(index, order.token)),
         )
+
+
+def _bytes_of(item: WriteItem, order: _Order) -> int:
+    shape = order.places[item.index.fqn].shape
+    return dataclasses.replace(shape, size=tuple(_tensor_data(item).chunk.sizes)).nbytes
 
 
 def _tensor_data(item: WriteItem) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import time
 import warnings
 from typing import Any, Literal, cast
 
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
 from . import _roles
+from ._by_torch import clock_of
 from ._config import VERIFY, config
 from ._filter import KeyFilter, Keys
 from ._groups import group_for
@@ -215,7 +215,8 @@ def _load_state_dict(
     report = _report(read_reason, planner, plan_reason or group_reason)
     logger.debug("load: %(path)s path; planner: %(planner)s; reader: %(reader)s", report)
     set_report(report)
-    begin_ns = time.monotonic_ns()
+    clock = clock_of("load", storage_reader, process_group, no_dist)
+    report |= clock.facts()
     load = None
     if read_reason is None:
         load = MixedLoad(
@@ -228,12 +229,13 @@ def _load_state_dict(
             keys, verify, report,
         )  # fmt: skip
     except BaseException as error:
+        report |= {"total_ns": clock.total_ns}
         set_report(_failed(report | (load.facts(state_dict, True) if load else {}), error))
         raise
+    finally:
+        clock.end()
     report |= load.facts(state_dict, False) if load else {}
-    where = getattr(storage_reader, "path", getattr(storage_reader, "checkpoint_id", ""))
-    report |= {"failed": False, "error": None, "directory": str(where)}
-    report["total_ns"] = time.monotonic_ns() - begin_ns
+    report |= {"failed": False, "error": None, "total_ns": clock.total_ns}
     set_report(report)
     tell(report)
 

@@ -6,7 +6,6 @@ Mirrors torch/distributed/checkpoint/state_dict_saver.py.
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from concurrent.futures import Future
 from typing import cast
@@ -29,13 +28,15 @@ from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
 
 from . import _async, _roles
+from ._by_torch import SaveByTorch
 from ._elsewhere import SaveElsewhere
+from ._group_comm import take_error
 from ._groups import group_for
 from ._mirror import rest_of_torchs
-from ._report import last_report, logger, note_path, role_report, set_report, tell
+from ._report import logger, note_path, role_report
 from ._save import NativeSave, SavesElsewhere
 from ._stock import state_dict_saver as _torch
-from ._uploads import wait_for_uploads
+from ._uploads import SaveFuture, wait_for_uploads
 
 __all__ = [
     "AsyncCheckpointerType",
@@ -189,21 +190,26 @@ def _async_save(
     in_process = async_checkpointer_type == AsyncCheckpointerType.PROCESS
     writer = cast(StorageWriter, _storage_setup(storage_writer, checkpoint_id, reader=False))
     reason = _roles.writer_reason(writer)
-    _tell_roles("async_save", reason, writer, planner, base)
+    roles = _tell_roles("async_save", reason, writer, planner, base)
 
-    def by_torch(state_dict: STATE_DICT_TYPE) -> Future | AsyncSaveResponse:
-        if reason is None:
-            _tell_roles("async_save", _NOT_ALL_NATIVE, writer, planner, base)
-        return _torch.async_save(
-            state_dict,
-            checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
-            planner=planner,
-            process_group=process_group,
-            async_checkpointer_type=async_checkpointer_type,
-            async_stager=async_stager,
-            no_dist=no_dist,
-            use_collectives=use_collectives,
+    def by_torch(state_dict: STATE_DICT_TYPE) -> SaveFuture | AsyncSaveResponse:
+        why, where = reason, roles
+        if why is None:
+            why = _NOT_ALL_NATIVE
+            where = _tell_roles("async_save", why, writer, planner, base)
+        call = SaveByTorch("async_save", why, where, writer, process_group, no_dist)
+        return call.follow(
+            lambda: _torch.async_save(
+                state_dict,
+                checkpoint_id=checkpoint_id,
+                storage_writer=storage_writer,
+                planner=planner,
+                process_group=process_group,
+                async_checkpointer_type=async_checkpointer_type,
+                async_stager=async_stager,
+                no_dist=no_dist,
+                use_collectives=use_collectives,
+            )
         )
 
     native = None
@@ -214,6 +220,8 @@ def _async_save(
         )  # fmt: skip
     if reason is not None:
         if native is None or native.size == 1 or not use_collectives:
+            if native is not None and (error := take_error(native)) is not None:
+                raise error
             return by_torch(state_dict)
         return _async.start_elsewhere(SaveElsewhere(native), state_dict, async_stager, by_torch)
     save_ = NativeSave(
@@ -283,9 +291,12 @@ def _tell_roles(
     writer: StorageWriter,
     planner: SavePlanner | None,
     base: str | os.PathLike | None,
-) -> None:
-    """Log which role runs where.  Where Python plans or torch writes a base is not used, and a full
-    save loses nothing; that it is one must not go unnoticed."""
+) -> dict[str, str]:
+    """Which role runs where, which is logged.
+
+    Where Python plans or torch writes a base is not used, and a full save loses nothing; that it is
+    one must not go unnoticed.
+    """
     planner_reason = _roles.save_planner_reason(planner)
     roles = role_report(reason, planner_reason)
     if reason is not None and _roles.exports_natively(writer):
@@ -298,6 +309,7 @@ def _tell_roles(
             "base=%s is not used and everything is written: %s", os.fspath(base),
             f"torch's own implementation runs, because {reason}" if reason else planner_reason,
         )  # fmt: skip
+    return roles
 
 
 def _save_state_dict(
@@ -339,7 +351,7 @@ def _save(
     writer_reason = _roles.writer_reason(writer)
     group_reason = _roles.group_reason(process_group, no_dist, use_collectives)
     reason = writer_reason or group_reason
-    _tell_roles("save", reason, writer, planner, base)
+    roles = _tell_roles("save", reason, writer, planner, base)
     if group_reason is not None:
         state_dict = _stateful_to_state_dict(state_dict) if call_stateful else state_dict
     else:
@@ -351,7 +363,8 @@ def _save(
             other = SaveElsewhere(group, use_collectives)
             state_dict = other.resolve(state_dict) if call_stateful else state_dict
             if not use_collectives:
-                return other.save_alone(state_dict, writer, planner)
+                with SaveByTorch("save", reason, roles, writer, process_group, no_dist):
+                    return other.save_alone(state_dict, writer, planner)
             other.agree()
         else:
             save_ = NativeSave(
@@ -366,28 +379,17 @@ def _save(
                         state_dict = _stateful_to_state_dict(state_dict)
                 return _run(save_, state_dict)
             except SavesElsewhere:
-                _tell_roles("save", _NOT_ALL_NATIVE, writer, planner, base)
+                reason = _NOT_ALL_NATIVE
+                roles = _tell_roles("save", reason, writer, planner, base)
             except BaseException as error:  # of state_dict(), or an interrupt between the steps
                 save_.leave(error)
                 raise
             finally:
                 save_.clock.end()
-    begin_ns = time.monotonic_ns()
-    metadata = _torch._save_state_dict(
-        state_dict, writer, process_group, coordinator_rank, no_dist, planner, use_collectives
-    )
-    _tell_of_torchs(writer, time.monotonic_ns() - begin_ns)
-    return metadata
-
-
-def _tell_of_torchs(writer: StorageWriter, total_ns: int) -> None:
-    """The line of a save that torch's implementation has made."""
-    report = last_report()
-    if report is not None and report.path == "torch":
-        where = getattr(writer, "path", getattr(writer, "checkpoint_id", ""))
-        report.update(directory=str(where), total_ns=total_ns)
-        set_report(report)
-        tell(report)
+    with SaveByTorch("save", reason, roles, writer, process_group, no_dist):
+        return _torch._save_state_dict(
+            state_dict, writer, process_group, coordinator_rank, no_dist, planner, use_collectives
+        )
 
 
 def _run(save: NativeSave, state_dict: STATE_DICT_TYPE) -> Metadata:

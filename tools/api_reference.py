@@ -27,7 +27,12 @@ MODULES = {
     "dcp_native.format_utils": "Conversions between checkpoints and torch.save files.",
     "dcp_native._consolidate_hf_safetensors": "Joins of safetensors shard files.",
 }
-BESIDE = {"dcp_native": {"SaveFuture": "dcp_native._uploads"}}
+BESIDE = {
+    "dcp_native": {
+        "MergedTraces": "dcp_native._trace_merge",
+        "SaveFuture": "dcp_native._uploads",
+    }
+}
 """What calls return without having a name in the package."""
 
 TORCHS = "torch.distributed.checkpoint"

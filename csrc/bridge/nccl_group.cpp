@@ -8,7 +8,9 @@
  * init_process_group got a device_id and which looks up the calling thread's current device, and
  * nccl2's of that name, new in 2.14.
  *
- * A wrapper that checks collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) is looked through.
+ * A wrapper that checks collectives (TORCH_DISTRIBUTED_DEBUG=DETAIL) is looked through, and so is
+ * the "nccl-lazy" backend: its collectives are those of an nccl2 backend inside, and what it
+ * connects by and by are pairs of ranks for sends and receives.
  *
  * No C++ exception leaves this file.  Threads: needs the GIL.
  */
@@ -18,6 +20,10 @@
 #include "bridge_error.h"
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#if __has_include(<torch/csrc/distributed/c10d/lazy/LazyBackend.hpp>)
+#include <torch/csrc/distributed/c10d/lazy/LazyBackend.hpp>
+#define HAS_LAZY_BACKEND 1
+#endif
 
 #include <dlfcn.h>
 
@@ -49,6 +55,7 @@ constexpr Known KNOWN[] = {
 };
 
 constexpr std::string_view WRAPPER = "N4c10d19ProcessGroupWrapperE";
+constexpr std::string_view LAZY = "N4c10d5nccl220ProcessGroupNCCLLazyE";
 
 /* Of a library that is loaded; it stays so, for torch never unloads one. */
 template <typename Function>
@@ -71,6 +78,24 @@ type_of(const BackendPtr &backend)
     return typeid(object).name();
 }
 
+#ifdef HAS_LAZY_BACKEND
+/* Its class is LazyBackend<nccl2::ProcessGroupNCCL>, whose header needs NCCL's.  The template lays
+ * out its members alike for every backend, which it holds by pointers, and the bridge runs with the
+ * release of torch alone that it was compiled against. */
+BackendPtr
+primary_of(const BackendPtr &lazy)
+{
+    using Lazy = c10d::LazyBackend<c10d::Backend>;
+    return static_cast<const Lazy *>(dynamic_cast<const void *>(lazy.get()))->getPrimary();
+}
+#else
+BackendPtr
+primary_of(const BackendPtr &lazy)
+{
+    return lazy;
+}
+#endif
+
 BackendPtr
 unwrap(BackendPtr backend)
 {
@@ -82,7 +107,7 @@ unwrap(BackendPtr backend)
         }
         backend = wrapped(dynamic_cast<void *>(backend.get()));
     }
-    return backend;
+    return type_of(backend) == LAZY ? primary_of(backend) : backend;
 }
 
 /* Fails with DCP_E_UNSUPPORTED for a class of which no communicator can be had, ever. */

@@ -2,15 +2,17 @@
  * arena.c: staging memory that is taken once and kept.
  *
  * An arena whose save is over waits in a slot.  The next save takes the smallest that is large
- * enough, else lets the largest grow: pages that were touched move with it.  What is new, and only
- * that, is asked for: by the user's cap, and by what the machine and the control groups can spare.
- * Where that fails kept arenas that serve nobody go first.
+ * enough, else lets the largest grow where it is: pages that were touched stay so, and what is
+ * pinned stays pinned.  What is new, and only that, is asked for: by the user's cap, and by what
+ * the machine and the control groups can spare.  Where that fails kept arenas that serve nobody go
+ * first.  One that has no address space left to grow into is replaced.
  *
  * No lock: one that another thread holds during a fork stays locked in the child.  Slots are
  * swapped atomically, and the count of bytes carries the process that it counts for: a child starts
  * with no arena and a count of 0, whatever its parent was doing.  Mappings are not inherited, so of
  * a parent's arena a child frees the record alone.  The same goes for pinned memory: it is unpinned
- * before it moves or is unmapped, by the process that pinned it.
+ * before it is unmapped, by the process that pinned it.  Whether memory can be pinned is asked once
+ * for every size of an arena: an answer of no costs as much time as one of yes.
  *
  * Invariants: an arena is in one slot or with one save; the count is of all mappings of this
  * process, and of those about to be made.
@@ -18,11 +20,12 @@
 #include "dcp_arena.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "arena_map.h"
 #include "dcp_limits.h"
-#include "memfd.h"
 
 enum {
     /* Of large arenas: what huge pages and small changes of a save need. */
@@ -141,7 +144,7 @@ mapping_bytes(uint64_t bytes)
 
 /* ---- one arena ---- */
 
-/* Before its memory moves or goes: what a device may write to must be there. */
+/* Before its memory goes: what a device may write to must be there. */
 static void
 unpin(struct dcp_arena *arena)
 {
@@ -160,11 +163,7 @@ destroy(struct dcp_arena *arena)
     }
     if (is_ours(arena)) {
         unpin(arena);
-        if (arena->kind == DCP_ARENA_SHARED) {
-            dcp_memfd_free(arena->fd, arena->memory, arena->bytes);
-        } else {
-            dcp_unmap_huge(arena->memory, arena->bytes);
-        }
+        dcp_arena_unmap(arena);
         uncount(arena->bytes);
     }
     dcp_free(arena);
@@ -184,12 +183,7 @@ create(enum dcp_arena_kind kind, uint64_t bytes, const struct dcp_arena_limits *
         dcp_free(arena);
         return rc;
     }
-    if (kind == DCP_ARENA_SHARED) {
-        rc = dcp_memfd_make(bytes, &arena->fd, &arena->memory, err);
-    } else {
-        arena->memory = dcp_map_huge(bytes, err);
-        rc = arena->memory == NULL ? DCP_E_NOMEM : 0;
-    }
+    rc = dcp_arena_map(arena, err);
     if (rc != 0) {
         uncount(bytes);
         dcp_free(arena);
@@ -203,24 +197,17 @@ static int
 grow(struct dcp_arena *arena, uint64_t bytes, const struct dcp_arena_limits *limits,
      struct dcp_error *err)
 {
-    int rc = reserve(bytes - arena->bytes, limits, err);
+    uint64_t old_bytes = arena->bytes;
+    int rc = reserve(bytes - old_bytes, limits, err);
     if (rc != 0) {
         return rc;
     }
-    uint8_t *memory = NULL;
-    unpin(arena);
-    if (arena->kind == DCP_ARENA_SHARED) {
-        rc = dcp_memfd_grow(arena->fd, arena->memory, arena->bytes, bytes, &memory, err);
-    } else {
-        memory = dcp_remap_huge(arena->memory, arena->bytes, bytes, err);
-        rc = memory == NULL ? DCP_E_NOMEM : 0;
-    }
+    rc = dcp_arena_map_grow(arena, bytes, err);
     if (rc != 0) {
-        uncount(bytes - arena->bytes);
+        uncount(bytes - old_bytes);
         return rc;
     }
-    arena->memory = memory;
-    arena->bytes = bytes;
+    arena->pin_refusal[0] = '\0'; /* it is asked for once more */
     return 0;
 }
 
@@ -289,8 +276,12 @@ static int
 grow_or_create(enum dcp_arena_kind kind, uint64_t bytes, const struct dcp_arena_limits *limits,
                struct dcp_arena **arena, struct dcp_error *err)
 {
-    return *arena != NULL ? grow(*arena, bytes, limits, err)
-                          : create(kind, bytes, limits, arena, err);
+    if (*arena != NULL && bytes <= (*arena)->room_bytes) {
+        return grow(*arena, bytes, limits, err);
+    }
+    destroy(*arena);
+    *arena = NULL;
+    return create(kind, bytes, limits, arena, err);
 }
 
 int
@@ -364,6 +355,7 @@ dcp_arena_pin(struct dcp_arena *arena, const struct dcp_device *device, uint64_t
               struct dcp_error *err)
 {
     uint64_t want = dcp_max_u64(mapping_bytes(bytes), arena->touched_bytes);
+    struct dcp_error refusal;
     if (!is_ours(arena) || mapping_bytes(bytes) == 0 || want > arena->bytes) {
         return dcp_error_set(err, DCP_E_INVALID, 0, NULL,
                              "%llu bytes of a staging arena of %llu were to be pinned, by process "
@@ -374,11 +366,22 @@ dcp_arena_pin(struct dcp_arena *arena, const struct dcp_device *device, uint64_t
     if (want <= arena->pinned_bytes) {
         return 0;
     }
-    unpin(arena);
-    int rc = device->pin(device->ctx, arena->memory, want, err);
-    if (rc == 0) {
-        arena->pinned_by = device;
-        arena->pinned_bytes = want;
+    if (arena->pin_refusal[0] != '\0') {
+        return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "%s", arena->pin_refusal);
+    }
+    dcp_error_clear(&refusal);
+    int rc = device->pin(device->ctx, arena->memory, want, &refusal);
+    if (rc != 0) { /* what could not grow may be pinned as far as it was */
+        unpin(arena);
+    }
+    arena->pinned_by = rc == 0 ? device : NULL;
+    arena->pinned_bytes = rc == 0 ? want : 0;
+    if (rc != 0) {
+        (void)snprintf(arena->pin_refusal, sizeof arena->pin_refusal, "%.*s",
+                       DCP_DEVICE_REASON_BYTES - 1, refusal.message);
+        if (err != NULL && err->code == 0) {
+            *err = refusal;
+        }
     }
     return rc;
 }

@@ -65,8 +65,8 @@ int dcp_device_slab_need(const struct dcp_device *device, uint64_t want_bytes,
 /* After what was put on the stream has run it is free. */
 void dcp_device_slab_release(const struct dcp_device *device, struct dcp_device_slab *slab);
 
-/* DCP_E_INVALID when a source names a device that is not in the list, or lies on one and is a
- * finished record. */
+/* DCP_E_INVALID when a source, of the host or of a device, has no address, names a device that is
+ * not in the list, or lies on one and is a finished record. */
 int dcp_device_check_source(const struct dcp_device_list *devices, const struct dcp_plan *plan,
                             const struct dcp_item *item, const struct dcp_source *source,
                             struct dcp_error *err) DCP_MUST_CHECK;
@@ -96,6 +96,7 @@ struct dcp_device_bring {
     struct dcp_device_stats *stats;
     uint64_t want_bytes; /* of the slab */
     struct dcp_device_slab slab;
+    uint64_t calls;         /* that were put on the stream so far */
     uint8_t *host;          /* where the slab's first byte goes, while anything is pending */
     uint64_t pending_bytes; /* of the slab */
     uint32_t boxes_count;   /* pending */
@@ -136,13 +137,15 @@ struct dcp_device_stage_params {
     const struct dcp_source *sources;
     const struct dcp_image *image;
     uint8_t *memory;    /* of the image */
-    bool checksums;     /* by devices that can; false when the host reads all of it anyway */
+    uint32_t *crcs;     /* for dcp_image_checksums_bytes of devices that can, pinned; NULL: none */
     atomic_int *cancel; /* may be NULL */
     struct dcp_device_stats *stats;
 };
 
-/* Puts the copies of all payloads on their devices' streams.  *ret_idle false: it failed, and
- * `memory` may still be written to, for ever. */
+/* Puts the first copies on their devices' streams, as many as they take without holding up the
+ * caller; wait and poll put the others.  Of `params` all but `sources` is borrowed until the end;
+ * those are read until dcp_device_stage_bring_rest.  *ret_idle false: it failed, and `memory` may
+ * still be written to, for ever. */
 int dcp_device_stage_begin(const struct dcp_device_stage_params *params,
                            struct dcp_device_stage **ret_stage, bool *ret_idle,
                            struct dcp_error *err) DCP_MUST_CHECK;
@@ -150,12 +153,19 @@ int dcp_device_stage_begin(const struct dcp_device_stage_params *params,
  * `*ret_to` the same holds.  `at` rises from call to call. */
 int dcp_device_stage_wait(struct dcp_device_stage *stage, const uint8_t *at, atomic_int *cancel,
                           const uint8_t **ret_to, struct dcp_error *err) DCP_MUST_CHECK;
-/* Whether a record's payload was not put on a stream: the caller has it gathered once he has waited
- * for its place. */
+/* Without waiting: puts what the streams take by now.  1: everything has landed, and what is not
+ * late is where it belongs. */
+int dcp_device_stage_poll(struct dcp_device_stage *stage, atomic_int *cancel,
+                          struct dcp_error *err) DCP_MUST_CHECK;
+/* Once everything has landed: what is late, and what lies on the host, of the records from `first`
+ * on to their places.  After it nothing reads the sources, and the devices have nothing to do. */
+int dcp_device_stage_bring_rest(struct dcp_device_stage *stage, uint32_t first, atomic_int *cancel,
+                                struct dcp_error *err) DCP_MUST_CHECK;
+/* Whether a record's payload is not put on a stream, which is known once its place was waited for:
+ * the caller then has it gathered. */
 bool dcp_device_stage_is_late(const struct dcp_device_stage *stage, uint32_t record);
-int dcp_device_stage_gather(struct dcp_device_stage *stage,
-                            const struct dcp_device_payload *payload, uint8_t *host,
-                            atomic_int *cancel, struct dcp_error *err) DCP_MUST_CHECK;
+int dcp_device_stage_gather(struct dcp_device_stage *stage, uint32_t record, atomic_int *cancel,
+                            struct dcp_error *err) DCP_MUST_CHECK;
 /* The CRCs of the blocks of a record's payload, valid once all of it was waited for; NULL: they
  * were not computed. */
 const uint32_t *dcp_device_stage_checksums(const struct dcp_device_stage *stage, uint32_t record);

@@ -161,6 +161,11 @@ dcp_device_check_source(const struct dcp_device_list *devices, const struct dcp_
 {
     const struct dcp_name *name = &plan->names[item->name];
     int len = (int)dcp_min_u64(name->fqn_len, 256);
+    uint64_t bytes = item->slot_bytes != 0 ? item->slot_bytes : dcp_item_payload_bytes(plan, item);
+    if (source->data == NULL && bytes > 0) {
+        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save", len,
+                             name->fqn);
+    }
     if (source->device == 0) {
         return 0;
     }
@@ -268,9 +273,7 @@ dcp_device_all_idle(const struct dcp_device_list *devices, struct dcp_error *err
         struct dcp_error local;
         dcp_error_clear(&local);
         int rc = device->wait_idle(device->ctx, &local);
-        if (rc == DCP_E_TIMEOUT) {
-            idle = false;
-        }
+        idle = idle && rc == 0;
         if (rc != 0 && err != NULL && err->code == 0) {
             *err = local;
         }

@@ -112,7 +112,7 @@ dcp_device_gather(const struct dcp_device *device, const struct dcp_device_form 
     g.segment_bytes = ring->buffer_bytes;
     dcp_box_row_major(form->ndim, form->sizes, form->item_bytes, g.dense);
     rc = gather_cut(&g, form->sizes, form->address, host, err);
-    if (rc == 0 || device->wait_idle(device->ctx, NULL) != DCP_E_TIMEOUT) {
+    if (rc == 0 || device->wait_idle(device->ctx, NULL) == 0) {
         dcp_ring_release(ring); /* else a copy may still write to it, and it is never used again */
     }
     return rc;

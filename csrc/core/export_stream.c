@@ -33,11 +33,16 @@ run_job(void *ctx, const struct dcp_job *job, bool failed, struct dcp_error *err
     if (!dcp_rate_wait(&run->rate, job->len_bytes, run->options->cancel)) {
         return dcp_export_check_cancel(run->options->cancel, err);
     }
-    return job->kind == JOB_ROWS
-               ? dcp_export_out_rows(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
-                                     &run->rows[job->slot], &run->stats, err)
-               : dcp_export_out_range(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
-                                      &run->stats, err);
+    rc = job->kind == JOB_ROWS
+             ? dcp_export_out_rows(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
+                                   &run->rows[job->slot], &run->stats, err)
+             : dcp_export_out_range(&run->dir, out, job->data, job->offset_bytes, job->len_bytes,
+                                    &run->stats, err);
+    if (rc == 0 && run->options->progress_bytes != NULL) {
+        atomic_fetch_add_explicit(run->options->progress_bytes, job->len_bytes,
+                                  memory_order_relaxed);
+    }
+    return rc;
 }
 
 static void

@@ -145,6 +145,38 @@ dcp_group_new(struct dcp_comm *comm, uint32_t coordinator, struct dcp_group **re
     return 0;
 }
 
+int
+dcp_group_share(const struct dcp_group *group, uint32_t coordinator, struct dcp_group **ret_group,
+                struct dcp_error *err)
+{
+    struct dcp_comm comm = group->counted.inner;
+
+    if (comm.acquire == NULL) {
+        return dcp_error_set(err, DCP_E_UNSUPPORTED, 0, NULL,
+                             "collectives over %s can not be shared by groups", comm.kind);
+    }
+    int rc = dcp_group_new(&comm, coordinator, ret_group, err);
+
+    if (rc == 0) {
+        group->counted.inner.acquire(group->counted.inner.ctx);
+    }
+    return rc;
+}
+
+int32_t
+dcp_group_device(const struct dcp_group *group)
+{
+    return group->counted.inner.follow == NULL ? -1 : group->counted.inner.device_index;
+}
+
+void
+dcp_group_follow(struct dcp_group *group, void *stream)
+{
+    if (group->counted.inner.follow != NULL) {
+        group->counted.inner.follow(group->counted.inner.ctx, stream);
+    }
+}
+
 void
 dcp_group_destroy(struct dcp_group *group)
 {

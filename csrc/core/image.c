@@ -74,7 +74,7 @@ dcp_image_begin(const struct dcp_image *image, uint8_t *memory, const struct dcp
         .image = image,
         .memory = memory,
         /* For content hashes the host reads every byte, and a CRC on the way costs nothing. */
-        .checksums = !plan->content_hash || options->hashes != NULL,
+        .crcs = !plan->content_hash || options->hashes != NULL ? options->device_crcs : NULL,
         .cancel = options->cancel,
         .stats = options->device_stats,
     };
@@ -112,6 +112,7 @@ dcp_image_end(const struct dcp_image *image, uint8_t *memory, const struct dcp_p
         }
         dcp_trace_end(traced, "cpu", "copy and checksum", file->length_bytes);
     }
+    rc = rc == 0 ? dcp_write_end_bringing(&writer, err) : rc;
     dcp_buf_clean_up(&writer.scratch);
     return rc;
 }

@@ -15,7 +15,9 @@
  * Where anything was compared the hashes of all kept items are known afterwards, and the writer
  * stores them with what it writes.
  *
- * What lies on devices is hashed as it comes off a stream (device_stream.c).
+ * What lies on devices is hashed as it comes off a stream (device_stream.c).  What has changed
+ * comes over the bus once more when it is staged or written: where a record goes is known only
+ * after the comparison, and to keep all bytes meanwhile would take the memory that a base saves.
  *
  * Threads: one.  Memory: 16 bytes per item, 32 per candidate, the hashes of one file, a scratch
  * buffer for strided tensors.
@@ -199,11 +201,6 @@ hash_item(const struct hashing *h, uint32_t i, struct dcp_hash128 *ret_hash, str
     struct dcp_content_hash hash;
     int rc;
 
-    if (source->data == NULL && len > 0) {
-        const struct dcp_name *name = &plan->names[item->name];
-        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
-                             (int)dcp_min_u64(name->fqn_len, 256), name->fqn);
-    }
     rc = dcp_device_check_source(request->devices, plan, item, source, err);
     dcp_content_hash_begin(&hash);
     for (uint64_t at = 0, n = 0; at < len && rc == 0; at += n) {

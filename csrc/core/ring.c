@@ -5,8 +5,9 @@
  * are therefore kept in two slots (a save and a load at once), each swapped atomically.  No lock: a
  * fork at any instant leaves the child with slots that are empty or hold a ring of its parent,
  * which its pid gives away; such a ring is forgotten, because its mapping was never inherited.
- * Rings that are pinned for a device have two slots of their own: pinning costs more than mapping,
- * and what is pinned is unpinned before it is unmapped, by the process that pinned it alone.
+ * Rings that are pinned for a device have two slots of their own, whether that could be had or not:
+ * asking costs more than mapping.  What is pinned is unpinned before it is unmapped, by the process
+ * that pinned it alone.
  *
  * Threads: the ring functions from any thread; one pump belongs to the thread that made it.
  */
@@ -14,6 +15,7 @@
 
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -23,7 +25,7 @@
 
 enum { KEPT_RINGS = 2 };
 
-/* Those that are not pinned, those that are. */
+/* Those that nobody asked to be pinned, the others. */
 static _Atomic(struct dcp_ring *) kept_rings[2][KEPT_RINGS];
 
 static void
@@ -113,16 +115,20 @@ dcp_ring_acquire_pinned(const struct dcp_device *device, struct dcp_device_stats
     if (rc != 0) {
         return rc;
     }
-    if (ring->pinned_by == NULL) {
+    if (!ring->asked_to_pin) {
         struct dcp_error refusal;
         dcp_error_clear(&refusal);
         rc = device->pin(device->ctx, ring->memory, ring->buffer_bytes * ring->buffers_count,
                          &refusal);
-        if (rc == 0) {
-            ring->pinned_by = device;
-        } else {
-            dcp_device_because(stats, "pinning failed: %s", refusal.message);
+        ring->asked_to_pin = true;
+        ring->pinned_by = rc == 0 ? device : NULL;
+        if (rc != 0) {
+            (void)snprintf(ring->pin_refusal, sizeof ring->pin_refusal, "%.*s",
+                           DCP_DEVICE_REASON_BYTES - 1, refusal.message);
         }
+    }
+    if (ring->pinned_by == NULL) {
+        dcp_device_because(stats, "pinning failed: %s", ring->pin_refusal);
     }
     *ret_ring = ring;
     return 0;
@@ -131,7 +137,7 @@ dcp_ring_acquire_pinned(const struct dcp_device *device, struct dcp_device_stats
 void
 dcp_ring_release(struct dcp_ring *ring)
 {
-    bool pinned = ring != NULL && ring->pinned_by != NULL;
+    bool pinned = ring != NULL && ring->asked_to_pin;
     for (int i = 0; ring != NULL && i < KEPT_RINGS; i++) {
         struct dcp_ring *empty = NULL;
         if (atomic_compare_exchange_strong(&kept_rings[pinned][i], &empty, ring)) {

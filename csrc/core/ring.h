@@ -18,8 +18,10 @@ struct dcp_ring {
     uint8_t *memory; /* buffers_count * buffer_bytes, page aligned */
     uint64_t buffer_bytes;
     uint32_t buffers_count;
-    int64_t pid; /* the process that mapped it: a fork does not inherit the mapping */
-    const struct dcp_device *pinned_by; /* all of it; NULL: it is not pinned */
+    int64_t pid;       /* the process that mapped it: a fork does not inherit the mapping */
+    bool asked_to_pin; /* once, by dcp_ring_acquire_pinned */
+    const struct dcp_device *pinned_by;        /* all of it; NULL: it is not pinned */
+    char pin_refusal[DCP_DEVICE_REASON_BYTES]; /* why not */
 };
 
 enum { DCP_RING_MOST_BUFFERS = 8 };

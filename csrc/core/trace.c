@@ -12,7 +12,7 @@
  * publication holds back what was recorded after it, until the next taking.
  * Threads: recording by any; taking and forgetting by one at a time.
  */
-#include "dcp_trace.h"
+#include "trace.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -20,22 +20,15 @@
 #include <time.h>
 #include <unistd.h>
 
-struct slot {
-    _Atomic uint64_t turn;
-    struct dcp_trace_event event; /* its file: `file` */
-    uint32_t thread;
-    char file[DCP_TRACE_FILE_BYTES];
-};
-
 /* More than the longest event takes: names of ours, a file's name and ten numbers. */
 enum { LINE_BYTES = 1024 };
 
 atomic_bool dcp_trace_is_on;
 
-static struct slot slots[DCP_TRACE_EVENTS];
+static struct dcp_trace_slot slots[DCP_TRACE_EVENTS];
 static _Atomic uint64_t claimed_count, dropped_count;
 static uint64_t taken_count; /* of the taking thread */
-static _Thread_local uint32_t acts_for;
+static _Thread_local uint32_t acts_for, own_number;
 
 void
 dcp_trace_switch(bool on)
@@ -64,10 +57,20 @@ dcp_trace_act_for(uint32_t thread)
     acts_for = thread;
 }
 
+/* Asked of the kernel once per thread: every event has it. */
+static uint32_t
+this_thread(void)
+{
+    if (own_number == 0) {
+        own_number = (uint32_t)gettid();
+    }
+    return own_number;
+}
+
 uint32_t
 dcp_trace_this_thread(void)
 {
-    return dcp_trace_on() ? (uint32_t)gettid() : 0;
+    return dcp_trace_on() ? this_thread() : 0;
 }
 
 /* Only what can stand in a JSON string as it is; the last part of a path. */
@@ -88,10 +91,16 @@ copy_name(char *to, const char *path)
 void
 dcp_trace_record(const struct dcp_trace_event *event)
 {
+    dcp_trace_record_of(event, acts_for != 0 ? acts_for : this_thread());
+}
+
+void
+dcp_trace_record_of(const struct dcp_trace_event *event, uint32_t thread)
+{
     uint64_t place = atomic_load_explicit(&claimed_count, memory_order_relaxed);
 
     for (;;) {
-        struct slot *slot = &slots[place % DCP_TRACE_EVENTS];
+        struct dcp_trace_slot *slot = &slots[place % DCP_TRACE_EVENTS];
         uint64_t empty = 2 * (place / DCP_TRACE_EVENTS);
         uint64_t turn = atomic_load_explicit(&slot->turn, memory_order_acquire);
 
@@ -99,7 +108,7 @@ dcp_trace_record(const struct dcp_trace_event *event)
             if (atomic_compare_exchange_weak_explicit(&claimed_count, &place, place + 1,
                                                       memory_order_relaxed, memory_order_relaxed)) {
                 slot->event = *event;
-                slot->thread = acts_for != 0 ? acts_for : (uint32_t)gettid();
+                slot->thread = thread;
                 copy_name(slot->file, event->file);
                 atomic_store_explicit(&slot->turn, empty + 1, memory_order_release);
                 return;
@@ -113,19 +122,19 @@ dcp_trace_record(const struct dcp_trace_event *event)
     }
 }
 
-/* The next one, or NULL; release_slot makes room for another. */
-static struct slot *
-next_slot(void)
+const struct dcp_trace_slot *
+dcp_trace_next(void)
 {
-    struct slot *slot = &slots[taken_count % DCP_TRACE_EVENTS];
+    const struct dcp_trace_slot *slot = &slots[taken_count % DCP_TRACE_EVENTS];
     uint64_t filled = 2 * (taken_count / DCP_TRACE_EVENTS) + 1;
 
     return atomic_load_explicit(&slot->turn, memory_order_acquire) == filled ? slot : NULL;
 }
 
-static void
-release_slot(struct slot *slot)
+void
+dcp_trace_release(void)
 {
+    struct dcp_trace_slot *slot = &slots[taken_count % DCP_TRACE_EVENTS];
     uint64_t next_empty = 2 * (taken_count / DCP_TRACE_EVENTS) + 2;
 
     taken_count++;
@@ -143,7 +152,7 @@ since(uint64_t ns, uint64_t base_ns)
 }
 
 static int
-put_args(const struct slot *slot, char *line, size_t room)
+put_args(const struct dcp_trace_slot *slot, char *line, size_t room)
 {
     const struct dcp_trace_event *event = &slot->event;
 
@@ -159,8 +168,8 @@ put_args(const struct slot *slot, char *line, size_t room)
 
 /* The fields that all events have. */
 static int
-put_head(const struct slot *slot, const char *kind, uint32_t pid, uint64_t at_ns, char *line,
-         size_t room)
+put_head(const struct dcp_trace_slot *slot, const char *kind, uint32_t pid, uint64_t at_ns,
+         char *line, size_t room)
 {
     return snprintf(line, room,
                     ",\n{\"ph\":\"%s\",\"pid\":%" PRIu32 ",\"tid\":%" PRIu32
@@ -170,7 +179,7 @@ put_head(const struct slot *slot, const char *kind, uint32_t pid, uint64_t at_ns
 }
 
 static void
-put_thread(struct dcp_buf *buf, const struct slot *slot, uint32_t pid)
+put_thread(struct dcp_buf *buf, const struct dcp_trace_slot *slot, uint32_t pid)
 {
     char line[LINE_BYTES];
     int len = snprintf(line, sizeof line,
@@ -182,7 +191,7 @@ put_thread(struct dcp_buf *buf, const struct slot *slot, uint32_t pid)
 
 /* What overlaps others of its thread begins and ends by two events with an id, `place`. */
 static void
-put_span(struct dcp_buf *buf, const struct slot *slot, uint64_t base_ns, uint32_t pid,
+put_span(struct dcp_buf *buf, const struct dcp_trace_slot *slot, uint64_t base_ns, uint32_t pid,
          uint64_t place)
 {
     const struct dcp_trace_event *event = &slot->event;
@@ -215,16 +224,15 @@ dcp_trace_take(struct dcp_buf *buf, uint64_t base_ns, uint32_t pid, uint64_t *re
                struct dcp_error *err)
 {
     uint64_t count = 0;
-    struct slot *slot;
+    const struct dcp_trace_slot *slot;
 
-    /* No more than were there: what is recorded meanwhile comes the next time. */
-    while (count < DCP_TRACE_EVENTS && (slot = next_slot()) != NULL) {
+    while (count < DCP_TRACE_TAKE_EVENTS && (slot = dcp_trace_next()) != NULL) {
         if (strcmp(slot->event.category, "thread") == 0) {
             put_thread(buf, slot, pid);
         } else {
             put_span(buf, slot, base_ns, pid, taken_count);
         }
-        release_slot(slot);
+        dcp_trace_release();
         count++;
     }
     *ret_count = count;
@@ -234,7 +242,9 @@ dcp_trace_take(struct dcp_buf *buf, uint64_t base_ns, uint32_t pid, uint64_t *re
 void
 dcp_trace_forget(void)
 {
+    own_number = 0;
+    dcp_trace_forget_names();
     while (taken_count < atomic_load(&claimed_count)) {
-        release_slot(&slots[taken_count % DCP_TRACE_EVENTS]);
+        dcp_trace_release();
     }
 }

@@ -100,18 +100,43 @@ dcp_upload_wind_up(struct dcp_upload *upload)
 
 /* ---- the writer ---- */
 
-/* From here on the owner's tensors may change. */
+/* From here on the owner's tensors may change.  Once; what becomes of their checksums is told with
+ * the save. */
+static void
+tell_staged(struct dcp_upload *upload, int rc, const struct dcp_error *err)
+{
+    bool first;
+
+    pthread_mutex_lock(&upload->lock);
+    first = upload->staging;
+    if (first) {
+        upload->staging = false;
+        upload->stage_rc = rc;
+        upload->stage_error = *err;
+    }
+    pthread_mutex_unlock(&upload->lock);
+    if (first) {
+        dcp_upload_notify(upload);
+    }
+}
+
+static void
+on_brought(void *ctx)
+{
+    struct dcp_error none;
+
+    dcp_error_clear(&none);
+    tell_staged(ctx, 0, &none);
+}
+
 static int
 end_staging(struct dcp_upload *upload, struct dcp_error *err)
 {
-    int rc = dcp_save_stage_end(upload->params.save, upload->params.sources, &upload->cancel, err);
+    const struct dcp_stage_end how = {
+        .cancel = &upload->cancel, .brought = on_brought, .ctx = upload};
+    int rc = dcp_save_stage_end(upload->params.save, upload->params.sources, &how, err);
 
-    pthread_mutex_lock(&upload->lock);
-    upload->staging = false;
-    upload->stage_rc = rc;
-    upload->stage_error = *err;
-    pthread_mutex_unlock(&upload->lock);
-    dcp_upload_notify(upload);
+    tell_staged(upload, rc, err);
     return rc;
 }
 

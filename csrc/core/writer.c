@@ -105,8 +105,11 @@ write_ready(struct dcp_writer *writer, const struct dcp_placed_record *record,
     payload->item_bytes = 1;
     payload->ndim = 0;
     payload->len_bytes = record->length_bytes;
-    struct dcp_source dense = {.data = payload->source->data};
-    payload->source = &dense;
+    struct dcp_source dense = {0};
+    if (!payload->landed) {
+        dense.data = payload->source->data;
+        payload->source = &dense;
+    }
     return dcp_write_stream_payload(writer, payload, err);
 }
 
@@ -144,39 +147,79 @@ write_raw(struct dcp_writer *writer, const struct dcp_item *item,
     return rc == 0 ? dcp_write_stream_bytes(writer, scratch->data, scratch->len, err) : rc;
 }
 
+/* Everything has landed: nothing has to read the sources for longer than it takes to copy what is
+ * left of them. */
+static int
+bring_rest(struct dcp_writer *writer, struct dcp_error *err)
+{
+    const struct dcp_engine_options *options = writer->options;
+    int rc = dcp_device_stage_bring_rest(writer->stage, writer->next_record, options->cancel, err);
+    writer->brought = rc == 0;
+    if (rc == 0 && options->brought != NULL) {
+        options->brought(options->brought_ctx);
+    }
+    return rc;
+}
+
+int
+dcp_write_look_at_devices(struct dcp_writer *writer, uint64_t n, bool reads_source,
+                          struct dcp_error *err)
+{
+    if (writer->stage == NULL || writer->brought) {
+        return 0;
+    }
+    writer->unlooked_bytes += n;
+    if (writer->unlooked_bytes < DCP_BLOCK_BYTES) {
+        return 0;
+    }
+    int rc = dcp_device_stage_poll(writer->stage, writer->options->cancel, err);
+    writer->unlooked_bytes = rc > 0 ? writer->unlooked_bytes : 0;
+    if (rc > 0 && reads_source) {
+        return 0;
+    }
+    return rc > 0 ? bring_rest(writer, err) : rc;
+}
+
+int
+dcp_write_end_bringing(struct dcp_writer *writer, struct dcp_error *err)
+{
+    const uint8_t *to;
+    if (writer->stage == NULL || writer->brought) {
+        return 0;
+    }
+    int rc = dcp_device_stage_wait(writer->stage, (const uint8_t *)(UINTPTR_MAX - 1),
+                                   writer->options->cancel, &to, err);
+    return rc == 0 ? bring_rest(writer, err) : rc;
+}
+
 /* Before a record is written.  In an image devices may be writing to its place, and their copies
  * bring rubbish between payloads: up to a payload that comes piece by piece, or else to the
- * record's end, that is over. */
+ * record's end, that is over.  The source of one that was brought may be gone. */
 static int
 prepare(struct dcp_writer *writer, uint32_t index, struct dcp_error *err)
 {
     const struct dcp_placed_record *record = &writer->layout->records[index];
     const struct dcp_item *item = &writer->plan->items[record->item];
     const struct dcp_source *source = &writer->sources[record->item];
-    const struct dcp_device_list *devices = writer->options->devices;
+    const uint8_t *end = writer->buffer + record->offset_bytes + record->length_bytes;
     const uint8_t *to;
-    if (source->data == NULL && record->payload_bytes > 0) {
-        const struct dcp_name *name = &writer->plan->names[item->name];
-        return dcp_error_set(err, DCP_E_INVALID, 0, NULL, "%.*s has no memory to save",
-                             (int)dcp_min_u64(name->fqn_len, 256), name->fqn);
+    if (writer->brought) {
+        return 0;
     }
-    int rc = dcp_device_check_source(devices, writer->plan, item, source, err);
+    int rc = dcp_device_check_source(writer->options->devices, writer->plan, item, source, err);
     if (rc != 0 || writer->stage == NULL) {
         return rc;
     }
-    bool late = dcp_device_stage_is_late(writer->stage, index);
-    uint8_t *payload_at = writer->buffer + record->payload_offset_bytes;
+    bool lands = source->device != 0 && record->payload_bytes > 0;
     rc = dcp_device_stage_wait(writer->stage,
-                               source->device != 0 && !late && record->payload_bytes > 0
-                                   ? payload_at
-                                   : writer->buffer + record->offset_bytes + record->length_bytes,
+                               lands ? writer->buffer + record->payload_offset_bytes : end,
                                writer->options->cancel, &to, err);
-    if (rc == 0 && late) {
-        struct dcp_device_payload payload =
-            dcp_device_payload_of(devices, writer->plan, item, source);
-        rc = dcp_device_stage_gather(writer->stage, &payload, payload_at, writer->options->cancel,
-                                     err);
+    if (rc == 0 && dcp_device_stage_is_late(writer->stage, index)) {
+        rc = dcp_device_stage_wait(writer->stage, end, writer->options->cancel, &to, err);
+        rc = rc == 0 ? dcp_device_stage_gather(writer->stage, index, writer->options->cancel, err)
+                     : rc;
     }
+    writer->next_record = index + 1;
     return rc;
 }
 
@@ -200,11 +243,14 @@ write_record(struct dcp_writer *writer, uint32_t index, struct file_blocks *bloc
     const struct dcp_item *item = &writer->plan->items[record->item];
     struct dcp_write_payload payload = {.source = &writer->sources[record->item]};
     struct dcp_content_hash hash;
+    int rc;
     if (blocks->hashes != NULL && writer->options->hashes == NULL) {
         dcp_content_hash_begin(&hash);
         payload.hash = &hash;
     }
-    int rc = prepare(writer, index, err);
+    rc = dcp_write_look_at_devices(writer, record->length_bytes, false, err);
+    rc = rc == 0 ? prepare(writer, index, err) : rc;
+    payload.landed = writer->brought || (writer->stage != NULL && payload.source->device != 0);
     if (rc == 0) {
         rc = dcp_write_stream_zeros_to(writer, record->offset_bytes, err);
     }

@@ -105,6 +105,9 @@ struct dcp_writer {
     struct dcp_buf scratch;
     struct dcp_ring *ring;
     struct dcp_device_stage *stage;   /* of an image: what devices bring; NULL: nothing */
+    uint32_t next_record;             /* ... the first that the walk has not brought there */
+    uint64_t unlooked_bytes;          /* ... of the walk, since it looked at the devices */
+    bool brought;                     /* ... all payloads are in the image, unchecked as they are */
     struct dcp_device_stream *stream; /* of files: the same */
 
     /* ... or from an image; NULL: it is not */
@@ -140,6 +143,13 @@ struct dcp_writer {
 /* Header, records and tables of one file, to the stream that is open. */
 int dcp_write_walk_file(struct dcp_writer *writer, const struct dcp_placed_file *placed,
                         struct dcp_error *err) DCP_MUST_CHECK;
+
+/* With a stage, after `n` more bytes of the walk: has the devices go on, now and then, and once
+ * they are through brings the other payloads; not while one is read from the host. */
+int dcp_write_look_at_devices(struct dcp_writer *writer, uint64_t n, bool reads_source,
+                              struct dcp_error *err) DCP_MUST_CHECK;
+/* After the last file: waits for the devices, whatever the layout has on them. */
+int dcp_write_end_bringing(struct dcp_writer *writer, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* ---- writer_run.c ---- */
 /* Writes all files: opens, has their content pushed, closes; waits for everything, frees the
@@ -208,6 +218,7 @@ struct dcp_write_payload {
     uint32_t ndim, item_bytes;
     const uint64_t *sizes;
     uint64_t len_bytes;
+    bool landed;                   /* it is in the image, or comes by itself; no source */
     const uint32_t *device_crcs;   /* of the blocks, where a device has computed them, or NULL */
     uint32_t *block_crcs;          /* out, one per started block; NULL when none are kept */
     uint32_t crc;                  /* out, of the whole */

@@ -36,6 +36,7 @@ most_body_bytes(uint32_t kind)
            : kind == DCP_WRITER_PROGRESS ? DCP_WRITER_PROGRESS_BYTES
            : kind == DCP_WRITER_DONE     ? DCP_WRITER_RESULT_MOST_BYTES
            : kind == DCP_WRITER_PREPARE  ? DCP_WRITER_PREPARE_BYTES
+           : kind == DCP_WRITER_TRACE    ? DCP_WRITER_TRACE_MOST_BYTES
                                          : 0;
 }
 
@@ -56,7 +57,7 @@ check_header(const struct dcp_writer_channel *channel, struct dcp_error *err)
                              "install dcp_native anew",
                              version, DCP_WRITER_VERSION);
     }
-    if (kind < DCP_WRITER_HELLO || kind > DCP_WRITER_PREPARE || length > most_body_bytes(kind)) {
+    if (kind < DCP_WRITER_HELLO || kind > DCP_WRITER_TRACE || length > most_body_bytes(kind)) {
         return not_ours(err, "kind or length");
     }
     return 0;

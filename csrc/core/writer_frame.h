@@ -6,6 +6,7 @@
 
 #include "dcp_error.h"
 #include "dcp_limits.h"
+#include "trace.h"
 
 #define DCP_WRITER_MAGIC 0x57504344u /* "DCPW" */
 
@@ -17,6 +18,7 @@ enum {
     DCP_WRITER_PROGRESS_BYTES = 8,
     DCP_WRITER_PREPARE_BYTES = 8,
     DCP_WRITER_FILE_BYTES = 3 * 8,
+    DCP_WRITER_TRACE_MOST_BYTES = DCP_TRACE_PACK_MOST_BYTES,
     /* What does not grow with files and path; a bound, and generous. */
     DCP_WRITER_FIXED_BYTES = 512,
 };

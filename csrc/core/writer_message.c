@@ -191,6 +191,7 @@ dcp_writer_put_request(struct dcp_buf *buf, const struct dcp_writer_request *req
 
     dcp_buf_put(buf, request->save_id.bytes, sizeof request->save_id.bytes);
     put_options(buf, &request->options);
+    dcp_buf_put_u8(buf, request->traced);
     put_survival(buf, request);
     put_text(buf, request->dir_path, DCP_MAX_WRITER_PATH_BYTES);
     dcp_buf_put_u32(buf, image->rank);
@@ -260,7 +261,10 @@ dcp_writer_get_request(struct dcp_span body, struct dcp_writer_request *ret_requ
     size_t path_len;
 
     const uint8_t *id = dcp_cursor_bytes(&c, sizeof request.save_id.bytes);
-    bool options_hold = get_options(&c, &request.options) && get_survival(&c, &request);
+    bool options_hold = get_options(&c, &request.options);
+    uint32_t traced = dcp_cursor_u8(&c);
+    request.traced = traced == 1;
+    options_hold = options_hold && traced <= 1 && get_survival(&c, &request);
     const uint8_t *path = get_text(&c, DCP_MAX_WRITER_PATH_BYTES, &path_len);
     request.image.rank = dcp_cursor_u32(&c);
     request.image.bytes = dcp_cursor_u64(&c);
@@ -387,6 +391,16 @@ get_error_text(struct dcp_cursor *c, char *ret_text, size_t size)
     memcpy(ret_text, text, len);
     ret_text[len] = '\0';
     return true;
+}
+
+bool
+dcp_writer_put_trace(struct dcp_buf *buf)
+{
+    size_t at = begin(buf, DCP_WRITER_TRACE);
+    bool any = dcp_trace_pack(buf) != 0;
+
+    end(buf, at);
+    return any;
 }
 
 void

@@ -8,7 +8,7 @@
 #include "process_posix.h"
 
 /* Changes with every change of a message. */
-enum { DCP_WRITER_VERSION = 2 };
+enum { DCP_WRITER_VERSION = 3 };
 
 enum dcp_writer_kind {
     DCP_WRITER_HELLO = 1,    /* process: ready; body: hash of its build */
@@ -18,6 +18,7 @@ enum dcp_writer_kind {
     DCP_WRITER_DONE = 5,     /* process: struct dcp_writer_result */
     DCP_WRITER_SETTLED = 6,  /* trainer: the last write's save needs nobody any more */
     DCP_WRITER_PREPARE = 7,  /* trainer: how much of the arena that comes along; answer: DONE */
+    DCP_WRITER_TRACE = 8,    /* process: what a traced write did (trace_pack.c), before its DONE */
 };
 
 /* The bytes of one image and how to write them.  Zero-initialised is a valid empty one. */
@@ -26,6 +27,7 @@ struct dcp_writer_request {
     struct dcp_image image;              /* files are owned */
     struct dcp_engine_options options;   /* without pointers */
     char *dir_path;                      /* owned; for messages */
+    bool traced;                         /* the process tells what it did when */
     bool survives;                       /* its trainer; then */
     struct dcp_writer_survival survival; /* with metadata that is owned */
 };
@@ -82,6 +84,9 @@ void dcp_writer_put_request(struct dcp_buf *buf, const struct dcp_writer_request
 void dcp_writer_put_word(struct dcp_buf *buf, enum dcp_writer_kind kind);
 void dcp_writer_put_prepare(struct dcp_buf *buf, uint64_t bytes);
 void dcp_writer_put_progress(struct dcp_buf *buf, const struct dcp_writer_progress *progress);
+/* What was recorded in this process, some of it: false when nothing is left.  Of the taking thread.
+ */
+bool dcp_writer_put_trace(struct dcp_buf *buf);
 void dcp_writer_put_result(struct dcp_buf *buf, const struct dcp_writer_result *result);
 
 /* False: another build. */

@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 #include "dcp_limits.h"
-#include "dcp_trace.h"
+#include "trace.h"
 
 /* What is in flight: a write, or a preparation, which is one of nothing. */
 struct write {
@@ -132,6 +132,10 @@ take_message(struct write *write, const struct dcp_writer_message *message,
         dcp_writer_get_result(message->body, ret_result)) {
         return 1;
     }
+    if (message->kind == DCP_WRITER_TRACE && message->fds_count == 0 &&
+        dcp_trace_unpack(message->body)) {
+        return 0;
+    }
     return DCP_E_CORRUPT;
 }
 
@@ -213,6 +217,7 @@ send_request(struct write *write, int dirfd, const struct dcp_save_id *save_id,
         .image = *write->image,
         .options = *write->options,
         .dir_path = (char *)(uintptr_t)write->dir_path,
+        .traced = dcp_trace_on(),
         .survives = write->survival != NULL,
     };
     const int fds[DCP_SOCKET_MOST_FDS] = {arena->fd, dirfd};

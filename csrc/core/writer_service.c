@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "dcp_limits.h"
+#include "dcp_trace.h"
 #include "writer_mappings.h"
 #include "writer_message.h"
 #include "writer_outlive.h"
@@ -113,7 +114,9 @@ write_image(struct job *job, const struct dcp_engine_options *options,
     const struct dcp_io *io = dcp_io_posix();
     const uint8_t *memory;
     uint8_t *headers = NULL;
+    uint64_t traced = dcp_trace_begin();
     int rc = map_arena(job, &memory, err);
+    dcp_trace_end(traced, "phase", "map the arena", request->image.bytes);
 
     if (!request->survives) {
         return rc != 0 ? rc
@@ -141,17 +144,38 @@ run_request(struct job *job, struct dcp_writer_result *ret_result)
         ret_result->code = map_error(job, job->prepare_bytes, rc, &ret_result->err);
         return;
     }
+    dcp_trace_switch(job->request.traced);
+    dcp_trace_thread("writer process: writing");
+    uint64_t traced = dcp_trace_begin();
     options.own_thread = true;
     options.cancel = &job->cancel;
     options.progress_bytes = &job->progress_bytes;
     options.created_files = &job->created_files;
     job->code = write_image(job, &options, &ret_result->stats, &ret_result->err);
+    dcp_trace_end(traced, "phase", "write the image", job->request.image.total_bytes);
+    dcp_trace_switch(false);
     if (!job->request.survives) {
         close_descriptor(&job->dirfd);
     }
     ret_result->code = job->code;
     ret_result->created_files = atomic_load(&job->created_files);
     ret_result->payload_bytes = atomic_load(&job->progress_bytes);
+}
+
+/* Before the answer, behind which the trainer reads no more.  The caller has the lock. */
+static int
+send_trace(struct service *service)
+{
+    struct dcp_buf message = {0};
+    int rc = 0;
+
+    while (rc == 0 && dcp_writer_put_trace(&message)) {
+        rc = dcp_writer_send(&service->channel, &message, NULL, 0, UINT32_MAX, &service->ending,
+                             NULL);
+        message.len = 0;
+    }
+    dcp_buf_clean_up(&message);
+    return rc;
 }
 
 static void *
@@ -165,8 +189,10 @@ write_thread(void *ctx)
     dcp_writer_put_result(&answer, &result);
     atomic_store(&service->phase, ANSWERING);
     pthread_mutex_lock(&service->lock);
-    int rc =
-        dcp_writer_send(&service->channel, &answer, NULL, 0, UINT32_MAX, &service->ending, NULL);
+    int rc = send_trace(service);
+    rc = rc != 0 ? rc
+                 : dcp_writer_send(&service->channel, &answer, NULL, 0, UINT32_MAX,
+                                   &service->ending, NULL);
     pthread_mutex_unlock(&service->lock);
     if (rc != 0) {
         /* A trainer that is not answered must not wait: it hears that we are gone. */

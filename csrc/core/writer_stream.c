@@ -216,6 +216,10 @@ payload_copy(struct dcp_writer *writer, const struct dcp_write_payload *payload,
         source_done(writer, payload, from, n);
         stream_took(writer, n);
         count_progress(writer, n);
+        rc = dcp_write_look_at_devices(writer, n, true, err);
+        if (rc != 0) {
+            return rc;
+        }
     }
     return 0;
 }
@@ -292,11 +296,15 @@ payload_gather(struct dcp_writer *writer, const struct dcp_write_payload *payloa
         }
         stream_took(writer, n);
         count_progress(writer, n);
+        rc = dcp_write_look_at_devices(writer, n, true, err);
+        if (rc != 0) {
+            return rc;
+        }
     }
     return 0;
 }
 
-/* In an image, from a device: checksummed where it has landed. */
+/* In an image, from a device, or brought before: checksummed where it is. */
 static int
 payload_landed(struct dcp_writer *writer, const struct dcp_write_payload *payload,
                struct block_crc *crc, struct dcp_error *err)
@@ -307,11 +315,8 @@ payload_landed(struct dcp_writer *writer, const struct dcp_write_payload *payloa
         uint8_t *at;
         uint64_t room, left = payload->len_bytes - crc->done_bytes;
         int rc = stream_room(writer, &at, &room, err);
-        /* CRCs of a device are there when all of the payload is. */
-        const uint8_t *need = known != NULL ? at + (left - 1) : at;
-        if (rc == 0) {
-            rc = dcp_device_stage_wait(writer->stage, need, writer->options->cancel, &landed_to,
-                                       err);
+        if (rc == 0) { /* checksums of the device come with the first byte */
+            rc = dcp_device_stage_wait(writer->stage, at, writer->options->cancel, &landed_to, err);
         }
         if (rc != 0) {
             return rc;
@@ -328,6 +333,10 @@ payload_landed(struct dcp_writer *writer, const struct dcp_write_payload *payloa
         block_add(crc, at, n, n == left);
         stream_took(writer, n);
         count_progress(writer, n);
+        rc = dcp_write_look_at_devices(writer, n, false, err);
+        if (rc != 0) {
+            return rc;
+        }
     }
     return 0;
 }
@@ -397,10 +406,9 @@ dcp_write_stream_payload(struct dcp_writer *writer, struct dcp_write_payload *pa
 {
     struct block_crc crc = {.blocks = payload->block_crcs, .hash = payload->hash};
     int rc;
-    bool on_device = payload->source->device != 0; /* its bytes come in row-major order */
-    if (on_device && writer->to_image) {
+    if (payload->landed) {
         rc = payload_landed(writer, payload, &crc, err);
-    } else if (!on_device &&
+    } else if (payload->source->device == 0 && /* else its bytes come in row-major order */
                !dcp_box_is_row_major(payload->ndim, payload->sizes, payload->item_bytes,
                                      payload->source->strides_bytes)) {
         rc = payload_gather(writer, payload, &crc, err);

@@ -66,6 +66,9 @@ enum {
     X(cuda_status, cudaEventDestroy, (cuda_event event))                                           \
     X(cuda_status, cudaMemcpyAsync,                                                                \
       (void *to, const void *from, size_t bytes, cuda_enum kind, cuda_stream stream))              \
+    X(cuda_status, cudaMemcpy2DAsync,                                                              \
+      (void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,               \
+       size_t height, cuda_enum kind, cuda_stream stream))                                         \
     X(cuda_status, cudaMemsetAsync, (void *memory, int value, size_t bytes, cuda_stream stream))   \
     X(cuda_status, cudaMallocAsync, (void **memory, size_t bytes, cuda_stream stream))             \
     X(cuda_status, cudaFreeAsync, (void *memory, cuda_stream stream))                              \

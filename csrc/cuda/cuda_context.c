@@ -83,6 +83,25 @@ cuda_check_driver(const struct cuda_stay *stay, cuda_status status, const char *
     return fill_error(stay, status, text, what, err);
 }
 
+int
+cuda_refuse_if_capturing(const struct cuda_stay *stay, cuda_stream stream, const char *what,
+                         struct dcp_error *err)
+{
+    cuda_enum capture = DCP_CUDA_CAPTURE_NONE;
+    cuda_status status = stay->runtime->cudaStreamIsCapturing(stream, &capture);
+
+    /* The default stream cannot be captured; that another one is shows as this error. */
+    if (status == DCP_CUDA_ERROR_CAPTURE_IMPLICIT) {
+        (void)stay->runtime->cudaGetLastError();
+        return cuda_refuse_capture(stay, what, err);
+    }
+    int rc = cuda_check(stay, status, "look at a stream", err);
+    if (rc == 0 && capture != DCP_CUDA_CAPTURE_NONE) {
+        rc = cuda_refuse_capture(stay, what, err);
+    }
+    return rc;
+}
+
 static int
 retain_locked(struct cuda_stay *stay, struct dcp_error *err)
 {

@@ -38,5 +38,8 @@ int cuda_check_driver(const struct cuda_stay *stay, cuda_status status, const ch
                       struct dcp_error *err) DCP_MUST_CHECK;
 /* Text of a save or load under a capture, for a caller that has seen one. */
 int cuda_refuse_capture(const struct cuda_stay *stay, const char *what, struct dcp_error *err);
+/* DCP_E_UNSUPPORTED where a graph is being captured from the stream. */
+int cuda_refuse_if_capturing(const struct cuda_stay *stay, cuda_stream stream, const char *what,
+                             struct dcp_error *err) DCP_MUST_CHECK;
 
 #endif

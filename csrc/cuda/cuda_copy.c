@@ -17,8 +17,8 @@
 #include <stdio.h>
 
 int
-cuda_copy_pieces(const struct cuda_table *table, const struct cuda_stay *stay, void *host,
-                 uint64_t device, uint64_t bytes, bool to_host, struct dcp_error *err)
+cuda_copy_pieces(const struct cuda_stay *stay, cuda_stream stream, void *host, uint64_t device,
+                 uint64_t bytes, bool to_host, struct dcp_error *err)
 {
     char *at = host;
 
@@ -26,13 +26,12 @@ cuda_copy_pieces(const struct cuda_table *table, const struct cuda_stay *stay, v
         uint64_t left = CUDA_PIN_BYTES - (uintptr_t)at % CUDA_PIN_BYTES;
         uint64_t n = dcp_min_u64(bytes, left);
         void *memory = (void *)(uintptr_t)device;
-        int rc =
-            cuda_check(stay,
-                       stay->runtime->cudaMemcpyAsync(
-                           to_host ? at : memory, to_host ? memory : at, n,
-                           to_host ? DCP_CUDA_COPY_DEVICE_TO_HOST : DCP_CUDA_COPY_HOST_TO_DEVICE,
-                           table->stream),
-                       to_host ? "copy to the host" : "copy to the device", err);
+        int rc = cuda_check(
+            stay,
+            stay->runtime->cudaMemcpyAsync(
+                to_host ? at : memory, to_host ? memory : at, n,
+                to_host ? DCP_CUDA_COPY_DEVICE_TO_HOST : DCP_CUDA_COPY_HOST_TO_DEVICE, stream),
+            to_host ? "copy to the host" : "copy to the device", err);
         if (rc != 0) {
             return rc;
         }
@@ -51,7 +50,7 @@ copy(struct cuda_table *table, void *host, uint64_t device, uint64_t bytes, bool
     int rc = cuda_enter(table->device.index, &stay, err);
 
     if (rc == 0) {
-        rc = cuda_copy_pieces(table, &stay, host, device, bytes, to_host, err);
+        rc = cuda_copy_pieces(&stay, table->stream, host, device, bytes, to_host, err);
         cuda_leave(&stay);
     }
     return rc;
@@ -69,6 +68,53 @@ cuda_copy_to_device(void *ctx, uint64_t device, const void *host, uint64_t bytes
 {
     /* It is only read. */
     return copy(ctx, (void *)(uintptr_t)host, device, bytes, false, err);
+}
+
+/* As many rows as lie in one piece of pinned memory go at once; one that lies in two goes by
+ * itself.
+ */
+static int
+copy_rows(const struct cuda_table *table, const struct cuda_stay *stay, uint64_t device,
+          uint64_t pitch_bytes, char *host, uint64_t row_bytes, uint64_t rows,
+          struct dcp_error *err)
+{
+    int rc = 0;
+
+    while (rc == 0 && rows > 0) {
+        uint64_t left = CUDA_PIN_BYTES - (uintptr_t)host % CUDA_PIN_BYTES;
+        uint64_t n = dcp_min_u64(rows, left / row_bytes);
+        if (n == 0) {
+            n = 1;
+            rc = cuda_copy_pieces(stay, table->stream, host, device, row_bytes, false, err);
+        } else {
+            rc = cuda_check(stay,
+                            stay->runtime->cudaMemcpy2DAsync(
+                                (void *)(uintptr_t)device, pitch_bytes, host, row_bytes, row_bytes,
+                                n, DCP_CUDA_COPY_HOST_TO_DEVICE, table->stream),
+                            "copy rows to the device", err);
+        }
+        host += n * row_bytes;
+        device += n * pitch_bytes;
+        rows -= n;
+    }
+    return rc;
+}
+
+int
+cuda_copy_rows_to_device(void *ctx, uint64_t device, uint64_t pitch_bytes, const void *host,
+                         uint64_t row_bytes, uint64_t rows, struct dcp_error *err)
+{
+    const struct cuda_table *table = ctx;
+    struct cuda_stay stay;
+    int rc = cuda_enter(table->device.index, &stay, err);
+
+    if (rc == 0) {
+        /* The host's side is only read. */
+        rc = copy_rows(table, &stay, device, pitch_bytes, (char *)(uintptr_t)host, row_bytes, rows,
+                       err);
+        cuda_leave(&stay);
+    }
+    return rc;
 }
 
 int

@@ -20,6 +20,8 @@ enum {
 
 struct dcp_device_event {
     cuda_event event;
+    cuda_event sums; /* of the second stream; counts with has_sums */
+    bool has_sums;
     struct dcp_device_event *next; /* of those that wait to be used again */
 };
 
@@ -36,9 +38,19 @@ struct cuda_kernels {
     cuda_function pack, unpack, checksum;
 };
 
+/* Checksums: cuda_sums.c. */
+struct cuda_sums {
+    cuda_stream stream; /* NULL: the device computes none */
+    uint32_t *memory;   /* of the device; NULL: not taken */
+    uint32_t *host;     /* where the first of its results goes, while there are any */
+    uint32_t used;      /* results */
+    bool is_used;       /* there was something on the stream, ever */
+};
+
 struct cuda_table {
     struct dcp_device device; /* its ctx is this table */
     cuda_stream stream;
+    struct cuda_sums sums;
     cuda_event order;               /* recorded and waited for in one call */
     struct dcp_device_event *spare; /* events that were forgotten */
     struct cuda_list *lists;        /* the current one first */
@@ -63,12 +75,13 @@ int cuda_copy_to_host(void *ctx, void *host, uint64_t device, uint64_t bytes,
                       struct dcp_error *err);
 int cuda_copy_to_device(void *ctx, uint64_t device, const void *host, uint64_t bytes,
                         struct dcp_error *err);
+int cuda_copy_rows_to_device(void *ctx, uint64_t device, uint64_t pitch_bytes, const void *host,
+                             uint64_t row_bytes, uint64_t rows, struct dcp_error *err);
 int cuda_copy_allocate(void *ctx, uint64_t bytes, uint64_t *ret_device, struct dcp_error *err);
 void cuda_copy_release(void *ctx, uint64_t device);
 /* Of any length; `to_host` says which way. */
-int cuda_copy_pieces(const struct cuda_table *table, const struct cuda_stay *stay, void *host,
-                     uint64_t device, uint64_t bytes, bool to_host,
-                     struct dcp_error *err) DCP_MUST_CHECK;
+int cuda_copy_pieces(const struct cuda_stay *stay, cuda_stream stream, void *host, uint64_t device,
+                     uint64_t bytes, bool to_host, struct dcp_error *err) DCP_MUST_CHECK;
 
 /* cuda_pin.c */
 int cuda_pin(void *ctx, void *memory, uint64_t bytes, struct dcp_error *err);
@@ -82,11 +95,21 @@ int cuda_kernels_pack(void *ctx, const struct dcp_device_box *boxes, uint32_t co
                       struct dcp_error *err);
 int cuda_kernels_unpack(void *ctx, const struct dcp_device_box *boxes, uint32_t count,
                         struct dcp_error *err);
-int cuda_kernels_checksum(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs,
-                          struct dcp_error *err);
+int cuda_kernels_launch(const struct cuda_stay *stay, cuda_stream stream, cuda_function kernel,
+                        uint32_t blocks, uint32_t threads, void *params, const char *what,
+                        struct dcp_error *err) DCP_MUST_CHECK;
 void cuda_kernels_clean_up(struct cuda_table *table, const struct cuda_stay *stay);
 /* Tests: forgets what was loaded. */
 void cuda_kernels_forget(void);
+
+/* cuda_sums.c */
+int cuda_sums_checksum(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs,
+                       struct dcp_error *err);
+/* Puts the copy of all results on the second stream: before an event there. */
+int cuda_sums_flush(struct cuda_table *table, const struct cuda_stay *stay,
+                    struct dcp_error *err) DCP_MUST_CHECK;
+/* Forgets results that nobody waits for, and gives the buffer back. */
+void cuda_sums_drop(struct cuda_table *table, const struct cuda_stay *stay);
 
 /* cuda_file.c */
 bool cuda_file_is_open(void);

@@ -1,5 +1,5 @@
 /*
- * cuda_kernels.c: loads the kernels, and launches them: pack, unpack, checksum.
+ * cuda_kernels.c: loads the kernels, and launches those that move boxes: pack, unpack.
  *
  * The image is loaded once per device of the process, when its first table is made.  A device that
  * none of its parts fits, or a driver that is older than the image, has no kernels: the table then
@@ -9,9 +9,6 @@
  * with their table; launches fill the current one up, and it is begun anew once the event behind
  * its last launch has happened.  No call waits for that: while all lists are in use there is one
  * more. What a list costs is proportional to the boxes in flight.
- *
- * Checksums are collected in device memory and copied: not every device can write to memory that
- * was pinned after it was allocated.
  *
  * Compiled and run on stand-ins for CUDA, not on a GPU. Threads: one at a time for a table; a mutex
  * guards loading.
@@ -23,7 +20,6 @@
 
 #include "cuda_image.h"
 #include "dcp_alloc.h"
-#include "kernel_index.h"
 #include "kernel_jobs.h"
 
 enum {
@@ -155,15 +151,16 @@ make_room(struct cuda_table *table, const struct cuda_stay *stay, struct dcp_err
     return 0;
 }
 
-static int
-launch(const struct cuda_table *table, const struct cuda_stay *stay, cuda_function kernel,
-       uint32_t blocks, uint32_t threads, void *params, const char *what, struct dcp_error *err)
+int
+cuda_kernels_launch(const struct cuda_stay *stay, cuda_stream stream, cuda_function kernel,
+                    uint32_t blocks, uint32_t threads, void *params, const char *what,
+                    struct dcp_error *err)
 {
     void *list[] = {params};
-    return cuda_check_driver(stay,
-                             stay->driver->cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0,
-                                                          table->stream, list, NULL),
-                             what, err);
+    return cuda_check_driver(
+        stay,
+        stay->driver->cuLaunchKernel(kernel, blocks, 1, 1, threads, 1, 1, 0, stream, list, NULL),
+        what, err);
 }
 
 /* Launches the jobs [from, list->used + count) that were written to the first list. */
@@ -177,8 +174,8 @@ launch_jobs(struct cuda_table *table, const struct cuda_stay *stay, cuda_functio
     if (count == 0) {
         return 0;
     }
-    int rc = launch(table, stay, kernel, count, DCP_KERNEL_MOVE_THREADS, &params,
-                    "gather or scatter tensors", err);
+    int rc = cuda_kernels_launch(stay, table->stream, kernel, count, DCP_KERNEL_MOVE_THREADS,
+                                 &params, "gather or scatter tensors", err);
     if (rc != 0) {
         return rc;
     }
@@ -244,66 +241,6 @@ cuda_kernels_unpack(void *ctx, const struct dcp_device_box *boxes, uint32_t coun
 {
     struct cuda_table *table = ctx;
     return move(table, table->kernels.unpack, boxes, count, err);
-}
-
-/* With memory for the results, which is given back in stream order. */
-static int
-checksum_with(struct cuda_table *table, const struct cuda_stay *stay,
-              struct dcp_kernel_checksum *params, uint32_t blocks, uint32_t *crcs,
-              struct dcp_error *err)
-{
-    void *memory = (void *)(uintptr_t)params->crcs;
-    uint64_t bytes = (uint64_t)blocks * sizeof *crcs;
-    int rc = cuda_check(stay, stay->runtime->cudaMemsetAsync(memory, 0, bytes, table->stream),
-                        "set memory for checksums to zero", err);
-
-    if (rc == 0) {
-        rc = launch(table, stay, table->kernels.checksum, blocks * DCP_KERNEL_CRC_SLICES,
-                    DCP_KERNEL_CHECKSUM_THREADS, params, "compute checksums", err);
-    }
-    if (rc == 0) {
-        rc = cuda_copy_pieces(table, stay, crcs, params->crcs, bytes, true, err);
-    }
-    return rc;
-}
-
-int
-cuda_kernels_checksum(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs,
-                      struct dcp_error *err)
-{
-    struct cuda_table *table = ctx;
-    struct dcp_kernel_checksum params;
-    struct cuda_stay stay;
-    void *memory = NULL;
-    int rc;
-
-    DCP_ASSERT((table->device.features & DCP_DEVICE_CHECKSUMS) != 0);
-    if (bytes == 0) {
-        return 0;
-    }
-    uint64_t blocks = (bytes - 1) / DCP_BLOCK_BYTES + 1;
-    if (blocks > INT32_MAX / DCP_KERNEL_CRC_SLICES) {
-        return dcp_error_set(err, DCP_E_LIMIT, 0, NULL,
-                             "cuda:%d: checksums of more than 2^28 blocks at once",
-                             (int)table->device.index);
-    }
-    params = dcp_kernel_checksum_of(device, bytes);
-    rc = cuda_enter(table->device.index, &stay, err);
-    if (rc != 0) {
-        return rc;
-    }
-    rc = cuda_check(&stay,
-                    stay.runtime->cudaMallocAsync(&memory, blocks * sizeof *crcs, table->stream),
-                    "allocate memory for checksums", err);
-    if (rc == 0) {
-        params.crcs = (uint64_t)(uintptr_t)memory;
-        rc = checksum_with(table, &stay, &params, (uint32_t)blocks, crcs, err);
-        if (stay.runtime->cudaFreeAsync(memory, table->stream) != 0) {
-            (void)stay.runtime->cudaGetLastError();
-        }
-    }
-    cuda_leave(&stay);
-    return rc;
 }
 
 void

@@ -26,9 +26,10 @@ static const struct dcp_device functions = {
     .lead = cuda_stream_lead,
     .to_host = cuda_copy_to_host,
     .to_device = cuda_copy_to_device,
+    .to_device_rows = cuda_copy_rows_to_device,
     .pack = cuda_kernels_pack,
     .unpack = cuda_kernels_unpack,
-    .checksum = cuda_kernels_checksum,
+    .checksum = cuda_sums_checksum,
     .read_file = cuda_file_read,
     .allocate = cuda_copy_allocate,
     .release = cuda_copy_release,
@@ -44,6 +45,10 @@ static void
 table_destroy(struct cuda_table *table, const struct cuda_stay *stay)
 {
     cuda_kernels_clean_up(table, stay);
+    cuda_sums_drop(table, stay);
+    if (table->sums.stream != NULL) {
+        (void)stay->runtime->cudaStreamDestroy(table->sums.stream);
+    }
     cuda_stream_clean_up(table, stay);
     if (table->order != NULL) {
         (void)stay->runtime->cudaEventDestroy(table->order);
@@ -82,15 +87,21 @@ table_new(const struct cuda_stay *stay, struct cuda_table **ret_table, struct dc
                             &pools, DCP_CUDA_ATTRIBUTE_MEMORY_POOLS, (int)stay->index),
                         "ask for memory pools", err);
     }
+    if (rc == 0) {
+        table->has_pools = pools != 0;
+        table->kernels = cuda_kernels_of(stay);
+        table->device.features |= table->kernels.pack != NULL ? DCP_DEVICE_PACKS : 0;
+    }
+    if (rc == 0 && table->kernels.pack != NULL && table->has_pools) {
+        table->device.features |= DCP_DEVICE_CHECKSUMS;
+        rc = cuda_check(stay,
+                        stay->runtime->cudaStreamCreateWithFlags(&table->sums.stream,
+                                                                 DCP_CUDA_STREAM_NON_BLOCKING),
+                        "create a stream", err);
+    }
     if (rc != 0) {
         table_destroy(table, stay);
         return rc;
-    }
-    table->has_pools = pools != 0;
-    table->kernels = cuda_kernels_of(stay);
-    if (table->kernels.pack != NULL) {
-        table->device.features |= DCP_DEVICE_PACKS;
-        table->device.features |= table->has_pools ? DCP_DEVICE_CHECKSUMS : 0;
     }
     *ret_table = table;
     return 0;
@@ -100,7 +111,8 @@ table_new(const struct cuda_stay *stay, struct cuda_table **ret_table, struct dc
 static bool
 is_idle(const struct cuda_table *table, const struct cuda_stay *stay)
 {
-    if (stay->runtime->cudaStreamQuery(table->stream) == 0) {
+    if (stay->runtime->cudaStreamQuery(table->stream) == 0 &&
+        (!table->sums.is_used || stay->runtime->cudaStreamQuery(table->sums.stream) == 0)) {
         return true;
     }
     (void)stay->runtime->cudaGetLastError();
@@ -157,6 +169,11 @@ dcp_cuda_give_back(struct dcp_device *device)
 {
     if (device != NULL) {
         struct cuda_table *table = device->ctx;
+        struct cuda_stay stay;
+        if (table->sums.memory != NULL && cuda_enter(device->index, &stay, NULL) == 0) {
+            cuda_sums_drop(table, &stay);
+            cuda_leave(&stay);
+        }
         (void)pthread_mutex_lock(&tables_mutex);
         DCP_ASSERT(table->lent);
         table->lent = false;

@@ -21,25 +21,6 @@ enum {
     LONGEST_PAUSE_NS = 1000000, /* how much later than the device the wait may end */
 };
 
-static int
-refuse_if_capturing(const struct cuda_stay *stay, cuda_stream stream, const char *what,
-                    struct dcp_error *err)
-{
-    cuda_enum capture = DCP_CUDA_CAPTURE_NONE;
-    cuda_status status = stay->runtime->cudaStreamIsCapturing(stream, &capture);
-
-    /* The default stream cannot be captured; that another one is shows as this error. */
-    if (status == DCP_CUDA_ERROR_CAPTURE_IMPLICIT) {
-        (void)stay->runtime->cudaGetLastError();
-        return cuda_refuse_capture(stay, what, err);
-    }
-    int rc = cuda_check(stay, status, "look at a stream", err);
-    if (rc == 0 && capture != DCP_CUDA_CAPTURE_NONE) {
-        rc = cuda_refuse_capture(stay, what, err);
-    }
-    return rc;
-}
-
 /* `later` waits for what `earlier` has been given so far. */
 static int
 put_in_order(struct cuda_table *table, const struct cuda_stay *stay, cuda_stream earlier,
@@ -54,6 +35,13 @@ put_in_order(struct cuda_table *table, const struct cuda_stay *stay, cuda_stream
     return rc;
 }
 
+/* Whether the second stream counts: there was something on it. */
+static bool
+sums_count(const struct cuda_table *table)
+{
+    return table->sums.is_used;
+}
+
 int
 cuda_stream_follow(void *ctx, void *stream, struct dcp_error *err)
 {
@@ -64,9 +52,12 @@ cuda_stream_follow(void *ctx, void *stream, struct dcp_error *err)
     if (rc != 0) {
         return rc;
     }
-    rc = refuse_if_capturing(&stay, stream, "copy behind a stream's work", err);
+    rc = cuda_refuse_if_capturing(&stay, stream, "copy behind a stream's work", err);
     if (rc == 0) {
         rc = put_in_order(table, &stay, stream, table->stream, err);
+    }
+    if (rc == 0 && table->sums.stream != NULL) {
+        rc = put_in_order(table, &stay, stream, table->sums.stream, err);
     }
     cuda_leave(&stay);
     return rc;
@@ -82,9 +73,13 @@ cuda_stream_lead(void *ctx, void *stream, struct dcp_error *err)
     if (rc != 0) {
         return rc;
     }
-    rc = refuse_if_capturing(&stay, stream, "have a stream wait for copies", err);
+    rc = cuda_refuse_if_capturing(&stay, stream, "have a stream wait for copies", err);
     if (rc == 0) {
         rc = put_in_order(table, &stay, table->stream, stream, err);
+    }
+    if (rc == 0 && sums_count(table)) {
+        rc = cuda_sums_flush(table, &stay, err);
+        rc = rc == 0 ? put_in_order(table, &stay, table->sums.stream, stream, err) : rc;
     }
     cuda_leave(&stay);
     return rc;
@@ -108,12 +103,39 @@ take_event(struct cuda_table *table, const struct cuda_stay *stay, dcp_device_ev
     int rc = cuda_check(
         stay, stay->runtime->cudaEventCreateWithFlags(&event->event, DCP_CUDA_EVENT_NO_TIMING),
         "create an event", err);
+    if (rc == 0) {
+        rc = cuda_check(
+            stay, stay->runtime->cudaEventCreateWithFlags(&event->sums, DCP_CUDA_EVENT_NO_TIMING),
+            "create an event", err);
+    }
     if (rc != 0) {
+        if (event->event != NULL) {
+            (void)stay->runtime->cudaEventDestroy(event->event);
+        }
         dcp_free(event);
         return rc;
     }
     *ret_event = event;
     return 0;
+}
+
+/* Behind all that both streams were given. */
+static int
+record_both(struct cuda_table *table, const struct cuda_stay *stay, dcp_device_event *event,
+            struct dcp_error *err)
+{
+    int rc = cuda_sums_flush(table, stay, err);
+
+    event->has_sums = sums_count(table);
+    if (rc == 0) {
+        rc = cuda_check(stay, stay->runtime->cudaEventRecord(event->event, table->stream),
+                        "record an event", err);
+    }
+    if (rc == 0 && event->has_sums) {
+        rc = cuda_check(stay, stay->runtime->cudaEventRecord(event->sums, table->sums.stream),
+                        "record an event", err);
+    }
+    return rc;
 }
 
 int
@@ -129,8 +151,7 @@ cuda_stream_record(void *ctx, dcp_device_event **ret_event, struct dcp_error *er
     }
     rc = take_event(table, &stay, &event, err);
     if (rc == 0) {
-        rc = cuda_check(&stay, stay.runtime->cudaEventRecord(event->event, table->stream),
-                        "record an event", err);
+        rc = record_both(table, &stay, event, err);
         if (rc == 0) {
             *ret_event = event;
         } else {
@@ -162,6 +183,9 @@ cuda_stream_poll(void *ctx, dcp_device_event *event, struct dcp_error *err)
 
     if (rc == 0) {
         rc = answer_of(&stay, stay.runtime->cudaEventQuery(event->event), err);
+        if (rc > 0 && event->has_sums) {
+            rc = answer_of(&stay, stay.runtime->cudaEventQuery(event->sums), err);
+        }
         cuda_leave(&stay);
     }
     return rc;
@@ -193,6 +217,9 @@ wait_on(const struct cuda_table *table, const struct cuda_stay *stay, struct dcp
 
     for (;;) {
         int rc = answer_of(stay, stay->runtime->cudaStreamQuery(table->stream), err);
+        if (rc > 0 && sums_count(table)) {
+            rc = answer_of(stay, stay->runtime->cudaStreamQuery(table->sums.stream), err);
+        }
         if (rc != 0) {
             return rc < 0 ? rc : 0;
         }
@@ -217,6 +244,7 @@ cuda_stream_wait_idle(void *ctx, struct dcp_error *err)
     int rc = cuda_enter(table->device.index, &stay, err);
 
     if (rc == 0) {
+        cuda_sums_drop(table, &stay);
         rc = wait_on(table, &stay, err);
         cuda_leave(&stay);
     }
@@ -230,6 +258,7 @@ cuda_stream_clean_up(struct cuda_table *table, const struct cuda_stay *stay)
         dcp_device_event *event = table->spare;
         table->spare = event->next;
         (void)stay->runtime->cudaEventDestroy(event->event);
+        (void)stay->runtime->cudaEventDestroy(event->sums);
         dcp_free(event);
     }
 }

@@ -6,10 +6,7 @@
  * communicator's asynchronous error, until the deadline.  A synchronising call would wait for a
  * dead rank for ever.
  *
- * The group's own communicator serves where it cannot be split.  The trainer's collectives on it
- * must not run beside ours, so our stream first waits for what the caller's was given; the
- * trainer's next work comes after us because every call waits for its end.  It is never aborted by
- * us.
+ * The group's own communicator serves where it cannot be split.  It is never aborted by us.
  *
  * A communicator is ended on a thread of its own, for ncclCommAbort and ncclCommDestroy may wait
  * for ranks that never come.  That thread owns the link; it is waited for, but not for ever.
@@ -33,11 +30,11 @@ nccl_error(const struct nccl_api *nccl, nccl_comm comm, nccl_status status, cons
 
 /* ---- making ---- */
 
-static int
-check_source(const struct nccl_link *link, struct dcp_error *err)
+int
+nccl_link_check_source(const struct nccl_api *nccl, const struct dcp_nccl_source *source,
+                       int32_t *ret_device_index, struct dcp_error *err)
 {
-    const struct nccl_api *nccl = link->nccl;
-    nccl_comm comm = link->source.raw;
+    nccl_comm comm = source->raw;
     nccl_status state = 0;
     int rank = -1, count = -1, device = -1;
     nccl_status rc = nccl->ncclCommGetAsyncError(comm, &state);
@@ -60,50 +57,62 @@ check_source(const struct nccl_link *link, struct dcp_error *err)
     if (rc != 0) {
         return nccl_error(nccl, comm, rc, "the group's NCCL communicator is not well", err);
     }
-    if (rank != (int)link->source.rank || count != (int)link->source.size ||
-        device != (int)link->source.device_index) {
+    if (rank != (int)source->rank || count != (int)source->size) {
         return dcp_error_set(err, DCP_E_COMM, 0, NULL,
-                             "the group's NCCL communicator is rank %d of %d on cuda:%d, where the "
-                             "group is rank %u of %u on cuda:%d",
-                             rank, count, device, link->source.rank, link->source.size,
-                             (int)link->source.device_index);
+                             "the group's NCCL communicator is rank %d of %d, where the group is "
+                             "rank %u of %u",
+                             rank, count, source->rank, source->size);
     }
+    *ret_device_index = device;
     return 0;
+}
+
+static int
+make_event(const struct cuda_stay *stay, cuda_event *ret_event, struct dcp_error *err)
+{
+    return cuda_check(stay,
+                      stay->runtime->cudaEventCreateWithFlags(ret_event, DCP_CUDA_EVENT_NO_TIMING),
+                      "make an event for messages", err);
+}
+
+static int
+make_buffers(struct nccl_link *link, const struct cuda_stay *stay, struct dcp_error *err)
+{
+    const struct cudart_api *cuda = stay->runtime;
+    void *pinned = NULL, *scratch = NULL;
+    int rc = cuda_check(stay, cuda->cudaHostAlloc(&pinned, DCP_NCCL_SCRATCH_BYTES, 0),
+                        "pin a buffer for messages", err);
+    link->pinned = pinned;
+    if (rc == 0) {
+        rc = cuda_check(stay, cuda->cudaMallocAsync(&scratch, DCP_NCCL_SCRATCH_BYTES, link->stream),
+                        "allocate a buffer for messages", err);
+        link->scratch = scratch;
+    }
+    for (uint64_t i = 0; rc == 0 && i < NCCL_SLOTS; i++) {
+        link->slots[i].pinned = link->pinned + i * DCP_NCCL_ROUND_BYTES;
+        link->slots[i].scratch = link->scratch + i * DCP_NCCL_ROUND_BYTES;
+    }
+    return rc;
 }
 
 int
 nccl_link_prepare(struct nccl_link *link, const struct cuda_stay *stay, struct dcp_error *err)
 {
     const struct cudart_api *cuda = stay->runtime;
-    int rc = check_source(link, err);
+    int rc = cuda_check(
+        stay, cuda->cudaStreamCreateWithFlags(&link->stream, DCP_CUDA_STREAM_NON_BLOCKING),
+        "make a stream for messages", err);
     if (rc == 0) {
-        rc = cuda_check(
-            stay, cuda->cudaStreamCreateWithFlags(&link->stream, DCP_CUDA_STREAM_NON_BLOCKING),
-            "make a stream for messages", err);
+        rc = make_event(stay, &link->order, err);
     }
-    if (rc == 0) {
-        rc =
-            cuda_check(stay, cuda->cudaEventCreateWithFlags(&link->event, DCP_CUDA_EVENT_NO_TIMING),
-                       "make an event for messages", err);
+    for (int i = 0; rc == 0 && i < NCCL_SLOTS; i++) {
+        rc = make_event(stay, &link->slots[i].done, err);
     }
-    if (rc == 0) {
-        void *memory = NULL;
-        rc = cuda_check(stay, cuda->cudaHostAlloc(&memory, DCP_NCCL_SCRATCH_BYTES, 0),
-                        "pin a buffer for messages", err);
-        link->pinned = memory;
-    }
-    if (rc == 0) {
-        void *memory = NULL;
-        rc = cuda_check(stay, cuda->cudaMallocAsync(&memory, DCP_NCCL_SCRATCH_BYTES, link->stream),
-                        "allocate a buffer for messages", err);
-        link->scratch = memory;
-    }
-    return rc;
+    return rc != 0 ? rc : make_buffers(link, stay, err);
 }
 
 int
-nccl_link_connect(struct nccl_link *link, const struct cuda_stay *stay, uint64_t deadline_ns,
-                  struct dcp_error *err)
+nccl_link_connect(struct nccl_link *link, uint64_t deadline_ns, struct dcp_error *err)
 {
     int version = 0;
     bool can_split = link->nccl->ncclCommSplit != NULL &&
@@ -115,10 +124,27 @@ nccl_link_connect(struct nccl_link *link, const struct cuda_stay *stay, uint64_t
         return rc;
     }
     link->comm = link->source.raw;
-    int rc = cuda_check(stay, stay->runtime->cudaEventRecord(link->event, link->source.stream),
-                        "mark the end of the caller's work", err);
+    return 0;
+}
+
+int
+nccl_link_follow(const struct nccl_link *link, const struct cuda_stay *stay, cuda_stream stream,
+                 struct dcp_error *err)
+{
+    const struct cudart_api *cuda = stay->runtime;
+    int rc =
+        cuda_refuse_if_capturing(stay, stream, "exchange messages behind a stream's work", err);
+    cuda_status idle = rc == 0 ? cuda->cudaStreamQuery(stream) : 0;
+    if (rc != 0 || idle == 0) {
+        return rc; /* there is nothing to come after: mostly so, but for a save's first call */
+    }
+    if (idle == DCP_CUDA_ERROR_NOT_READY) {
+        (void)cuda->cudaGetLastError();
+        idle = cuda->cudaEventRecord(link->order, stream);
+    }
+    rc = cuda_check(stay, idle, "mark the end of the caller's work", err);
     if (rc == 0) {
-        rc = cuda_check(stay, stay->runtime->cudaStreamWaitEvent(link->stream, link->event, 0),
+        rc = cuda_check(stay, cuda->cudaStreamWaitEvent(link->stream, link->order, 0),
                         "have messages wait for the caller's work", err);
     }
     return rc;
@@ -129,8 +155,7 @@ nccl_link_connect(struct nccl_link *link, const struct cuda_stay *stay, uint64_t
 static int
 too_late(const char *what, struct dcp_error *err)
 {
-    return dcp_error_set(err, DCP_E_TIMEOUT, 0, NULL,
-                         "%s: timed out: the group's timeout has passed and not all ranks came",
+    return dcp_error_set(err, DCP_E_TIMEOUT, 0, NULL, "%s: timed out: not all ranks came in time",
                          what);
 }
 
@@ -154,16 +179,14 @@ nccl_link_check(const struct nccl_link *link, nccl_status status, const char *wh
 }
 
 int
-nccl_link_wait(const struct nccl_link *link, const struct cuda_stay *stay, uint64_t deadline_ns,
-               struct dcp_error *err)
+nccl_link_wait(const struct nccl_link *link, const struct cuda_stay *stay, cuda_event event,
+               uint64_t deadline_ns, struct dcp_error *err)
 {
     static const char what[] = "waiting for the other ranks";
-    const struct cudart_api *cuda = stay->runtime;
     uint32_t looks = 0;
-    int rc = cuda_check(stay, cuda->cudaEventRecord(link->event, link->stream),
-                        "mark the end of a message", err);
+    int rc = 0;
     while (rc == 0) {
-        cuda_status done = cuda->cudaEventQuery(link->event);
+        cuda_status done = stay->runtime->cudaEventQuery(event);
         if (done != DCP_CUDA_ERROR_NOT_READY) {
             return cuda_check(stay, done, "send and receive messages", err);
         }
@@ -229,8 +252,13 @@ free_buffers(const struct nccl_link *link, const struct cuda_stay *stay)
     if (link->pinned != NULL) {
         (void)cuda->cudaFreeHost(link->pinned);
     }
-    if (link->event != NULL) {
-        (void)cuda->cudaEventDestroy(link->event);
+    for (int i = 0; i < NCCL_SLOTS; i++) {
+        if (link->slots[i].done != NULL) {
+            (void)cuda->cudaEventDestroy(link->slots[i].done);
+        }
+    }
+    if (link->order != NULL) {
+        (void)cuda->cudaEventDestroy(link->order);
     }
     (void)cuda->cudaStreamDestroy(link->stream);
     (void)cuda->cudaGetLastError(); /* torch must not find what went wrong here */
@@ -250,7 +278,7 @@ end_link(void *self)
     struct cuda_stay stay;
     struct dcp_error unused;
     dcp_error_clear(&unused);
-    if (cuda_enter(link->source.device_index, &stay, &unused) != 0) {
+    if (cuda_enter(link->device_index, &stay, &unused) != 0) {
         return;
     }
     end_communicator(link, ending->failed, deadline_ns);
@@ -268,7 +296,8 @@ nccl_link_end(struct nccl_link *link, bool failed)
         return; /* everything is lost, and nothing is touched that may be in use */
     }
     *ending = (struct ending){*link, failed};
-    *link = (struct nccl_link){.nccl = link->nccl, .source = link->source};
+    *link = (struct nccl_link){
+        .nccl = link->nccl, .source = link->source, .device_index = link->device_index};
     if (nccl_run_apart(end_link, dcp_free, ending, nccl_now_ns() + DCP_NCCL_GRACE_NS)) {
         dcp_free(ending);
     }

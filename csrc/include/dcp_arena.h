@@ -27,14 +27,16 @@ enum dcp_arena_kind {
 };
 
 struct dcp_arena {
-    uint8_t *memory; /* page aligned */
-    uint64_t bytes;  /* of the mapping */
-    int fd;          /* SHARED: the memfd; else -1 */
+    uint8_t *memory;     /* page aligned */
+    uint64_t bytes;      /* of the mapping */
+    uint64_t room_bytes; /* of address space that it can grow into */
+    int fd;              /* SHARED: the memfd; else -1 */
     enum dcp_arena_kind kind;
     int64_t pid;            /* whose mapping it is */
     uint64_t touched_bytes; /* from the start, by dcp_arena_populate: not touched again */
     const struct dcp_device *pinned_by; /* through which it is unpinned; NULL: it is not pinned */
     uint64_t pinned_bytes;              /* from the start */
+    char pin_refusal[DCP_DEVICE_REASON_BYTES]; /* of an arena that could not be pinned; "" */
 };
 
 struct dcp_arena_limits {
@@ -57,7 +59,8 @@ void dcp_arena_release(struct dcp_arena *arena);
 int dcp_arena_populate(struct dcp_arena *arena, uint64_t bytes, atomic_int *cancel,
                        struct dcp_error *err) DCP_MUST_CHECK;
 /* Pins the first `bytes`, and what is touched beyond them, for copies of devices of this kind; it
- * stays so as long as the memory is where it is.  A failure costs speed alone. */
+ * stays so as long as there is the arena, and of one that grew only the rest is pinned.  A failure
+ * costs speed alone; it is repeated without another try until the arena grows. */
 int dcp_arena_pin(struct dcp_arena *arena, const struct dcp_device *device, uint64_t bytes,
                   struct dcp_error *err) DCP_MUST_CHECK;
 /* Frees all kept arenas. */

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define DCP_BRIDGE_CAPSULE "dcp_native._bridge.table"
-enum { DCP_BRIDGE_VERSION = 3 };
+enum { DCP_BRIDGE_VERSION = 4 };
 
 enum dcp_tensor_class {
     DCP_NOT_A_TENSOR = 0,

@@ -31,6 +31,12 @@ struct dcp_comm {
                    struct dcp_error *err);
     int (*broadcast)(void *ctx, uint32_t root, void *buf, size_t bytes, struct dcp_error *err);
     void (*destroy)(void *ctx);
+    /* One more owner, who has to destroy it, too; NULL: there can be one alone. */
+    void (*acquire)(void *ctx);
+    /* From here on every call comes after what the caller's stream on `device_index` has been given
+     * before the call; NULL: it is not about streams. */
+    void (*follow)(void *ctx, void *stream);
+    int32_t device_index; /* valid with `follow` */
 };
 
 /* What a group's ranks said to each other so far. */

@@ -2,10 +2,13 @@
  * dcp_device.h: the table of one device whose memory the host cannot address: copies in stream
  * order, pinned memory, events, and kernels that gather and scatter strided boxes.
  *
- * A table is one device and one stream of ours on it.  Everything that is put on the stream runs in
- * order, and beside what the trainer's own streams do; `follow` and `lead` are the only two points
- * where they meet.  No call waits for the device but `wait_idle`, and none synchronises more than
- * our stream.  Addresses of device memory are uint64_t: the host never follows them.
+ * A table is one device and one stream of ours on it, and a second one for checksums alone.
+ * Everything that is put on the stream runs in order, and beside what the trainer's own streams do;
+ * `follow` and `lead` are the only two points where they meet.  Checksums are in order among
+ * themselves, run beside copies and kernels, and stand like those between `follow` and `lead`; an
+ * event, and `wait_idle`, are behind both.  No call waits for the device but `wait_idle`, and none
+ * synchronises more than our stream.  Addresses of device memory are uint64_t: the host never
+ * follows them.
  *
  * A table is lent to one save or load at a time (dcp_cuda.h lends them) and never freed: memory
  * that was pinned through it may be unpinned long after. Thread rule: one thread at a time, any
@@ -44,7 +47,7 @@ enum dcp_device_features {
     DCP_DEVICE_READS_FILES = 1 << 2, /* read_file */
 };
 
-/* Work that was put on the stream before dcp_device.record. */
+/* All work that was put on the table's streams before dcp_device.record. */
 typedef struct dcp_device_event dcp_device_event;
 
 struct dcp_device {
@@ -63,6 +66,10 @@ struct dcp_device {
     int (*to_host)(void *ctx, void *host, uint64_t device, uint64_t bytes, struct dcp_error *err);
     int (*to_device)(void *ctx, uint64_t device, const void *host, uint64_t bytes,
                      struct dcp_error *err);
+    /* `rows` rows, dense at `host`; at `device` they begin `pitch_bytes` apart: row_bytes to
+     * DCP_DEVICE_PITCH_BYTES. */
+    int (*to_device_rows)(void *ctx, uint64_t device, uint64_t pitch_bytes, const void *host,
+                          uint64_t row_bytes, uint64_t rows, struct dcp_error *err);
     /* With DCP_DEVICE_PACKS: strided -> packed, packed -> strided.  The list is copied before it
      * returns. */
     int (*pack)(void *ctx, const struct dcp_device_box *boxes, uint32_t count,
@@ -70,7 +77,8 @@ struct dcp_device {
     int (*unpack)(void *ctx, const struct dcp_device_box *boxes, uint32_t count,
                   struct dcp_error *err);
     /* With DCP_DEVICE_CHECKSUMS: the CRC32 of every block of DCP_BLOCK_BYTES of [device, device +
-     * bytes), the last one shorter, to `crcs`, pinned memory, in stream order. */
+     * bytes), the last one shorter, to `crcs`, pinned memory.  Not of what copies or kernels write
+     * that were not waited for.  DCP_E_NOMEM is an answer: do without. */
     int (*checksum)(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs,
                     struct dcp_error *err);
     /* With DCP_DEVICE_READS_FILES: from an open file straight to the device; returns when the bytes
@@ -83,9 +91,10 @@ struct dcp_device {
     void (*release)(void *ctx, uint64_t device); /* after what was put on the stream has run */
 
     /* Pins memory of the host for all devices of this kind, so that copies run beside everything
-     * else.  Failure is not fatal to a copy, only to its speed. */
+     * else.  Of memory that is pinned from the same address on it pins the rest; it is unpinned
+     * once.  On failure none of it is pinned, which is not fatal to a copy, only to its speed. */
     int (*pin)(void *ctx, void *memory, uint64_t bytes, struct dcp_error *err);
-    void (*unpin)(void *ctx, void *memory);
+    void (*unpin)(void *ctx, void *memory); /* of memory that is not pinned: nothing */
 
     /* An event behind all that was put on the stream so far. */
     int (*record)(void *ctx, dcp_device_event **ret_event, struct dcp_error *err);
@@ -93,7 +102,8 @@ struct dcp_device {
     int (*poll)(void *ctx, dcp_device_event *event, struct dcp_error *err);
     void (*forget)(void *ctx, dcp_device_event *event); /* NULL is fine */
     /* Waits until nothing of ours is on the stream any more, DCP_DEVICE_GRACE_NS at most: memory
-     * that copies read or write may be freed after it.  DCP_E_TIMEOUT: it may not. */
+     * that copies read or write may be freed after it.  On failure, which is DCP_E_TIMEOUT or the
+     * device's, it may not. */
     int (*wait_idle)(void *ctx, struct dcp_error *err);
 };
 

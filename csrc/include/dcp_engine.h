@@ -75,6 +75,12 @@ struct dcp_engine_options {
      * stream follows the trainer's already. */
     const struct dcp_device_list *devices;
     struct dcp_device_stats *device_stats; /* added to; may be NULL */
+    /* dcp_image_end with a stage: called once, on its thread, when nothing reads the sources any
+     * more; checksums may still be computed.  May be NULL. */
+    void (*brought)(void *ctx);
+    void *brought_ctx;
+    uint32_t *device_crcs; /* dcp_image_begin: pinned, until the stage ends; NULL: devices compute
+                              no checksums */
 };
 
 /* Frees the buffers that the process keeps between saves and loads (32 MiB each by default). */

@@ -54,8 +54,8 @@ int dcp_export_create(const struct dcp_io *io, const char *dir_path,
                       struct dcp_error *err) DCP_MUST_CHECK;
 
 /* Writes the pieces, in any order given, into files that were created.  With options->sync they are
- * durable on return. Options that are not about writing, direct I/O, priority, sync and cancelling
- * are not looked at. */
+ * durable on return. Options that are not about writing, direct I/O, priority, sync, progress and
+ * cancelling are not looked at. */
 int dcp_export_write(const struct dcp_io *io, const char *dir_path,
                      const struct dcp_export_file *files, uint32_t files_count,
                      const struct dcp_export_piece *pieces, uint64_t pieces_count,

@@ -45,16 +45,20 @@ int dcp_image_fill(const struct dcp_image *image, uint8_t *memory, const struct 
                    const struct dcp_engine_options *options, uint32_t *ret_crcs,
                    struct dcp_error *err) DCP_MUST_CHECK;
 
-/* The same with sources on options->devices, in two steps.  The first puts the copies of all their
- * payloads on the devices' streams, and counts into options->device_stats; it waits for none.
- * *ret_idle false: it failed, and copies may still write to `memory`, for ever. */
+/* The same with sources on options->devices, in two steps.  The first puts copies of their payloads
+ * on the devices' streams, as many as those take at a time, and counts into options->device_stats;
+ * it waits for none.  All that it is given is borrowed until the stage ends.  *ret_idle false: it
+ * failed, and copies may still write to `memory`, for ever. */
 struct dcp_device_stage;
+/* Room for the checksums that devices may compute of an image's payloads: options->device_crcs. */
+uint64_t dcp_image_checksums_bytes(const struct dcp_layout *layout);
 int dcp_image_begin(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
                     const struct dcp_layout *layout, const struct dcp_source *sources,
                     const struct dcp_engine_options *options, struct dcp_device_stage **ret_stage,
                     bool *ret_idle, struct dcp_error *err) DCP_MUST_CHECK;
-/* Fills the rest around them, and waits for each where it needs it.  Then, whatever it returns, the
- * caller ends the stage. */
+/* Puts the other copies, fills the rest around them, and waits for each where it needs it.  Once
+ * all payloads are in `memory` it calls options->brought, and does not look at `sources` again:
+ * they may be gone.  Then, whatever it returns, the caller ends the stage. */
 int dcp_image_end(const struct dcp_image *image, uint8_t *memory, const struct dcp_plan *plan,
                   const struct dcp_layout *layout, const struct dcp_source *sources,
                   const struct dcp_save_id *save_id, uint64_t n0,

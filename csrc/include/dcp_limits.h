@@ -89,6 +89,9 @@
 #define DCP_QUEUE_GRACE_NS 60000000000u
 /* Arenas that a process keeps: two saves in flight, and one each of private and shared memory. */
 #define DCP_MAX_ARENAS 4
+/* Address space that an arena reserves, in multiples of its first size: weights are saved before
+ * their optimizer has a state, which is a few times as large. */
+#define DCP_ARENA_ROOM 8
 /* Of the memory that the machine can spare an arena takes at most this many percent. */
 #define DCP_ARENA_SPARE_PERCENT 80
 /* Of a directory's path that a writer process is told, for its messages: PATH_MAX; longer ones are
@@ -125,20 +128,26 @@
 /* Dims of a strided box on a device once those that are one run are merged; a kernel's argument
  * holds them.  Boxes of more are copied another way. */
 #define DCP_DEVICE_DIMS 8
+/* Most between two rows of one copy: what CUDA's devices have as their largest pitch. */
+#define DCP_DEVICE_PITCH_BYTES INT32_MAX
 /* Device memory in which kernels pack many payloads for one copy to the host: 16 MiB keep a bus of
  * 50 GB/s busy for 30 times as long as it takes to start a kernel and a copy. */
 #define DCP_DEVICE_SLAB_BYTES (16u << 20)
-/* An event of the device for so many bytes that are staged: as many checksums as can be computed
- * while the next are on their way. */
-#define DCP_DEVICE_LANDING_BYTES (32u << 20)
+/* An event of the device for so many bytes that are staged, and no copy is longer: one this long
+ * takes the bus 300 microseconds, and the host as long for the checksum. */
+#define DCP_DEVICE_LANDING_BYTES (8u << 20)
 /* A copy waits for all that the trainer had put on its streams: whole steps, but not this long. */
 #define DCP_DEVICE_TIMEOUT_NS 600000000000u
 /* Copies of a save or load that failed get this long to end before their memory is given up. */
 #define DCP_DEVICE_GRACE_NS 60000000000u
 
-/* What messages over NCCL pass through on their way, on the device and pinned on the host: a round
- * of a gather takes this much of all ranks together. */
+/* What messages over NCCL pass through on their way, on the device and pinned on the host. */
 #define DCP_NCCL_SCRATCH_BYTES (8u << 20)
+/* Of that, what a round takes: of all ranks together where it is a gather. */
+#define DCP_NCCL_ROUND_BYTES (1u << 20)
+/* A group's first call has this time at most to connect, and to move its bytes: all ranks have just
+ * agreed to make it, and thousands of them take some seconds. */
+#define DCP_NCCL_CONNECT_NS 60000000000u
 /* A communicator that is given up gets this long to end, before it is left to its fate. */
 #define DCP_NCCL_GRACE_NS 10000000000u
 

@@ -19,20 +19,17 @@ extern "C" {
 /* A communicator that somebody else owns, as dcp_bridge.h finds it. */
 struct dcp_nccl_source {
     void *raw; /* ncclComm_t */
-    int32_t device_index;
     uint32_t rank;
     uint32_t size;
     uint64_t timeout_ns; /* of the group: of every step of a call of the table; 0: none */
-    void *stream;        /* the caller's current one: what goes before us where the communicator
-                          * cannot be split; NULL is the device's default stream */
 };
 
 /* A table over `source`, which lives at least until the first call returns, or as long as the table
  * where it cannot be split.  Makes a stream and the buffers, and looks whether the communicator is
- * well; communicates nothing: the first call of the table splits it.
+ * well; communicates nothing: the first call of the table splits it, within DCP_NCCL_CONNECT_NS.
  *
- * Every call of the table, and `destroy`, is for any thread, with or without the GIL; none is made
- * on the device's other streams.
+ * Every call of the table, and `destroy`, is for any thread, with or without the GIL; each comes
+ * after what the stream given to `follow` has been given before it, at first the default stream.
  *
  * DCP_E_UNSUPPORTED: no CUDA or no NCCL in this process; DCP_E_COMM: it is not well, or not of this
  * rank; DCP_E_NOMEM: no room for the buffers. */

@@ -5,6 +5,8 @@
  * when it has ended, so none is ever open.  Where nothing is recorded a span costs one branch that
  * is always taken the same way, and no clock is read.
  *
+ * A writer process records into a queue of its own and sends it with its answer.
+ *
  * Thread rule: anything may be recorded by any thread at any time; one thread at a time takes.
  */
 #ifndef DCP_TRACE_H
@@ -15,8 +17,9 @@
 #include "dcp_alloc.h"
 
 enum {
-    DCP_TRACE_EVENTS = 1 << 16, /* recorded and not taken; what comes then is dropped */
-    DCP_TRACE_FILE_BYTES = 40,  /* of a file's name, its end included; longer ones are cut */
+    DCP_TRACE_EVENTS = 1 << 16,      /* recorded and not taken; what comes then is dropped */
+    DCP_TRACE_TAKE_EVENTS = 1 << 10, /* at most, in one taking: about a millisecond */
+    DCP_TRACE_FILE_BYTES = 40,       /* of a file's name, its end included; longer ones are cut */
 };
 
 struct dcp_trace_event {
@@ -36,8 +39,9 @@ void dcp_trace_switch(bool on);
 /* Monotonic nanoseconds. */
 uint64_t dcp_trace_now_ns(void);
 void dcp_trace_record(const struct dcp_trace_event *event);
-/* Appends what was recorded as lines ",\n{...}" of JSON in the trace event format: times in
- * microseconds since `base_ns`, of the process `pid`.  *ret_count: how many lines. */
+/* Appends the oldest DCP_TRACE_TAKE_EVENTS that were recorded, or all, as lines ",\n{...}" of JSON
+ * in the trace event format: times in microseconds since `base_ns`, of the process `pid`.
+ * *ret_count: how many events; 0 when none is left. */
 int dcp_trace_take(struct dcp_buf *buf, uint64_t base_ns, uint32_t pid, uint64_t *ret_count,
                    struct dcp_error *err) DCP_MUST_CHECK;
 /* What the calling thread records from now on counts as done by `thread`, which waits for it and

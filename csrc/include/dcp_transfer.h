@@ -32,6 +32,15 @@ struct dcp_group;
 /* Takes `comm`.  `coordinator` is a rank of the group. */
 int dcp_group_new(struct dcp_comm *comm, uint32_t coordinator, struct dcp_group **ret_group,
                   struct dcp_error *err) DCP_MUST_CHECK;
+/* The same ranks over the same table, with a coordinator, plans and counts of its own.
+ * DCP_E_UNSUPPORTED: the table can have one owner alone. */
+int dcp_group_share(const struct dcp_group *group, uint32_t coordinator,
+                    struct dcp_group **ret_group, struct dcp_error *err) DCP_MUST_CHECK;
+/* The device over which the ranks talk; -1: they talk over none. */
+int32_t dcp_group_device(const struct dcp_group *group);
+/* From here on every call comes after what this stream of the group's device, the caller's, has
+ * been given before the call.  Without a device nothing. */
+void dcp_group_follow(struct dcp_group *group, void *stream);
 void dcp_group_destroy(struct dcp_group *group);
 const struct dcp_comm *dcp_group_comm(const struct dcp_group *group);
 struct dcp_comm_stats dcp_group_comm_stats(const struct dcp_group *group);
@@ -172,15 +181,22 @@ struct dcp_stage_params {
  * the caller writes from the sources instead. */
 int dcp_save_stage(struct dcp_save *save, const struct dcp_source *sources,
                    const struct dcp_stage_params *params, struct dcp_error *err) DCP_MUST_CHECK;
-/* The same in two steps, for sources on devices.  The first takes the arena and puts all copies on
- * the devices' streams; it waits for no device.  Failures as of dcp_save_stage. */
+/* The same in two steps, for sources on devices.  The first takes the arena and puts the first
+ * copies on the devices' streams; it waits for no device.  Failures as of dcp_save_stage. */
 int dcp_save_stage_begin(struct dcp_save *save, const struct dcp_source *sources,
                          const struct dcp_stage_params *params,
                          struct dcp_error *err) DCP_MUST_CHECK;
-/* On any thread: waits for the copies, and makes of them and of what lies on the host the files.
- * After it, and not before, `sources` may change or go away, whatever it returns. */
-int dcp_save_stage_end(struct dcp_save *save, const struct dcp_source *sources, atomic_int *cancel,
-                       struct dcp_error *err) DCP_MUST_CHECK;
+struct dcp_stage_end {
+    atomic_int *cancel;         /* may be NULL */
+    void (*brought)(void *ctx); /* may be NULL */
+    void *ctx;
+};
+
+/* On any thread: puts the other copies, waits for them, and makes of them and of what lies on the
+ * host the files.  Of a save with devices it calls how->brought once all bytes are in memory of
+ * ours: from then on, or else after it, `sources` may change or go away, whatever it returns. */
+int dcp_save_stage_end(struct dcp_save *save, const struct dcp_source *sources,
+                       const struct dcp_stage_end *how, struct dcp_error *err) DCP_MUST_CHECK;
 /* Touches arenas ahead that are as large as this save's would be; they are kept for the next.
  * DCP_E_IO: all but the process is ready. */
 int dcp_save_warm_up(struct dcp_save *save, const struct dcp_stage_params *params, uint32_t arenas,

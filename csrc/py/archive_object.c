@@ -24,7 +24,8 @@ struct archive_job {
     struct dcp_archive_entry *places;
     Py_buffer *views; /* of entries in memory; obj is NULL for all others */
     Py_buffer fetched;
-    PyObject *error; /* what `fetch` raised */
+    Py_buffer progress; /* of a 64-bit counter that others look at meanwhile; or nothing */
+    PyObject *error;    /* what `fetch` raised */
 };
 
 static void
@@ -36,6 +37,7 @@ job_free(PyObject *capsule)
         PyBuffer_Release(&job->views[i]);
     }
     PyBuffer_Release(&job->fetched);
+    PyBuffer_Release(&job->progress);
     PyMem_Free(job->views);
     PyMem_Free(job->places);
     Py_XDECREF(job->source);
@@ -162,6 +164,7 @@ fill_params(struct archive_job *job)
     params->fetch_ctx = job;
     job->options.sync = true;
     job->options.cancel = &job->cancel;
+    job->options.progress_bytes = (_Atomic uint64_t *)job->progress.buf; /* NULL: none */
 }
 
 static PyObject *
@@ -175,18 +178,21 @@ stats_of(const struct dcp_archive_stats *stats)
                          (unsigned long long)stats->write.wall_ns);
 }
 
-PyDoc_STRVAR(write_archive_doc,
-             "write_archive(source, image, target, name, folder, entries, fetch, *, align=64, "
-             "verify=True, direct=0, io_uring=0)\n--\n\n"
-             "Write a torch.save file from a checkpoint (dcp_archive.h).");
+PyDoc_STRVAR(
+    write_archive_doc,
+    "write_archive(source, image, target, name, folder, entries, fetch, *, align=64, "
+    "verify=True, direct=0, io_uring=0, progress=None)\n--\n\n"
+    "Write a torch.save file from a checkpoint (dcp_archive.h).  `progress`: an array('Q') of one "
+    "number, to which the bytes of entries are added as they are written.");
 
 static PyObject *
 module_write_archive(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"source", "image", "target", "name",   "folder",   "entries",
-                            "fetch",  "align", "verify", "direct", "io_uring", NULL};
+    static char *names[] = {"source",   "image",    "target", "name",   "folder",
+                            "entries",  "fetch",    "align",  "verify", "direct",
+                            "io_uring", "progress", NULL};
     struct module_state *state = PyModule_GetState(module);
-    PyObject *image, *name, *folder, *entries, *fetch, *result = NULL;
+    PyObject *image, *name, *folder, *entries, *fetch, *progress = Py_None, *result = NULL;
     int verify = 1, direct = DCP_DIRECT_AUTO, queue = DCP_QUEUE_AUTO;
     unsigned long long align = 64;
     struct archive_job *job = PyMem_Calloc(1, sizeof *job);
@@ -197,9 +203,9 @@ module_write_archive(PyObject *module, PyObject *args, PyObject *kwargs)
         return job == NULL ? PyErr_NoMemory() : NULL;
     }
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O&SO&SSO!O|$Kpii:write_archive", names, PyUnicode_FSConverter,
+            args, kwargs, "O&SO&SSO!O|$KpiiO:write_archive", names, PyUnicode_FSConverter,
             &job->source, &image, PyUnicode_FSConverter, &job->target, &name, &folder,
-            &PyTuple_Type, &entries, &fetch, &align, &verify, &direct, &queue)) {
+            &PyTuple_Type, &entries, &fetch, &align, &verify, &direct, &queue, &progress)) {
         Py_DECREF(capsule);
         return NULL;
     }
@@ -212,7 +218,9 @@ module_write_archive(PyObject *module, PyObject *args, PyObject *kwargs)
     job->options.verify = verify != 0;
     job->options.direct = (enum dcp_direct)direct;
     job->options.tuning.queue = (enum dcp_queue_use)queue;
-    if (take_entries(job) != 0) {
+    if (take_entries(job) != 0 ||
+        (progress != Py_None &&
+         native_take_number(progress, sizeof(uint64_t), "progress", &job->progress) != 0)) {
         Py_DECREF(capsule);
         return NULL;
     }

@@ -24,7 +24,7 @@
 static bool
 is_lent(const struct device_set *set)
 {
-    return set != NULL && !set->given_back;
+    return set != NULL && !set->given_back && set->pid == getpid();
 }
 
 /* ---- the caller's stream ---- */
@@ -262,7 +262,7 @@ device_set_give_back(struct device_set *set)
         return;
     }
     set->given_back = true;
-    for (uint32_t i = 0; i < set->list.count && set->pid == getpid(); i++) {
+    for (uint32_t i = 0; i < set->list.count; i++) {
         dcp_cuda_give_back(set->items[i]); /* tables are never freed: their names stay readable */
     }
 }

@@ -12,6 +12,7 @@ job_free(PyObject *capsule)
     struct export_job *job = PyCapsule_GetPointer(capsule, NULL);
 
     dcp_bump_clean_up(&job->memory);
+    PyBuffer_Release(&job->progress);
     Py_XDECREF(job->held);
     PyMem_Free(job);
 }

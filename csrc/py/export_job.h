@@ -23,6 +23,7 @@ struct export_job {
     struct dcp_engine_options options;
     struct dcp_export_stats stats;
     atomic_int cancel;
+    Py_buffer progress; /* of a 64-bit counter that others look at meanwhile; or nothing */
 };
 
 /* A job in a capsule, which owns it.  Returns new; NULL with an exception. */

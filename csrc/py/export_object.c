@@ -117,31 +117,39 @@ module_create(PyObject *module, PyObject *args)
 }
 
 static int
-options_from(struct export_job *job, int sync, int direct)
+options_from(struct export_job *job, int sync, int direct, PyObject *progress)
 {
     if (direct < DCP_DIRECT_AUTO || direct > DCP_DIRECT_ON) {
         PyErr_SetString(PyExc_ValueError, "direct is 0, 1 or 2");
         return -1;
+    }
+    if (progress != Py_None) {
+        if (native_take_number(progress, sizeof(uint64_t), "progress", &job->progress) != 0) {
+            return -1;
+        }
+        job->options.progress_bytes = (_Atomic uint64_t *)job->progress.buf;
     }
     job->options.sync = sync != 0;
     job->options.direct = (enum dcp_direct)direct;
     return 0;
 }
 
-PyDoc_STRVAR(write_doc,
-             "export_write(path, files, pieces, /, *, sync=True, direct=0, nice=0, io_priority=0, "
-             "limit_bytes_s=0)\n--\n\n"
-             "Write the pieces (file, offset, tensor, file strides; all in bytes) into the files "
-             "(name, length) of an export. Returns counts.");
+PyDoc_STRVAR(
+    write_doc,
+    "export_write(path, files, pieces, /, *, sync=True, direct=0, nice=0, io_priority=0, "
+    "limit_bytes_s=0, progress=None)\n--\n\n"
+    "Write the pieces (file, offset, tensor, file strides; all in bytes) into the files "
+    "(name, length) of an export. Returns counts.  `progress`: an array('Q') of one number, "
+    "to which bytes are added as they are written.");
 
 static PyObject *
 module_write(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"",  "", "", "sync", "direct", "nice", "io_priority", "limit_bytes_s",
-                            NULL};
+    static char *names[] = {
+        "", "", "", "sync", "direct", "nice", "io_priority", "limit_bytes_s", "progress", NULL};
     struct module_state *state = PyModule_GetState(module);
     struct export_job *job;
-    PyObject *path, *files, *pieces, *capsule;
+    PyObject *path, *files, *pieces, *progress = Py_None, *capsule;
     unsigned int priority = 0;
     unsigned long long limit = 0;
     int sync = 1, direct = DCP_DIRECT_AUTO, nice = 0;
@@ -149,11 +157,12 @@ module_write(PyObject *module, PyObject *args, PyObject *kwargs)
     if (native_state_load(module) != 0 || (capsule = export_job_new(&job)) == NULL) {
         return NULL;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$piiIK:export_write", names, &path, &files,
-                                     &pieces, &sync, &direct, &nice, &priority, &limit) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$piiIKO:export_write", names, &path, &files,
+                                     &pieces, &sync, &direct, &nice, &priority, &limit,
+                                     &progress) ||
         (job->path = export_job_path(job, path)) == NULL || export_job_files(job, files) != 0 ||
         export_job_pieces(job, &state->native, pieces) != 0 ||
-        options_from(job, sync, direct) != 0) {
+        options_from(job, sync, direct, progress) != 0) {
         return give_up(capsule);
     }
     job->options.tuning.nice = nice;
@@ -163,29 +172,33 @@ module_write(PyObject *module, PyObject *args, PyObject *kwargs)
 }
 
 PyDoc_STRVAR(join_doc,
-             "export_join(source_path, sources, path, files, tensors, /, *, sync=True, direct=0)\n"
+             "export_join(source_path, sources, path, files, tensors, /, *, sync=True, direct=0, "
+             "progress=None)\n"
              "--\n\n"
              "Fill the files of an export with tensors (name, file, offset, item bytes, sizes, "
-             "chunks) whose chunks (source, offset, box) lie in other files. Returns counts.");
+             "chunks) whose chunks (source, offset, box) lie in other files. Returns counts.  "
+             "`progress`: as export_write.");
 
 static PyObject *
 module_join(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"", "", "", "", "", "sync", "direct", NULL};
+    static char *keywords[] = {"", "", "", "", "", "sync", "direct", "progress", NULL};
     struct export_job *job;
-    PyObject *from, *sources, *path, *files, *tensors, *capsule = export_job_new(&job);
+    PyObject *from, *sources, *path, *files, *tensors, *progress = Py_None;
+    PyObject *capsule = export_job_new(&job);
     const char **names;
     int sync = 1, direct = DCP_DIRECT_AUTO;
 
     if (capsule == NULL) {
         return NULL;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|$pi:export_join", keywords, &from,
-                                     &sources, &path, &files, &tensors, &sync, &direct) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|$piO:export_join", keywords, &from,
+                                     &sources, &path, &files, &tensors, &sync, &direct,
+                                     &progress) ||
         (job->sources.dir_path = export_job_path(job, from)) == NULL ||
         export_job_names(job, sources, &names, &job->sources.count) != 0 ||
         (job->path = export_job_path(job, path)) == NULL || export_job_files(job, files) != 0 ||
-        export_job_tensors(job, tensors) != 0 || options_from(job, sync, direct) != 0) {
+        export_job_tensors(job, tensors) != 0 || options_from(job, sync, direct, progress) != 0) {
         return give_up(capsule);
     }
     job->sources.names = names;

@@ -20,8 +20,7 @@ enum { MAX_LANES = DCP_VOTE_LANES };
 struct group_args {
     PyObject *process_group; /* borrowed */
     unsigned int coordinator;
-    int device_index;          /* of the NCCL communicator to use; -1: the CPU backend */
-    unsigned long long stream; /* the caller's current one on that device */
+    int over_nccl; /* else over the CPU backend */
 };
 
 struct dcp_group *
@@ -51,11 +50,9 @@ make_nccl_comm(const struct dcp_bridge_table *bridge, const struct group_args *a
     }
     source = (struct dcp_nccl_source){
         .raw = found.raw,
-        .device_index = args->device_index,
         .rank = found.rank,
         .size = found.size,
         .timeout_ns = found.timeout_ns,
-        .stream = (void *)(uintptr_t)args->stream,
     };
     Py_BEGIN_ALLOW_THREADS;
     rc = dcp_nccl_comm_make(&source, ret_comm, err);
@@ -75,8 +72,8 @@ make_comm(struct module_state *state, const struct group_args *args, struct dcp_
         return 0;
     }
     dcp_error_clear(&err);
-    rc = args->device_index < 0 ? bridge->comm_from_group(args->process_group, ret_comm, &err)
-                                : make_nccl_comm(bridge, args, ret_comm, &err);
+    rc = args->over_nccl ? make_nccl_comm(bridge, args, ret_comm, &err)
+                         : bridge->comm_from_group(args->process_group, ret_comm, &err);
     if (rc != 0) {
         native_set_error(state->error_class, &err);
     }
@@ -86,17 +83,16 @@ make_comm(struct module_state *state, const struct group_args *args, struct dcp_
 static PyObject *
 group_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"process_group", "coordinator_rank", "device_index", "stream", NULL};
+    static char *names[] = {"process_group", "coordinator_rank", "over_nccl", NULL};
     struct module_state *state = module_state_of(type);
-    struct group_args made_of = {.process_group = Py_None, .device_index = -1};
+    struct group_args made_of = {.process_group = Py_None};
     struct group_object *self;
     struct dcp_comm comm = {0};
     struct dcp_error err;
 
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "|OIiK:Group", names, &made_of.process_group,
-                                     &made_of.coordinator, &made_of.device_index,
-                                     &made_of.stream) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "|OIp:Group", names, &made_of.process_group,
+                                     &made_of.coordinator, &made_of.over_nccl) ||
         native_state_load(PyType_GetModule(type)) != 0) {
         return NULL;
     }
@@ -134,8 +130,59 @@ group_dealloc(PyObject *object)
         Py_END_ALLOW_THREADS;
     }
     Py_XDECREF(self->reason);
+    Py_XDECREF(self->error);
     type->tp_free(object);
     Py_DECREF(type);
+}
+
+PyDoc_STRVAR(with_coordinator_doc,
+             "with_coordinator(coordinator_rank, /)\n--\n\n"
+             "The same ranks over the same communicator of NCCL, with a coordinator and plans of "
+             "its own.");
+
+static PyObject *
+group_with_coordinator(PyObject *object, PyObject *rank)
+{
+    struct group_object *self = (struct group_object *)object, *other;
+    struct dcp_group *group = group_object_get(object);
+    unsigned long coordinator = PyLong_AsUnsignedLong(rank);
+    struct dcp_error err;
+
+    if (group == NULL || PyErr_Occurred()) {
+        return NULL;
+    }
+    other = (struct group_object *)Py_TYPE(object)->tp_alloc(Py_TYPE(object), 0);
+    if (other == NULL) {
+        return NULL;
+    }
+    other->pid = self->pid;
+    other->reason = Py_XNewRef(self->reason);
+    dcp_error_clear(&err);
+    if (coordinator > UINT32_MAX ||
+        dcp_group_share(group, (uint32_t)coordinator, &other->group, &err) != 0) {
+        Py_DECREF(other);
+        return coordinator > UINT32_MAX
+                   ? PyErr_Format(PyExc_ValueError, "coordinator_rank %lu", coordinator)
+                   : native_set_error(module_error_class(object), &err);
+    }
+    return (PyObject *)other;
+}
+
+PyDoc_STRVAR(follow_doc, "follow(stream, /)\n--\n\n"
+                         "From here on collectives come after what this stream of `device_index` "
+                         "has been given before them.");
+
+static PyObject *
+group_follow(PyObject *self, PyObject *stream)
+{
+    struct dcp_group *group = group_object_get(self);
+    void *handle = PyLong_AsVoidPtr(stream);
+
+    if (group == NULL || PyErr_Occurred()) {
+        return NULL;
+    }
+    dcp_group_follow(group, handle);
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(forget_plan_doc, "forget_plan()\n--\n\n"
@@ -156,7 +203,8 @@ group_forget_plan(PyObject *self, PyObject *unused)
 
 PyDoc_STRVAR(reduce_min_doc,
              "reduce_min(numbers, /)\n--\n\n"
-             "Collective: the least of every rank's numbers, at each place; signed, of 64 bits.");
+             "Collective: the least of every rank's numbers, at each place; signed, of 64 bits.\n\n"
+             "An interrupt meanwhile is kept in `error`, for the other ranks have the result.");
 
 struct reduction {
     const struct dcp_comm *comm;
@@ -238,10 +286,12 @@ group_reduce_min(PyObject *self, PyObject *numbers)
         native_raise_pending(&pending);
         return NULL;
     }
+    if (pending != NULL) {
+        Py_XSETREF(((struct group_object *)self)->error, pending);
+    }
     if (rc != 0) {
-        Py_CLEAR(pending);
         native_set_error(module_error_class(self), &err);
-    } else if (native_raise_pending(&pending) == 0) {
+    } else {
         result = list_of_lanes(reduction);
     }
     dcp_free(reduction);
@@ -270,6 +320,13 @@ group_get_kind(PyObject *self, void *unused)
 }
 
 static PyObject *
+group_get_device_index(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(dcp_group_device(((struct group_object *)self)->group));
+}
+
+static PyObject *
 group_get_coordinator_rank(PyObject *self, void *unused)
 {
     (void)unused;
@@ -290,6 +347,8 @@ group_comm_stats(PyObject *self, PyObject *unused)
 }
 
 static PyMethodDef group_methods[] = {
+    {"with_coordinator", group_with_coordinator, METH_O, with_coordinator_doc},
+    {"follow", group_follow, METH_O, follow_doc},
     {"forget_plan", group_forget_plan, METH_NOARGS, forget_plan_doc},
     {"reduce_min", group_reduce_min, METH_O, reduce_min_doc},
     {"comm_stats", group_comm_stats, METH_NOARGS, comm_stats_doc},
@@ -300,6 +359,7 @@ static PyGetSetDef group_getset[] = {
     {"rank", group_get_rank, NULL, "This process's rank in the group.", NULL},
     {"size", group_get_size, NULL, "Number of ranks.", NULL},
     {"kind", group_get_kind, NULL, "The comm table in use: 'local', 'gloo', ...", NULL},
+    {"device_index", group_get_device_index, NULL, "Over which they talk; -1: over none.", NULL},
     {"coordinator_rank", group_get_coordinator_rank, NULL, "Group rank of the coordinator.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -307,14 +367,15 @@ static PyGetSetDef group_getset[] = {
 static PyMemberDef group_members[] = {
     {"reason", T_OBJECT, offsetof(struct group_object, reason), 0,
      "Why its ranks talk over what they do, for reports."},
+    {"error", T_OBJECT, offsetof(struct group_object, error), 0,
+     "What the next call on it has to tell the other ranks of, and to raise: an exception."},
     {NULL, 0, 0, 0, NULL},
 };
 
-PyDoc_STRVAR(group_doc,
-             "Group(process_group=None, coordinator_rank=0, device_index=-1, stream=0)\n--\n\n"
-             "The ranks of a torch ProcessGroup, or this process alone.\n\n"
-             "device_index: of the current device, over whose NCCL communicator they talk; -1: "
-             "over the CPU backend.  stream: the current one there.");
+PyDoc_STRVAR(group_doc, "Group(process_group=None, coordinator_rank=0, over_nccl=False)\n--\n\n"
+                        "The ranks of a torch ProcessGroup, or this process alone.\n\n"
+                        "They talk over the group's CPU backend, or over its NCCL communicator of "
+                        "the current device.");
 
 static PyType_Slot group_slots[] = {
     {Py_tp_doc, (void *)group_doc},

@@ -109,6 +109,37 @@ load_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+/* Everything has arrived or will not.  0, or -1 with an exception. */
+static int
+end_pieces(struct load_object *self)
+{
+    struct dcp_device_put *put = self->put;
+    int rc;
+
+    self->put = NULL;
+    Py_BEGIN_ALLOW_THREADS dcp_device_put_destroy(put); /* it may wait for a device that hangs */
+    Py_END_ALLOW_THREADS rc = device_set_lead(self->devices);
+    device_set_give_back(self->devices);
+    load_receiver_finish(&self->receiver);
+    return rc;
+}
+
+/* The same for a load whose caller is gone, in whatever state that left Python. */
+static void
+end_for_nobody(struct load_object *self)
+{
+    PyObject *type, *value, *traceback;
+
+    if (self->put == NULL) {
+        return;
+    }
+    PyErr_Fetch(&type, &value, &traceback);
+    if (end_pieces(self) != 0) {
+        PyErr_WriteUnraisable(NULL);
+    }
+    PyErr_Restore(type, value, traceback);
+}
+
 /* The exceptions that it keeps hold frames that hold it. */
 static int
 load_traverse(PyObject *object, visitproc visit, void *arg)
@@ -118,8 +149,7 @@ load_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->pending);
     Py_VISIT(self->interrupt);
-    Py_VISIT(self->receiver.error);
-    return 0;
+    return load_receiver_traverse(&self->receiver, visit, arg);
 }
 
 static int
@@ -129,7 +159,7 @@ load_clear(PyObject *object)
 
     Py_CLEAR(self->pending);
     Py_CLEAR(self->interrupt);
-    Py_CLEAR(self->receiver.error);
+    load_receiver_clean_up(&self->receiver);
     return 0;
 }
 
@@ -140,7 +170,7 @@ load_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
 
     PyObject_GC_UnTrack(object);
-    dcp_device_put_destroy(self->put);
+    end_for_nobody(self);
     load_receiver_clean_up(&self->receiver);
     load_targets_clean_up(&self->targets);
     device_set_clean_up(&self->devices);
@@ -378,21 +408,6 @@ begin_pieces(struct load_object *self, struct module_state *state, PyObject *rec
     return 0;
 }
 
-/* Everything has arrived or will not.  0, or -1 with an exception. */
-static int
-end_pieces(struct load_object *self)
-{
-    struct dcp_device_put *put = self->put;
-    int rc;
-
-    self->put = NULL;
-    Py_BEGIN_ALLOW_THREADS dcp_device_put_destroy(put);
-    Py_END_ALLOW_THREADS rc = device_set_lead(self->devices);
-    device_set_give_back(self->devices);
-    load_receiver_finish(&self->receiver);
-    return rc;
-}
-
 static PyObject *
 load_read(PyObject *object, PyObject *receiver)
 {
@@ -404,7 +419,12 @@ load_read(PyObject *object, PyObject *receiver)
     if (state == NULL || native_raise_pending(&self->pending) != 0) {
         return NULL;
     }
-    if (begin_pieces(self, state, receiver) != 0 || !run_step(object, step_read, &rc, &err)) {
+    if (begin_pieces(self, state, receiver) != 0) {
+        device_set_give_back(self->devices); /* nothing is on their streams */
+        load_receiver_finish(&self->receiver);
+        return NULL;
+    }
+    if (!run_step(object, step_read, &rc, &err)) {
         return NULL;
     }
     if (end_pieces(self) != 0 && rc == 0) {

@@ -48,14 +48,27 @@ load_receiver_raise(struct load_receiver *self)
 void
 load_receiver_finish(struct load_receiver *self)
 {
-    for (size_t i = 0; i < self->open_count; i++) {
-        Py_DECREF(self->open[i].tensor);
+    while (self->open_count > 0) {
+        self->open_count--; /* first: what it lets go of may run the garbage collector */
+        Py_DECREF(self->open[self->open_count].tensor);
     }
     dcp_free(self->open);
     self->open = NULL;
-    self->open_count = self->open_cap = 0;
+    self->open_cap = 0;
     Py_CLEAR(self->slab);
     Py_CLEAR(self->receiver);
+}
+
+int
+load_receiver_traverse(const struct load_receiver *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->receiver);
+    Py_VISIT(self->error);
+    Py_VISIT(self->slab);
+    for (size_t i = 0; i < self->open_count; i++) {
+        Py_VISIT(self->open[i].tensor);
+    }
+    return 0;
 }
 
 void

@@ -31,6 +31,8 @@ void load_receiver_init(struct load_receiver *self, const struct native_state *s
 void load_receiver_finish(struct load_receiver *self);
 /* Raises what Python raised while reading: -1; else 0. */
 int load_receiver_raise(struct load_receiver *self);
+/* For the garbage collector: what it owns may hold the load. */
+int load_receiver_traverse(const struct load_receiver *self, visitproc visit, void *arg);
 /* Idempotent. */
 void load_receiver_clean_up(struct load_receiver *self);
 

@@ -34,6 +34,7 @@ PyObject *module_error_class(PyObject *object);
 struct group_object {
     PyObject_HEAD struct dcp_group *group;
     PyObject *reason; /* a string of whoever chose how its ranks talk; NULL: None */
+    PyObject *error;  /* what the next call on it has to fail with; NULL: None */
     pid_t pid;        /* a forked child refuses to use it */
 };
 /* NULL with an exception when the group is not usable in this process. */

@@ -231,3 +231,17 @@ native_run_or_raise(PyObject *owner, native_fn fn, void *self, atomic_int *cance
     }
     return 0;
 }
+
+int
+native_take_number(PyObject *number, size_t bytes, const char *name, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(number, view, PyBUF_WRITABLE) != 0) {
+        return -1;
+    }
+    if ((size_t)view->len != bytes || (uintptr_t)view->buf % bytes != 0) {
+        PyErr_Format(PyExc_ValueError, "%s must be one aligned number of %zu bits", name,
+                     8 * bytes);
+        return -1;
+    }
+    return 0;
+}

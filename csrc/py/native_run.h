@@ -37,4 +37,9 @@ void native_keep_pending(PyObject **pending);
 int native_run_or_raise(PyObject *owner, native_fn fn, void *self, atomic_int *cancel,
                         PyObject **own, PyObject *error_class);
 
+/* Takes the memory of exactly one number of `bytes`, which the core changes atomically while others
+ * look at it, or they while it looks: -1 with an exception where `number`, called `name`, is none.
+ */
+int native_take_number(PyObject *number, size_t bytes, const char *name, Py_buffer *view);
+
 #endif

@@ -206,6 +206,7 @@ save_is_staging(PyObject *object, PyObject *unused)
 void
 save_stage_give_up(struct save_object *self)
 {
+    const struct dcp_stage_end how = {.cancel = &self->cancel};
     struct dcp_error err;
     int rc;
 
@@ -216,8 +217,7 @@ save_stage_give_up(struct save_object *self)
     self->stage_open = self->staged = false;
     atomic_store(&self->cancel, 1);
     dcp_error_clear(&err);
-    Py_BEGIN_ALLOW_THREADS rc =
-        dcp_save_stage_end(self->save, self->items.sources, &self->cancel, &err);
+    Py_BEGIN_ALLOW_THREADS rc = dcp_save_stage_end(self->save, self->items.sources, &how, &err);
     Py_END_ALLOW_THREADS(void) rc; /* why the save fails is known */
     save_end_sources(self);
 }

@@ -2,7 +2,7 @@
  * trace_object.c: recorded events as bytes for Python, which owns the files (_trace.py).
  *
  * Lines of JSON are made in C: of Python objects a busy save would need tens of thousands.
- * Taking is for one thread at a time: the GIL is kept.
+ * Taking is for one thread at a time: the GIL is kept, for the millisecond that it takes at most.
  */
 #include "trace_object.h"
 
@@ -26,8 +26,8 @@ trace_switch(PyObject *module, PyObject *on)
 
 const char trace_take_doc[] =
     "trace_take(base_ns, pid, /)\n--\n\n"
-    "What was recorded since the last call: bytes of `,\\n{...}` per event, its times in "
-    "microseconds since time.monotonic_ns() was `base_ns`.";
+    "The oldest thousand events that were recorded and not taken, or fewer: bytes of `,\\n{...}` "
+    "per event, its times in microseconds since time.monotonic_ns() was `base_ns`.";
 
 PyObject *
 trace_take(PyObject *module, PyObject *args)

@@ -15,10 +15,12 @@
 struct verify_job {
     struct dcp_verify_options options;
     struct dcp_verify_result result;
-    atomic_int cancel;
+    atomic_int own_cancel;
+    atomic_int *cancel;     /* `own_cancel`, or the caller's word, which stops several checks */
     PyObject *path;         /* bytes */
     PyObject *translations; /* a tuple of pairs of bytes */
     Py_buffer progress;     /* of a 64-bit counter that others look at meanwhile; or nothing */
+    Py_buffer stop;         /* of the caller's word; or nothing */
 };
 
 static void
@@ -30,6 +32,7 @@ job_free(PyObject *capsule)
     Py_XDECREF(job->path);
     Py_XDECREF(job->translations);
     PyBuffer_Release(&job->progress);
+    PyBuffer_Release(&job->stop);
     PyMem_Free((void *)job->options.translations);
     PyMem_Free(job);
 }
@@ -174,38 +177,42 @@ take_translations(struct verify_job *job, PyObject *pairs)
     return 0;
 }
 
-/* None, or writable memory of exactly one counter where it may be added to atomically. */
+/* Each None, or a number that others look at or change meanwhile. */
 static int
-take_progress(struct verify_job *job, PyObject *counter)
+take_numbers(struct verify_job *job, PyObject *progress, PyObject *cancel)
 {
-    if (counter == Py_None) {
-        return 0;
+    if (progress != Py_None) {
+        if (native_take_number(progress, sizeof(uint64_t), "progress", &job->progress) != 0) {
+            return -1;
+        }
+        job->options.progress_bytes = (_Atomic uint64_t *)job->progress.buf;
     }
-    if (PyObject_GetBuffer(counter, &job->progress, PyBUF_WRITABLE) != 0) {
-        return -1;
+    job->cancel = &job->own_cancel;
+    if (cancel != Py_None) {
+        if (native_take_number(cancel, sizeof(int), "cancel", &job->stop) != 0) {
+            return -1;
+        }
+        job->cancel = (atomic_int *)job->stop.buf;
     }
-    if (job->progress.len != sizeof(uint64_t) ||
-        (uintptr_t)job->progress.buf % _Alignof(uint64_t) != 0) {
-        PyErr_SetString(PyExc_ValueError, "progress must be one aligned 64-bit number");
-        return -1;
-    }
-    job->options.progress_bytes = (_Atomic uint64_t *)job->progress.buf;
+    job->options.cancel = job->cancel;
     return 0;
 }
 
 PyDoc_STRVAR(verify_doc,
              "verify_checkpoint(path, *, level=2, direct=0, problems_most=100, part=0, parts=0, "
-             "translations=(), progress=None)\n--\n\n"
+             "translations=(), progress=None, cancel=None)\n--\n\n"
              "Check a checkpoint without loading it (dcp_verify.h).  `progress`: an array('Q') of "
-             "one number, to which bytes are added as they are gone through.");
+             "one number, to which bytes are added as they are gone through.  `cancel`: an "
+             "array('i') of one number, which stops this check, and others that have it, once it "
+             "is not 0; an interrupt sets it.");
 
 static PyObject *
 module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"path",         "level",    "direct", "problems_most", "part", "parts",
-                            "translations", "progress", NULL};
+    static char *names[] = {"path",  "level",        "direct",   "problems_most", "part",
+                            "parts", "translations", "progress", "cancel",        NULL};
     struct module_state *state = PyModule_GetState(module);
-    PyObject *translations = NULL, *progress = Py_None, *result = NULL;
+    PyObject *translations = NULL, *progress = Py_None, *cancel = Py_None, *result = NULL;
     int level = DCP_VERIFY_FULL, direct = DCP_DIRECT_AUTO;
     unsigned int most = DCP_VERIFY_PROBLEMS, part = 0, parts = 0;
     struct verify_job *job = PyMem_Calloc(1, sizeof *job);
@@ -215,10 +222,11 @@ module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
         PyMem_Free(job);
         return job == NULL ? PyErr_NoMemory() : NULL;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIO!O:verify_checkpoint", names,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|$iiIIIO!OO:verify_checkpoint", names,
                                      PyUnicode_FSConverter, &job->path, &level, &direct, &most,
-                                     &part, &parts, &PyTuple_Type, &translations, &progress) ||
-        take_progress(job, progress) != 0 ||
+                                     &part, &parts, &PyTuple_Type, &translations, &progress,
+                                     &cancel) ||
+        take_numbers(job, progress, cancel) != 0 ||
         (translations != NULL && take_translations(job, translations) != 0)) {
         Py_DECREF(capsule);
         return NULL;
@@ -228,8 +236,7 @@ module_verify(PyObject *module, PyObject *args, PyObject *kwargs)
     job->options.problems_most = most;
     job->options.part = part;
     job->options.parts = parts;
-    job->options.cancel = &job->cancel;
-    if (native_run_or_raise(capsule, job_run, job, &job->cancel, NULL, state->error_class) == 0) {
+    if (native_run_or_raise(capsule, job_run, job, job->cancel, NULL, state->error_class) == 0) {
         result = result_of(&job->result);
     }
     Py_DECREF(capsule);

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import objects
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import Checkpoint, Entry, add_rank
 from .output import CommandError, Output
 from .units import box_text, bytes_text, shape_text
 
@@ -41,11 +41,12 @@ def add(commands: Any) -> None:
         "--slice", default="", metavar="S", help="a part, as in Python: '0:10, :5', '3', '..., -1'"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write FILE (.npy)")
+    add_rank(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    checkpoint = Checkpoint(args.dir)
+    checkpoint = Checkpoint(args.dir, args.rank)
     entry = checkpoint.entry(args.key)
     if entry.shape is None:
         return _object(checkpoint, entry, args, out)

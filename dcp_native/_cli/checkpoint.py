@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import _native
 from .output import CommandError
+from .units import natural
 
 METADATA = ".metadata"
 CLAIM_PREFIX = ".dcp_native-claim-"
@@ -66,25 +67,32 @@ class Chunk(NamedTuple):
 class Checkpoint:
     """What the metadata of a directory says.
 
+    Args:
+        rank: of a checkpoint that its ranks saved apart, only what this one saved.
+
     Attributes:
         images: the metadata files by name: ``.metadata``, or ``__{rank}.metadata`` of single ranks.
+        apart: keys that ranks saved with different types or shapes; behind the first rank's these
+            have the rank in their names.
         native: written by dcp_native.
         files: names of data files.
         file, offset, length, transforms: columns of the chunks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int | None = None) -> None:
         self.path = path
-        self.images = _read_images(path)
+        self.images = _read_images(path, rank)
         tables = [_table(path / name, image) for name, image in self.images.items()]
         self.native = all(table["native"] for table in tables)
         self.linked_saves = max(table["linked_saves"] for table in tables)
         self.foreign = next((t["foreign"] for t in tables if t["foreign"]), None)
         self.save_id = _native.peek_save_id(self.images[METADATA]) if self.is_whole else None
+        self.apart: list[str] = []
         if len(tables) == 1:
             self._take(tables[0])
         else:
-            self._take(_joined(tables))
+            ranks = [_rank_of_metadata(name) for name in self.images]
+            self._take(_joined(tables, ranks, self.apart))
 
     def _take(self, table: dict[str, Any]) -> None:
         self.files: list[str] = table["files"]
@@ -131,6 +139,14 @@ class Checkpoint:
                 counts[file] += 1
         return list(zip(totals, counts, strict=True))
 
+    def ends_by_file(self) -> list[int]:
+        """Where the last record of each data file ends."""
+        ends = [0] * len(self.files)
+        for file, offset, length in zip(self.file, self.offset, self.length, strict=True):
+            if file != NO_FILE and ends[file] < offset + length:
+                ends[file] = offset + length
+        return ends
+
     def entry(self, key: str) -> Entry:
         """Raises CommandError, with keys that look alike."""
         for entry in self.entries:
@@ -141,6 +157,16 @@ class Checkpoint:
         near = difflib.get_close_matches(key, [e.key for e in self.entries[:20000]], n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise CommandError(f"{self.path}: there is no key {key}{hint}", 1)
+
+
+def add_rank(parser: Any) -> None:
+    """``--rank``, which ``Checkpoint`` takes."""
+    parser.add_argument(
+        "--rank",
+        type=natural,
+        metavar="N",
+        help="of a checkpoint that its ranks saved apart, only what rank N saved",
+    )
 
 
 def rank_of(file: str) -> int | None:
@@ -159,12 +185,18 @@ def metadata_names(path: str | os.PathLike) -> list[str]:
         names = [e.name for e in found if e.name == METADATA or _RANK_METADATA.fullmatch(e.name)]
     if METADATA in names:
         return [METADATA]
-    return sorted(names, key=lambda name: int(name[2:].partition(".")[0]))
+    return sorted(names, key=_rank_of_metadata)
 
 
-def _read_images(path: Path) -> dict[str, bytes]:
+def _rank_of_metadata(name: str) -> int:
+    return int(name[2:].partition(".")[0])
+
+
+def _read_images(path: Path, rank: int | None) -> dict[str, bytes]:
     try:
         names = metadata_names(path)
+        if names and rank is not None:
+            names = [_of_rank(path, names, rank)]
         images = {name: (path / name).read_bytes() for name in names}
     except NotADirectoryError:
         raise CommandError(f"{path} is no directory; a checkpoint is one") from None
@@ -175,6 +207,15 @@ def _read_images(path: Path) -> dict[str, bytes]:
     inside = _checkpoints_inside(path)
     hint = f"; its {inside} has one" if inside else ""
     raise CommandError(f"{path} holds no checkpoint: there is no {METADATA} in it{hint}", 1)
+
+
+def _of_rank(path: Path, names: list[str], rank: int) -> str:
+    if names == [METADATA]:
+        raise CommandError(f"{path} was saved by all ranks together: there is no --rank in it")
+    name = f"__{rank}.metadata"
+    if name not in names:
+        raise CommandError(f"{path}: rank {rank} saved nothing; there is no {name}", 1)
+    return name
 
 
 def _checkpoints_inside(path: Path) -> str | None:
@@ -193,13 +234,16 @@ def _table(path: Path, image: bytes) -> dict[str, Any]:
         raise CommandError(text if str(path) in text else f"{path}: {text}", 1) from None
 
 
-def _joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
-    """One table of the metadata of single ranks; a key that several have gets the chunks of all."""
+def _joined(tables: list[dict[str, Any]], ranks: list[int], apart: list[str]) -> dict[str, Any]:
+    """One table of the metadata of single ranks; a key that several have gets the chunks of all.
+
+    Appends to ``apart`` the keys that can not be joined.
+    """
     columns = ("chunk_file", "chunk_offset", "chunk_length", "chunk_transforms", "chunk_dims")
     entries: dict[str, Entry] = {}
     files: list[str] = []
     joined: dict[str, list[int]] = {name: [] for name in (*columns, "dims")}
-    for table in tables:
+    for rank, table in zip(ranks, tables, strict=True):
         shift = {"chunk_file": len(files), "chunk_dims": len(joined["dims"])}
         before = len(joined["chunk_file"])
         for name, values in joined.items():
@@ -210,6 +254,9 @@ def _joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
         for entry in map(Entry._make, table["entries"]):
             mine = [before + index for index in entry.chunks]
             known = entries.get(entry.key)
+            if known is not None and (known.dtype, known.shape) != (entry.dtype, entry.shape):
+                apart.append(f"{entry.key} (rank {rank})")
+                entry, known = entry._replace(key=apart[-1]), None
             stored = entry.stored_bytes
             if known is not None:
                 mine, stored = [*known.chunks, *mine], stored + known.stored_bytes

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, Entry
-from .values import Box, Reader, whole, windows
+from .values import Box, Reader, bits, whole, windows
 
 _PART_ELEMENTS = 1 << 17
 """Compared at a time, in temporaries of 8 bytes each that stay in the cache."""
@@ -103,7 +103,7 @@ class Comparer:
         found.elements += x.numel()
         if x.numel() == 0:
             return
-        if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
+        if x.dtype == y.dtype and torch.equal(bits(x), bits(y)):
             nans = int(torch.isnan(x).sum()) if _has_nans(x.dtype) else 0
             found.nans_a += nans
             found.nans_b += nans
@@ -147,10 +147,6 @@ class Comparer:
             found.max_rel = max(
                 found.max_rel, float(torch.where(size == 0, torch.inf, off / size).max())
             )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _has_nans(dtype: torch.dtype) -> bool:

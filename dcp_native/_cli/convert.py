@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._config import configure
-from .checkpoint import Checkpoint, metadata_names
+from .checkpoint import Checkpoint, add_rank, metadata_names
 from .output import CommandError, Output, one_line
 from .units import bytes_text, count_text, positive, seconds_text
 
@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="unpickle objects that only arbitrary code can load; for files that you trust",
     )
+    add_rank(parser)
     parser.set_defaults(run=run)
 
 
@@ -57,18 +58,23 @@ def run(args: argparse.Namespace, out: Output) -> int:
     target = args.to or _kind_to_make(args.target, source, args.files)
     step = _STEPS.get((source, target))
     if step is None:
-        raise CommandError(f"{args.source} is {_NAMES[source]} already")
+        raise CommandError(f"{args.source} is {_A[source]} already")
     if target == "torch" and args.files not in (None, 1):
         raise CommandError("a torch.save file is one file: no --files")
     if source == target == "dcp" and args.files is None:
         raise CommandError(f"{args.source} is a checkpoint already; --files N makes one of N files")
+    if args.rank is not None and (source, target) != ("dcp", "hf"):
+        raise CommandError("--rank is for checkpoints that become Hugging Face files")
     _check_target(args.target, target, args.overwrite)
-    began = time.monotonic()
+    began, was_there = time.monotonic(), args.target.exists()
     try:
         step(args, out)
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:  # torch's CheckpointException is no Exception
+        if not was_there:
+            with contextlib.suppress(OSError):  # it is no directory, or something is in it
+                args.target.rmdir()
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise _explained(error) from None
     seconds = time.monotonic() - began
     size, files = _made(args.target)
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+_A = {"dcp": "a checkpoint", "torch": "a torch.save file", "hf": "Hugging Face files"}
 _NAMES = {"dcp": "checkpoint", "torch": "torch.save file", "hf": "Hugging Face files"}
 
 
@@ -220,7 +227,11 @@ def _dcp_to_hf(args: argparse.Namespace, out: Output) -> None:
     from .hugging_face import CheckpointTensors, export
 
     export(
-        CheckpointTensors(Checkpoint(args.source)), args.target, args.files, args.skip_objects, out
+        CheckpointTensors(Checkpoint(args.source, args.rank)),
+        args.target,
+        args.files,
+        args.skip_objects,
+        out,
     )
 
 

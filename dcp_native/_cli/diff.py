@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import objects
-from .checkpoint import Checkpoint, Entry, rank_of
+from .checkpoint import Checkpoint, Entry, add_rank, rank_of
 from .inspect import select
 from .output import Column, CommandError, Output
 from .units import count_text, shape_text
@@ -61,6 +61,7 @@ def add(commands: Any) -> None:
         help="and those that differ by at most X times the value in A (0)",
     )
     parser.add_argument("--placement", action="store_true", help="placement counts, too")
+    add_rank(parser)
     parser.set_defaults(run=run)
 
 
@@ -72,7 +73,7 @@ def _threshold(text: str) -> float:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    a, b = Checkpoint(args.a), Checkpoint(args.b)
+    a, b = Checkpoint(args.a, args.rank), Checkpoint(args.b, args.rank)
     mine = {entry.key: entry for entry in select(a, args.keys)}
     others = {entry.key: entry for entry in select(b, args.keys)}
     if args.keys and not mine and not others:

@@ -34,6 +34,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
     whole = sum(size for _, size, _ in groups.values())
     files = _files(checkpoint)
     missing = [file["name"] for file in files if file["file_bytes"] is None]
+    short = [
+        file["name"]
+        for file in files
+        if file["file_bytes"] is not None and file["file_bytes"] < file["end_bytes"]
+    ]
     on_disk = sum(file["file_bytes"] or 0 for file in files) + checkpoint.metadata_bytes
     rows = sorted(groups.items(), key=lambda item: -item[1][1])
     if out.as_json:
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "ranks": totals(checkpoint)["ranks"],
             "files": files,
         })  # fmt: skip
-        return 1 if missing else 0
+        return 1 if missing or short else 0
     out.table(
         (
             Column("size", True), Column("share", True), Column("keys", True),
@@ -86,7 +91,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if missing:
         names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         out.line(f"missing: {count_text(len(missing), 'data file')} ({names})", style="bold red")
-    return 1 if missing else 0
+    if short:
+        names = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
+        out.line(f"cut short: {count_text(len(short), 'data file')} ({names})", style="bold red")
+    return 1 if missing or short else 0
 
 
 def _by_prefix(
@@ -111,13 +119,16 @@ def _by_prefix(
 
 def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     found = []
-    for name, (size, records) in zip(checkpoint.files, checkpoint.bytes_by_file(), strict=True):
+    ends = checkpoint.ends_by_file()
+    for (name, (size, records)), end in zip(
+        zip(checkpoint.files, checkpoint.bytes_by_file(), strict=True), ends, strict=True
+    ):
         try:
             on_disk = (checkpoint.path / name).stat().st_size
         except OSError:
             on_disk = None
         found.append({
             "name": name, "rank": rank_of(name), "records": records, "record_bytes": size,
-            "file_bytes": on_disk,
+            "file_bytes": on_disk, "end_bytes": end,
         })  # fmt: skip
     return found

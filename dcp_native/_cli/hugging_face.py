@@ -55,6 +55,12 @@ class CheckpointTensors:
     """Tensors of a checkpoint, read when they are asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.apart:
+            raise CommandError(
+                f"ranks saved different things by one name ({checkpoint.apart[0]}, say): --rank N "
+                "takes those of one rank",
+                1,
+            )
         entries = [entry for entry in checkpoint.entries if entry.shape is not None]
         self.shapes = {e.key: shape_of(e.key, dtype_of(e), e.shape or ()) for e in entries}
         self.objects = [entry.key for entry in checkpoint.entries if not entry.is_tensor]
@@ -162,7 +168,7 @@ def mapped_tensors(source: Path) -> dict[str, torch.Tensor]:
         if CUSTOM_METADATA_KEY in header.texts:
             raise CommandError(
                 f"{path} is a shard file of a distributed save: join the shard files first, by "
-                "dcp_native.consolidate_safetensors_files"
+                "consolidate_safetensors_files of dcp_native._consolidate_hf_safetensors"
             )
         for key, tensor in _mapped(path, header):
             if key in found:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 from . import tree
-from .checkpoint import Checkpoint, Entry, rank_of
+from .checkpoint import Checkpoint, Entry, add_rank, rank_of
 from .objects import describe_object
 from .output import Column, CommandError, Output
 from .units import box_text, bytes_text, count_text, shape_text
 
 _MOST_ROWS = 400
 _MOST_RANKS = 16
+_MOST_PREFIXES = 16
 
 
 def add(commands: Any) -> None:
@@ -24,17 +26,18 @@ def add(commands: Any) -> None:
         "inspect",
         help="what is in a checkpoint",
         description="Shows the keys of a checkpoint as a tree, with types, shapes and sizes, and "
-        "totals by type and rank. With KEY: that tensor's chunks, and which rank's file holds "
-        "which box of it; an object's value; or the keys below a prefix.",
+        "totals by type, prefix and rank. With KEY: that tensor's chunks, and which rank's file "
+        "holds which box of it; an object's value; or the keys below a prefix.",
     )
     parser.add_argument("dir", type=Path, help="the checkpoint's directory")
     parser.add_argument("key", nargs="*", help="key, prefix of keys, or shell pattern")
     parser.add_argument("--all", action="store_true", help="every key, also where layers are alike")
+    add_rank(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    checkpoint = Checkpoint(args.dir)
+    checkpoint = Checkpoint(args.dir, args.rank)
     exact, below = _select(checkpoint, args.key)
     if out.as_json:
         out.json(_document(checkpoint, exact, below, bool(args.key)))
@@ -110,9 +113,9 @@ def _tree(checkpoint: Checkpoint, entries: list[Entry], every: bool, out: Output
     root = tree.build(entries)
     if not every:
         tree.merge_alike(root)
-    rows = list(tree.rows(checkpoint, root))
-    hidden = 0 if every else max(0, len(rows) - _MOST_ROWS)
-    out.table(tree.COLUMNS, rows[:_MOST_ROWS] if hidden else rows)
+    rows = list(itertools.islice(tree.rows(checkpoint, root), None if every else _MOST_ROWS))
+    out.table(tree.COLUMNS, rows)
+    hidden = tree.count_rows(root) - len(rows)
     if hidden:
         out.line(f"... and {count_text(hidden, 'more line')}: name a prefix, or give --all")
     out.line()
@@ -151,15 +154,26 @@ def totals(checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
 def _totals(checkpoint: Checkpoint, out: Output) -> None:
     found = totals(checkpoint)
     whole = sum(row["bytes"] for row in found["dtypes"])
-    share = lambda size: f"{100 * size / whole:.1f}%" if whole else ""  # noqa: E731
-    out.table(
-        (Column("by type"), Column("keys", True), Column("size", True), Column("share", True)),
-        [
-            (row["dtype"], f"{row['keys']:,}", bytes_text(row["bytes"]), share(row["bytes"]))
-            for row in found["dtypes"]
-        ],
-    )
-    out.line()
+    for title, kind, most in (("type", "dtype", None), ("prefix", "prefix", _MOST_PREFIXES)):
+        rows = found["dtypes" if kind == "dtype" else "prefixes"]
+        if kind == "prefix" and all(row["keys"] == 1 for row in rows):
+            continue  # the tree has said that
+        shown = [(row[kind], row["keys"], row["bytes"]) for row in rows[:most]]
+        if len(rows) > len(shown):
+            rest = rows[len(shown) :]
+            keys, size = (sum(row[name] for row in rest) for name in ("keys", "bytes"))
+            shown.append((f"{len(rest):,} more", keys, size))
+        out.table(
+            (
+                Column(f"by {title}"), Column("keys", True), Column("size", True),
+                Column("share", True),
+            ),
+            [
+                (name, f"{keys:,}", bytes_text(size), f"{100 * size / whole:.1f}%" if whole else "")
+                for name, keys, size in shown
+            ],
+        )  # fmt: skip
+        out.line()
     ranks = found["ranks"]
     out.table(
         (Column("by rank"), Column("files", True), Column("records", True), Column("bytes", True)),

@@ -1,7 +1,8 @@
 """The command line's entry: which commands there are, and how errors end.
 
 Exit status: 0 fine; 1 something was found (damage, a difference, nothing there); 2 the command
-could not do what was asked (usage, a missing path).  Bad input never ends in a traceback.
+could not do what was asked (usage, a missing path); 130 it was interrupted.  Bad input never ends
+in a traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .._config import PROGRESS, configure
 from .output import CommandError, Output, one_line, printable
 
 COMMANDS = (
@@ -31,39 +33,38 @@ COMMANDS = (
 )
 """Modules beside this one, each with ``add(subparsers)`` and ``run(args, out) -> status``."""
 
+_DAMAGE = frozenset(("CHECKSUM", "CORRUPT", "HOLE", "MISSING", "NOENT", "STALE"))
+"""What NativeErrors name that is wrong with a checkpoint, and not with the attempt."""
+
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="dcp-native",
         description="Looks at, checks and converts checkpoints of torch.distributed.checkpoint, "
         "dcp_native's and torch's own.",
-        epilog="Exit status: 0 fine, 1 found something (damage, a difference), 2 could not run.",
+        epilog="Exit status: 0 fine, 1 found something (damage, a difference), 2 could not run, "
+        "130 interrupted.",
     )
     commands = found.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(f"{__package__}.{name}").add(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        command.add_argument(
+            "--progress",
+            choices=PROGRESS,
+            help="of what takes over 2 s: on a terminal (auto), always, never; "
+            "DCP_NATIVE_PROGRESS says it for all",
+        )
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status."""
-    args = parser().parse_args(argv)
     collects = gc.isenabled()
     gc.disable()  # a command holds what it makes to its end; of 256k keys this is half the time
     try:
-        return _run(args, Output(as_json=args.json))
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _run(args: argparse.Namespace, out: Output) -> int:
-    try:
-        status = args.run(args, out)
-        sys.stdout.flush()
-        return status
+        return _run(argv)
     except CommandError as error:
         return _fail(str(error), error.status)
     except BrokenPipeError:  # `| head` has seen enough
@@ -72,11 +73,24 @@ def _run(args: argparse.Namespace, out: Output) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        return _fail(one_line(error), 2)
+        damaged = getattr(error, "dcp_code", None) in _DAMAGE
+        return _fail(one_line(error), 1 if damaged else 2)
     except BaseException as error:  # torch's CheckpointException is no Exception
         if not hasattr(error, "failures"):
             raise
         return _fail(one_line(error), 2)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = parser().parse_args(argv)
+    if args.progress is not None:
+        configure(progress=args.progress)
+    status = args.run(args, Output(as_json=args.json))
+    sys.stdout.flush()
+    return status
 
 
 def _fail(text: str, status: int) -> int:

@@ -33,12 +33,21 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def record_of(checkpoint: Checkpoint, entry: Entry) -> bytes:
-    """The bytes of an object's record.
+    """The bytes of an object's record; of several ranks' the first one's, if all are equal.
 
     Raises:
-        CommandError: they are not there.
+        CommandError: they are not there, or ranks saved different ones.
     """
-    chunk: Chunk = next(checkpoint.chunks(entry))
+    first, *others = (_read(checkpoint, entry, chunk) for chunk in checkpoint.chunks(entry))
+    for other in others:
+        if other != first and (contents_of(first) or first) != contents_of(other):
+            raise CommandError(
+                f"{entry.key}: ranks saved different values: --rank N takes that of one rank", 1
+            )
+    return first
+
+
+def _read(checkpoint: Checkpoint, entry: Entry, chunk: Chunk) -> bytes:
     if chunk.file is None:
         raise CommandError(f"{checkpoint.path}: {entry.key} has no record", 1)
     if chunk.transformed:

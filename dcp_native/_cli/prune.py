@@ -18,7 +18,7 @@ from typing import Any
 from .._config import configure
 from .checkpoint import METADATA
 from .output import Column, CommandError, Output
-from .steps import Step, in_flight, steps_in, written_ns
+from .steps import Step, in_flight, lacking_part, none_in, steps_in, written_ns
 from .units import bytes_text, count_text, positive
 
 _OURS = re.compile(
@@ -81,7 +81,7 @@ def _plan(steps: list[Step], last: int, every: int | None) -> list[tuple[Step, s
             why = "a save into it is in flight, or was stopped"
         elif step.path.is_symlink():
             why = "a link"
-        elif lacking := _lacking(step, steps[at + 1 :]):
+        elif lacking := lacking_part(step, steps[at + 1 :]):
             why = f"not whole, left alone: it has no {lacking}, as an older one has"
         elif not (result := step.check("complete")):
             why = f"damaged, left alone: {result.problems[0]}"
@@ -98,22 +98,13 @@ def _plan(steps: list[Step], last: int, every: int | None) -> list[tuple[Step, s
     return planned
 
 
-def _lacking(step: Step, older: list[Step]) -> str:
-    """The part (accelerate's model, optimizer) that an older checkpoint has besides; "": none."""
-    mine = {part.relative_to(step.path) for part in step.parts}
-    for other in older:
-        theirs = {part.relative_to(other.path) for part in other.parts}
-        if mine < theirs:
-            return str(min(theirs - mine))
-    return ""
-
-
 def _link_to(step: Step) -> str:
-    """The name of a link beside a checkpoint that leads to it: somebody wants to find it there."""
-    real = os.path.realpath(step.path)
+    """The name of a link beside a checkpoint that leads into it: somebody relies on it."""
+    real = os.path.join(os.path.realpath(step.path), "")
     with os.scandir(step.path.parent) as entries:
         links = (entry for entry in entries if entry.is_symlink())
-        return next((link.name for link in links if os.path.realpath(link) == real), "")
+        into = (link for link in links if os.path.join(os.path.realpath(link), "").startswith(real))
+        return next((link.name for link in into), "")
 
 
 def _size(path: Path) -> int:
@@ -202,7 +193,7 @@ def _sync(path: Path) -> None:
 
 def _show(rows: list[dict[str, Any]], args: argparse.Namespace, out: Output) -> None:
     if not rows:
-        out.line(f"there are no checkpoints in {args.parent}")
+        out.line(none_in(args.parent))
         return
     titles = (Column("checkpoint"), Column("step", True), Column("size", True))
     out.table(

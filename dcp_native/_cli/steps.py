@@ -56,15 +56,8 @@ def steps_in(parent: Path, pattern: str | None = None) -> list[Step]:
     Raises:
         CommandError: there is no such directory.
     """
-    try:
-        with os.scandir(parent) as entries:
-            children = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
-    except OSError as error:
-        raise CommandError(f"{parent}: {error.strerror or error}") from None
     found: dict[tuple[int, int], Step] = {}
-    for child in children:
-        if pattern is not None and not fnmatch.fnmatchcase(child.name, pattern):
-            continue
+    for child in _children(parent, pattern):
         try:
             if not child.is_dir():
                 continue
@@ -76,6 +69,49 @@ def steps_in(parent: Path, pattern: str | None = None) -> list[Step]:
         if parts:
             found.setdefault((inode.st_dev, inode.st_ino), Step(Path(child.path), parts, time_ns))
     return newest_first(list(found.values()))
+
+
+def _children(parent: Path, pattern: str | None) -> list[os.DirEntry[str]]:
+    """Entries whose names match, links last."""
+    try:
+        with os.scandir(parent) as entries:
+            found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    except OSError as error:
+        raise CommandError(f"{parent}: {error.strerror or error}") from None
+    return [e for e in found if pattern is None or fnmatch.fnmatchcase(e.name, pattern)]
+
+
+def lacking_part(step: Step, older: list[Step]) -> str:
+    """The part (accelerate's model, optimizer) that an older checkpoint has besides; "": none."""
+    mine = {part.relative_to(step.path) for part in step.parts}
+    for other in older:
+        theirs = {part.relative_to(other.path) for part in other.parts}
+        if mine < theirs:
+            return str(min(theirs - mine))
+    return ""
+
+
+def none_in(parent: Path) -> str:
+    """What to say of a directory without checkpoints."""
+    if _is_committed(parent):
+        return f"{parent} is a checkpoint itself; name the directory that it is in"
+    return f"there is no complete checkpoint in {parent}"
+
+
+def unfinished_in(parent: Path, pattern: str | None = None) -> list[Step]:
+    """Directories, without parts, into which a save has begun and of which no metadata tells."""
+    found = []
+    for child in _children(parent, pattern):
+        path = Path(child.path)
+        try:
+            if not child.is_dir(follow_symlinks=False) or _parts(path):
+                continue
+            inside = [path, *map(path.joinpath, _dirs(path))]
+            if any(has_data(each) or is_claimed(each) for each in inside):
+                found.append(Step(path, (), os.stat(path).st_mtime_ns))
+        except OSError:  # it vanishes, or is not ours to look into
+            continue
+    return found
 
 
 def newest_first(steps: list[Step]) -> list[Step]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .._trace_merge import merged_events
+from .._trace_merge import events_of, merged_events
 from .output import CommandError
 from .units import count_text, natural_order, seconds_text
 
@@ -128,6 +128,8 @@ def _from_directory(directory: Path) -> list[Call]:
 
 
 def _from_file(path: Path) -> list[Call]:
+    if (events := events_of(path)) is not None:
+        return _from_events(events)
     content = _parse(path)
     if isinstance(content, dict) and "traceEvents" in content:
         return _from_events(content["traceEvents"])

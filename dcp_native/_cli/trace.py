@@ -38,8 +38,29 @@ def _ranks(text: str) -> set[int]:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    files = merge_traces(args.directory, args.output, ranks=args.ranks)
+    found = merge_traces(args.directory, args.output, ranks=args.ranks)
     size = args.output.stat().st_size
-    out.line(f"{args.output}: {count_text(files, 'trace')}, {bytes_text(size)}")
-    out.json({"path": str(args.output), "traces": files, "bytes": size})
+    out.line(f"{args.output}: {count_text(len(found.files), 'trace')}, {bytes_text(size)}")
+    for name, lines in found.damaged.items():
+        out.line(f"{name}: {count_text(lines, 'line')} left out that are no whole events: its "
+                 "process was killed, or is still writing")  # fmt: skip
+    for name, reason in found.left_out.items():
+        out.line(f"{name}: left out, {reason}")
+    if found.missing_ranks:
+        out.line(f"no trace of {_ranks_text(found.missing_ranks)}")
+    out.json({"path": str(args.output), "traces": len(found.files), "bytes": size,
+              "damaged": found.damaged, "left_out": found.left_out,
+              "missing_ranks": found.missing_ranks})  # fmt: skip
     return 0
+
+
+def _ranks_text(ranks: list[int]) -> str:
+    """``rank 3``, ``ranks 0, 8-15``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

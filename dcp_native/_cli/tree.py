@@ -106,6 +106,15 @@ def rows(checkpoint: Checkpoint, root: Node) -> Iterator[tuple[str, ...]]:
     yield from _rows(checkpoint, root, "", top=True)
 
 
+def count_rows(node: Node) -> int:
+    """How many rows there are of what is below a node, without making them."""
+    count = 0
+    for child in node.children.values():
+        below = count_rows(child) if child.children else 0
+        count += below + (child.entry is not None or len(child.children) != 1)
+    return count
+
+
 def _rows(checkpoint: Checkpoint, node: Node, indent: str, top: bool) -> Iterator[tuple[str, ...]]:
     last = len(node.children) - 1
     for i, child in enumerate(node.children.values()):

@@ -68,6 +68,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number; a type for argparse."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
 def natural_order(name: str) -> list[str | int]:
     """A key to sort names by: ``__2_0`` before ``__10_0``."""
     parts = re.split(r"([0-9]+)", name)

@@ -76,6 +76,8 @@ def _checkpoints(path: Path) -> list[Path]:
     try:
         if metadata_names(path):
             return [path]
+    except NotADirectoryError:
+        raise CommandError(f"{path} is no directory; a checkpoint is one") from None
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror or error}") from None
     found = [part for step in reversed(steps_in(path)) for part in step.parts]
@@ -121,7 +123,7 @@ def _show(result: VerifyResult, out: Output) -> None:
     )
     seconds = result.wall_ns / 1e9
     if result.level == "full":
-        rate = f", {bytes_text(result.checked_bytes / seconds)}/s" if seconds > 0 else ""
+        rate = f", {bytes_text(result.checked_bytes / seconds)}/s" if seconds > _LOOK_S else ""
         did = f"{bytes_text(result.checked_bytes)} checked in {seconds_text(seconds)}{rate}"
     else:
         did = f"structure checked in {seconds_text(seconds)}, no values read"
@@ -129,7 +131,8 @@ def _show(result: VerifyResult, out: Output) -> None:
         out.line(f"{result.path}: whole; {what}, {did}", style="green")
     else:
         out.line(
-            f"{result.path}: {count_text(result.problems_found, 'problem')}; {what}, {did}",
+            f"{result.path}: {count_text(result.problems_found, 'problem')}"
+            + (f"; {what}, {did}" if result.files else ""),
             style="bold red",
         )
         out.table(

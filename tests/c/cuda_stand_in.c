@@ -33,6 +33,7 @@ struct op {
     void *to;
     const void *from;
     size_t bytes;
+    size_t pitch, rows; /* of 'C'; 0 rows: it is one */
     const char *kernel;
     unsigned int grid, block;
     union {
@@ -110,7 +111,10 @@ run_op(const struct op *op)
 
     switch (op->kind) {
     case 'C':
-        memcpy(op->to, op->from, op->bytes);
+        for (size_t row = 0; row < (op->rows > 0 ? op->rows : 1); row++) {
+            memcpy((char *)op->to + row * op->pitch, (const char *)op->from + row * op->bytes,
+                   op->bytes);
+        }
         break;
     case 'Z':
         memset(op->to, 0, op->bytes);
@@ -316,6 +320,29 @@ memcpy_async(void *to, const void *from, size_t bytes, cuda_enum kind, cuda_stre
         op->to = to;
         op->from = from;
         op->bytes = bytes;
+        stand_in.copies++;
+    }
+    return status;
+}
+
+static cuda_status
+memcpy_rows_async(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                  size_t height, cuda_enum kind, cuda_stream stream)
+{
+    cuda_status status = runtime_call();
+
+    if (status == 0 &&
+        (from_pitch != width || to_pitch < width || to_pitch > INT32_MAX ||
+         kind != DCP_CUDA_COPY_HOST_TO_DEVICE || !lies_in_one_piece(from, width * height))) {
+        return runtime_result(INVALID);
+    }
+    if (status == 0) {
+        struct op *op = put('C', stream);
+        op->to = to;
+        op->from = from;
+        op->bytes = width;
+        op->pitch = to_pitch;
+        op->rows = height;
         stand_in.copies++;
     }
     return status;
@@ -541,6 +568,7 @@ static const struct cudart_api runtime = {
     .cudaEventQuery = event_query,
     .cudaEventDestroy = event_destroy,
     .cudaMemcpyAsync = memcpy_async,
+    .cudaMemcpy2DAsync = memcpy_rows_async,
     .cudaMemsetAsync = memset_async,
     .cudaMallocAsync = malloc_async,
     .cudaFreeAsync = free_async,
@@ -585,6 +613,7 @@ stand_in_end(void)
     stand_in.sick_with = 0;
     stand_in_run();
     dcp_cuda_clean_up();
+    stand_in_run(); /* memory that was given back in a stream's order */
     DCP_ASSERT((stand_in.objects) == (0));
     DCP_ASSERT((stand_in.depth) == (0));
     DCP_ASSERT((stand_in.capture_mode) == (0));

@@ -17,7 +17,13 @@
 #include "dcp_device.h"
 #include "dcp_io.h"
 
-enum { DEVICE_SIM_STREAMS = 4, DEVICE_SIM_CAPTURING = 99 };
+enum {
+    DEVICE_SIM_STREAMS = 4,
+    DEVICE_SIM_CAPTURING = 99,
+    /* Work that a stream of ours holds; whoever puts more on it is held up until some has run, but
+     * not while the device hangs. */
+    DEVICE_SIM_QUEUE = 1000,
+};
 
 struct device_sim;
 
@@ -28,6 +34,7 @@ struct device_sim_options {
     uint64_t
         slab_most_bytes;     /* larger allocations are DCP_E_NOMEM; 0: all are.  UINT64_MAX: none */
     bool no_pin;             /* pinning fails */
+    bool no_checksum_memory; /* `checksum` is DCP_E_NOMEM */
     const struct dcp_io *io; /* of files that it reads by itself */
     uint64_t refuse_read;    /* of what it is to read the range of this number and all after it are
                                 refused, half read; 0: none */
@@ -61,7 +68,13 @@ uint64_t device_sim_reads(const struct device_sim *sim);
 /* Nothing runs any more.  Waiting for it to be idle ends the hang, or with `for_ever` is
  * DCP_E_TIMEOUT. */
 void device_sim_hang(struct device_sim *sim, bool for_ever);
+/* The same for ever, and waiting for it to be idle is DCP_E_IO. */
+void device_sim_lose(struct device_sim *sim);
 void device_sim_go_on(struct device_sim *sim);
+/* Calls that a full stream held up, or would have while the device hung. */
+uint64_t device_sim_held_up(struct device_sim *sim);
+/* Overwrites what the trainer's tensors hold. */
+void device_sim_spoil(struct device_sim *sim);
 uint64_t device_sim_pinned_bytes(struct device_sim *sim);
 uint64_t device_sim_violations(struct device_sim *sim);
 

@@ -7,13 +7,13 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "dcp_arena.h"
+#include "arena_map.h"
 #include "dcp_limits.h"
 #include "io_memory.h"
-#include "memfd.h"
 
 #define MIB (UINT64_C(1) << 20)
 
@@ -374,6 +374,174 @@ a_forked_child_starts_with_no_arena_and_leaves_the_parents_alone(void)
     CHECK_EQ(dcp_arena_total_bytes(), 0);
 }
 
+/* ---- pinned memory ---- */
+
+/* A device that counts what it is asked. */
+struct pinner {
+    struct dcp_device device;
+    uint8_t *memory;
+    uint64_t bytes; /* that are pinned */
+    int pins, unpins;
+    int code; /* of pins to come */
+};
+
+static int
+count_pin(void *ctx, void *memory, uint64_t bytes, struct dcp_error *err)
+{
+    struct pinner *pinner = ctx;
+    pinner->pins++;
+    pinner->memory = memory;
+    pinner->bytes = pinner->code == 0 ? bytes : 0;
+    return pinner->code == 0 ? 0 : dcp_error_set(err, pinner->code, 0, NULL, "no pins here");
+}
+
+static void
+count_unpin(void *ctx, void *memory)
+{
+    struct pinner *pinner = ctx;
+    CHECK(memory == pinner->memory);
+    pinner->unpins++;
+    pinner->bytes = 0;
+}
+
+static void
+pinner_make(struct pinner *pinner)
+{
+    *pinner = (struct pinner){
+        .device = {.ctx = pinner, .kind = "counted", .pin = count_pin, .unpin = count_unpin}};
+}
+
+static void
+what_grows_stays_where_it_is_and_pinned(void)
+{
+    for (int k = 0; k < KINDS; k++) {
+        struct pinner pinner;
+        struct dcp_error err = {0};
+        struct dcp_arena *arena = acquire(kinds[k], 8 * MIB);
+        uint8_t *memory = arena->memory;
+        pinner_make(&pinner);
+        CHECK_OK(dcp_arena_pin(arena, &pinner.device, 8 * MIB, &err), &err);
+        CHECK_OK(dcp_arena_pin(arena, &pinner.device, 6 * MIB, &err), &err);
+        CHECK_EQ(pinner.pins, 1);
+        for (uint64_t mib = 10; mib <= 8 * DCP_ARENA_ROOM; mib += 18) {
+            dcp_arena_release(arena);
+            arena = acquire(kinds[k], mib * MIB);
+            CHECK(arena->memory == memory);
+            memset(arena->memory, 1, arena->bytes);
+            CHECK_OK(dcp_arena_pin(arena, &pinner.device, mib * MIB, &err), &err);
+            CHECK_EQ(pinner.bytes, mib * MIB);
+        }
+        CHECK_EQ(pinner.pins, 5);
+        CHECK_EQ(pinner.unpins, 0);
+        dcp_arena_release(arena);
+        arena = acquire(kinds[k], 8 * DCP_ARENA_ROOM * MIB + 1); /* no room any more: another one */
+        CHECK_EQ(pinner.unpins, 1);
+        CHECK(arena->pinned_by == NULL && arena->touched_bytes == 0);
+        memset(arena->memory, 1, arena->bytes);
+        CHECK_EQ(dcp_arena_total_bytes(), arena->bytes);
+        dcp_arena_release(arena);
+        dcp_arena_trim();
+        CHECK_EQ(dcp_arena_total_bytes(), 0);
+        CHECK_EQ(pinner.unpins, 1);
+    }
+}
+
+static void
+a_refusal_to_pin_is_told_again_without_asking_until_the_arena_grows(void)
+{
+    struct pinner pinner;
+    struct dcp_error err = {0};
+    struct dcp_arena *arena = acquire(DCP_ARENA_PRIVATE, 4 * MIB);
+    pinner_make(&pinner);
+    pinner.code = DCP_E_NOMEM;
+    for (int i = 0; i < 3; i++) {
+        dcp_error_clear(&err);
+        CHECK_EQ(dcp_arena_pin(arena, &pinner.device, 4 * MIB, &err), DCP_E_NOMEM);
+        CHECK(strstr(err.message, "no pins here") != NULL);
+        dcp_arena_release(arena);
+        arena = acquire(DCP_ARENA_PRIVATE, 4 * MIB);
+    }
+    CHECK_EQ(pinner.pins, 1);
+    dcp_arena_release(arena);
+    arena = acquire(DCP_ARENA_PRIVATE, 6 * MIB);
+    pinner.code = 0;
+    CHECK_OK(dcp_arena_pin(arena, &pinner.device, 6 * MIB, &err), &err);
+    CHECK_EQ(pinner.pins, 2);
+    dcp_arena_release(arena);
+    arena = acquire(DCP_ARENA_PRIVATE, 8 * MIB); /* what was pinned is not any more */
+    pinner.code = DCP_E_NOMEM;
+    CHECK_EQ(dcp_arena_pin(arena, &pinner.device, 8 * MIB, NULL), DCP_E_NOMEM);
+    CHECK_EQ(pinner.unpins, 1); /* whether or not the device had let go of it */
+    dcp_arena_release(arena);
+    dcp_arena_trim();
+    CHECK_EQ(pinner.unpins, 1);
+}
+
+struct pinned_family {
+    struct pinner *pinner;
+    struct dcp_arena *in_use;
+};
+
+static bool
+unpins_nothing(void *arg)
+{
+    const struct pinned_family *family = arg;
+    int pins = family->pinner->pins;
+    dcp_arena_release(family->in_use);
+    struct dcp_arena *own = acquire(DCP_ARENA_PRIVATE, 8 * MIB);
+    bool good = own->pinned_by == NULL && own->pinned_bytes == 0;
+    memset(own->memory, 1, own->bytes);
+    dcp_arena_release(own);
+    dcp_arena_trim();
+    return good && family->pinner->pins == pins && family->pinner->unpins == 0;
+}
+
+static void
+a_forked_child_leaves_what_is_pinned_to_its_parent(void)
+{
+    for (int k = 0; k < KINDS; k++) {
+        struct pinner pinner;
+        struct dcp_error err = {0};
+        struct dcp_arena *kept = acquire(kinds[k], 8 * MIB);
+        pinner_make(&pinner);
+        struct pinned_family family = {&pinner, acquire(kinds[k], 8 * MIB)};
+        CHECK_OK(dcp_arena_pin(kept, &pinner.device, 8 * MIB, &err), &err);
+        dcp_arena_release(kept);
+        CHECK_EQ(run_in_child(unpins_nothing, &family), 0);
+        CHECK_EQ(pinner.bytes, 8 * MIB);
+        dcp_arena_release(family.in_use);
+        dcp_arena_trim();
+        CHECK_EQ(pinner.unpins, 1);
+    }
+}
+
+/* A process whose address space is limited reserves none of it. */
+static bool
+reserves_nothing(void *arg)
+{
+    struct rlimit limit = {(rlim_t)1 << 60, (rlim_t)1 << 60};
+    bool good = setrlimit(RLIMIT_AS, &limit) == 0;
+    (void)arg;
+    for (int k = 0; k < KINDS; k++) {
+        struct dcp_arena *arena = acquire(kinds[k], 4 * MIB);
+        good = good && arena->room_bytes == 4 * MIB;
+        memset(arena->memory, 1, arena->bytes);
+        dcp_arena_release(arena);
+        arena = acquire(kinds[k], 6 * MIB);
+        memset(arena->memory, 1, arena->bytes);
+        good = good && dcp_arena_total_bytes() == 6 * MIB;
+        dcp_arena_release(arena);
+        dcp_arena_trim();
+    }
+    return good;
+}
+
+static void
+where_address_space_is_limited_none_is_reserved(void)
+{
+    CHECK_EQ(run_in_child(reserves_nothing, NULL), 0);
+}
+
 /* ---- threads, and no memory ---- */
 
 enum { HAMMER_ROUNDS = 400, HAMMER_THREADS = 4 };
@@ -460,5 +628,9 @@ CTEST_MAIN(RUN(an_arena_is_memory_of_that_size_and_all_of_it_is_given_back);
            RUN(whoever_has_the_descriptor_sees_the_same_bytes_and_cannot_cut_them);
            RUN(a_descriptor_that_others_keep_holds_no_memory);
            RUN(a_forked_child_starts_with_no_arena_and_leaves_the_parents_alone);
+           RUN(what_grows_stays_where_it_is_and_pinned);
+           RUN(a_refusal_to_pin_is_told_again_without_asking_until_the_arena_grows);
+           RUN(a_forked_child_leaves_what_is_pinned_to_its_parent);
+           RUN(where_address_space_is_limited_none_is_reserved);
            RUN(threads_never_share_an_arena_and_stay_below_the_cap_together);
            RUN(running_out_of_memory_anywhere_takes_nothing);)

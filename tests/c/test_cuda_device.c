@@ -59,7 +59,7 @@ copies_run_behind_the_callers_stream_and_it_behind_them(void)
     CHECK_OK(device->follow(device->ctx, stand_in_stream, &err), &err);
     CHECK_OK(device->to_host(device->ctx, host, address(memory), 100, &err), &err);
     CHECK_OK(device->lead(device->ctx, stand_in_stream, &err), &err);
-    CHECK(strcmp(stand_in.order, "rWCRw") == 0);
+    CHECK(strcmp(stand_in.order, "rWrWCRw") == 0); /* both our streams follow */
     CHECK_EQ(host[99], 0);
     stand_in_run();
     CHECK(memcmp(host, memory, 100) == 0);
@@ -165,14 +165,89 @@ memory_is_pinned_in_pieces_and_copies_end_with_them(void)
     CHECK_EQ(stand_in.copies, 2);
     stand_in_run();
     CHECK(memcmp(memory + 3000, from, 2000) == 0 && memory[2999] == 0 && memory[5000] == 0);
-    CHECK_OK(device->pin(device->ctx, memory, CUDA_PIN_BYTES + 4097, &err), &err);
-    device->unpin(device->ctx, memory);
+    CHECK_OK(device->pin(device->ctx, memory, 4097, &err), &err); /* as it is */
     CHECK_EQ(stand_in.pins, 3);
     dcp_cuda_give_back(device);
     device->unpin(device->ctx, memory);
     CHECK_EQ(stand_in.pins, 0);
     device->unpin(device->ctx, memory);
     CHECK_EQ(stand_in.unpins, 3);
+    stand_in_end();
+    munmap(mapping, MAPPED);
+}
+
+static void
+memory_that_grew_keeps_its_pieces_but_the_last(void)
+{
+    enum { MAPPED = 4 * CUDA_PIN_BYTES };
+    char *mapping = mmap(NULL, MAPPED, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *memory = across_a_piece(mapping), from[5000];
+    struct dcp_error err = {0};
+
+    CHECK(mapping != MAP_FAILED);
+    stand_in_begin();
+    struct dcp_device *device = lend();
+    memset(from, 7, sizeof from);
+    CHECK_OK(device->pin(device->ctx, memory, 8192, &err), &err);
+    CHECK_EQ(stand_in.pins, 2);
+    CHECK_OK(device->pin(device->ctx, memory, CUDA_PIN_BYTES + 8192, &err), &err);
+    CHECK_EQ(stand_in.pins, 3); /* the second one as a whole, and a third */
+    CHECK_EQ(stand_in.unpins, 1);
+    CHECK_OK(device->pin(device->ctx, memory, CUDA_PIN_BYTES + 4096, &err), &err);
+    CHECK_EQ(stand_in.pins + stand_in.unpins, 4);
+    CHECK_OK(device->to_host(device->ctx, memory + 4096, address(from), 5000, &err), &err);
+    CHECK_EQ(stand_in.copies, 1); /* past where it had ended */
+    stand_in_run();
+    CHECK(memcmp(memory + 4096, from, sizeof from) == 0);
+    /* One that ends where a piece does keeps all of them. */
+    CHECK_OK(device->pin(device->ctx, memory, 2 * (uint64_t)CUDA_PIN_BYTES + 4096, &err), &err);
+    CHECK_EQ(stand_in.unpins, 2);
+    CHECK_OK(device->pin(device->ctx, memory, 2 * (uint64_t)CUDA_PIN_BYTES + 8192, &err), &err);
+    CHECK_EQ(stand_in.unpins, 2);
+    CHECK_EQ(stand_in.pins, 4);
+    stand_in.fail_with = DCP_CUDA_ERROR_OUT_OF_MEMORY;
+    stand_in.fail_at = stand_in.calls + 3; /* two to enter, then the last piece */
+    CHECK_EQ(device->pin(device->ctx, memory, 3 * (uint64_t)CUDA_PIN_BYTES, &err), DCP_E_NOMEM);
+    CHECK_EQ(stand_in.pins, 0);
+    device->unpin(device->ctx, memory);
+    CHECK_EQ(stand_in.unpins, 6);
+    dcp_cuda_give_back(device);
+    stand_in_end();
+    munmap(mapping, MAPPED);
+}
+
+static void
+rows_are_one_copy_but_where_a_piece_ends(void)
+{
+    enum { MAPPED = 2 * CUDA_PIN_BYTES, ROW = 24, ROWS = 400, PITCH = 40 };
+    char *mapping = mmap(NULL, MAPPED, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *memory = across_a_piece(mapping), to[ROWS * PITCH] = {0};
+    struct dcp_error err = {0};
+    bool same = true;
+
+    CHECK(mapping != MAP_FAILED);
+    stand_in_begin();
+    struct dcp_device *device = lend();
+    CHECK_OK(device->pin(device->ctx, memory, ROW * ROWS, &err), &err);
+    for (int i = 0; i < ROW * ROWS; i++) {
+        memory[i] = (char)(1 + i % 101);
+    }
+    CHECK_OK(device->to_device_rows(device->ctx, address(to), PITCH, memory, ROW, 100, &err), &err);
+    CHECK_EQ(stand_in.copies, 1);
+    CHECK_OK(device->to_device_rows(device->ctx, address(to) + 100 * PITCH, PITCH,
+                                    memory + 100 * ROW, ROW, ROWS - 100, &err),
+             &err);
+    CHECK_EQ(stand_in.copies, 1 + 4); /* 4096 is no multiple of 24: a row lies in both pieces */
+    stand_in_run();
+    for (int i = 0; i < ROWS * PITCH; i++) {
+        int column = i % PITCH;
+        same = same && to[i] == (column < ROW ? memory[i / PITCH * ROW + column] : 0);
+    }
+    CHECK(same);
+    device->unpin(device->ctx, memory);
+    dcp_cuda_give_back(device);
     stand_in_end();
     munmap(mapping, MAPPED);
 }
@@ -268,23 +343,34 @@ many_small_tensors_are_packed_by_few_launches_whose_lists_outlive_them(void)
 }
 
 static void
-checksums_come_in_stream_order(void)
+checksums_come_together_before_an_event(void)
 {
     uint64_t bytes = 2 * DCP_BLOCK_BYTES + 100;
     uint8_t *data = dcp_calloc(1, bytes);
-    uint32_t crcs[3] = {0};
+    uint32_t crcs[4] = {0};
+    dcp_device_event *event = NULL;
     struct dcp_error err = {0};
 
     stand_in_begin();
     struct dcp_device *device = lend();
     CHECK_OK(device->checksum(device->ctx, address(data), bytes, crcs, &err), &err);
     CHECK_OK(device->checksum(device->ctx, address(data), 0, NULL, &err), &err);
-    CHECK(strcmp(stand_in.order, "ZKCF") == 0);
+    CHECK_OK(device->checksum(device->ctx, address(data), 100, crcs + 3, &err), &err);
+    CHECK(strcmp(stand_in.order, "ZKK") == 0);
+    CHECK_OK(device->record(device->ctx, &event, &err), &err);
+    CHECK(strcmp(stand_in.order, "ZKKCZRR") == 0);
     memset(data, 3, bytes);
+    stand_in_run_some(6);
+    CHECK_EQ(device->poll(device->ctx, event, &err), 0); /* of the second stream */
     stand_in_run();
+    CHECK_EQ(device->poll(device->ctx, event, &err), 1);
+    device->forget(device->ctx, event);
+    /* What nobody waits for goes nowhere. */
+    CHECK_OK(device->checksum(device->ctx, address(data), 1, crcs, &err), &err);
     CHECK_EQ(crcs[0], dcp_crc32(0, data, DCP_BLOCK_BYTES));
     CHECK_EQ(crcs[1], crcs[0]);
     CHECK_EQ(crcs[2], dcp_crc32(0, data, 100));
+    CHECK_EQ(crcs[3], crcs[2]);
     dcp_cuda_give_back(device);
     stand_in_end();
     dcp_free(data);
@@ -478,9 +564,11 @@ CTEST_MAIN(RUN(without_cuda_there_is_no_device);
            RUN(events_happen_in_the_order_of_the_stream);
            RUN(an_error_of_the_device_is_told_with_its_text_and_left_to_nobody_else);
            RUN(memory_is_pinned_in_pieces_and_copies_end_with_them);
+           RUN(memory_that_grew_keeps_its_pieces_but_the_last);
+           RUN(rows_are_one_copy_but_where_a_piece_ends);
            RUN(what_others_pinned_stays_pinned_and_a_failure_undoes_the_rest);
            RUN(many_small_tensors_are_packed_by_few_launches_whose_lists_outlive_them);
-           RUN(checksums_come_in_stream_order);
+           RUN(checksums_come_together_before_an_event);
            RUN(a_device_without_pools_has_no_slabs_and_no_checksums);
            RUN(tables_are_lent_again_once_they_are_idle); RUN(a_forked_child_is_told_to_be_spawned);
            RUN(files_are_read_once_the_stream_is_idle_and_doubts_are_left_to_the_caller);

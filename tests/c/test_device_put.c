@@ -5,6 +5,9 @@
  */
 #include "ctest.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "dcp_convert.h"
 #include "device_world.h"
 #include "engine_load.h"
@@ -330,6 +333,179 @@ a_device_that_hangs_is_left_when_the_load_is_cancelled(void)
     scene_clean_up(&scene);
 }
 
+/* One tensor of 2000 x 30 x 8 floats, saved in parts along its last dim, to one target. */
+static void
+scene_of_one(struct scene *scene, const int64_t *strides, const struct device_sim_options *device)
+{
+    static const uint64_t size[3] = {2000, 30, 8}, parts[3] = {1, 1, 4};
+    struct dcp_error err = {0};
+    struct aim *aim = &scene->aims[0];
+    uint64_t target;
+    memset(scene, 0, sizeof *scene);
+    scene->world.rng = (struct maker_rng){1};
+    world_add_tensor(&scene->world, DCP_DTYPE_FLOAT32, 3, size, parts);
+    world_finish(&scene->world, 1, false);
+    disk_make(&scene->disk, &scene->world, 512);
+    devices_make(&scene->devices, 1, *device);
+    scene->plan.md = &scene->world.md;
+    scene->plan.devices = &scene->devices.list;
+    *aim = (struct aim){.tensor = &scene->world.tensors[0],
+                        .sizes = {2000, 30, 8},
+                        .bytes = 2000 * 30 * 8 * 4,
+                        .extent_bytes = 4,
+                        .from = DCP_DTYPE_FLOAT32,
+                        .to = DCP_DTYPE_FLOAT32,
+                        .sim = scene->devices.sims[0]};
+    for (int d = 0; d < 3; d++) {
+        aim->strides[d] = strides[d];
+        aim->extent_bytes += (size[d] - 1) * (uint64_t)strides[d] * 4;
+    }
+    scene->aims_count = 1;
+    aim->address = device_sim_tensor(aim->sim, aim->extent_bytes, 4);
+    uint8_t *fill = malloc(aim->extent_bytes);
+    memset(fill, UNTOUCHED, aim->extent_bytes);
+    device_sim_poke(aim->sim, aim->address, fill, aim->extent_bytes);
+    free(fill);
+    CHECK_OK(dcp_read_plan_add(&scene->plan, entry_of(&scene->world, 0),
+                               (uint8_t *)(uintptr_t)aim->address, aim->strides, aim->offsets,
+                               aim->sizes, &target, &err),
+             &err);
+    scene->plan.targets[target].kind = DCP_TARGET_PIECES;
+    scene->plan.targets[target].device = 1;
+    CHECK_OK(dcp_read_plan_build(&scene->plan, true, NULL, &err), &err);
+    CHECK_OK(dcp_read_plan_track(&scene->plan, &err), &err);
+}
+
+static void
+without_memory_for_a_slab_no_target_takes_many_copies(void)
+{
+    static const int64_t cases[][3] = {
+        {240, 8, 1},      /* row major: four columns of it come at a time */
+        {1, 2000, 60000}, /* turned round */
+        {8, 16000, 1},    /* two dims changed places */
+        {30, 1, 60000},   /* all three */
+        {480, 16, 2},     /* every second element */
+        {2, 4000, 480000}, {9, 18000, 1}, {500, 16, 1}, {31, 1, 62001},
+    };
+    for (size_t c = 0; c < 2 * sizeof cases / sizeof cases[0]; c++) {
+        struct device_sim_options device = {.seed = c,
+                                            .features = c % 2 == 0 ? DCP_DEVICE_PACKS : 0};
+        struct scene scene;
+        struct dcp_device_stats stats;
+        struct dcp_error err = {0};
+        scene_of_one(&scene, cases[c / 2], &device);
+        CHECK_OK(scene_load(&scene, &err), &err);
+        check_aim(&scene.aims[0]);
+        dcp_device_put_get_stats(scene.put, &stats);
+        CHECK_EQ(stats.copied_bytes, scene.aims[0].bytes);
+        CHECK(stats.copies_count <= 500); /* of 480000 elements */
+        CHECK_EQ(stats.packed_count, 0);
+        scene_clean_up(&scene);
+    }
+}
+
+/* After so many copies the load is cancelled. */
+static atomic_int cancel_after, cancelled;
+static int (*copy_rows)(void *, uint64_t, uint64_t, const void *, uint64_t, uint64_t,
+                        struct dcp_error *);
+
+static int
+copy_and_cancel(void *ctx, uint64_t device, uint64_t pitch_bytes, const void *host,
+                uint64_t row_bytes, uint64_t rows, struct dcp_error *err)
+{
+    CHECK(atomic_load(&cancelled) == 0); /* none comes after it */
+    if (atomic_fetch_sub(&cancel_after, 1) == 1) {
+        atomic_store(&cancelled, 1);
+    }
+    return copy_rows(ctx, device, pitch_bytes, host, row_bytes, rows, err);
+}
+
+static void
+a_piece_in_many_copies_is_cancelled_between_them(void)
+{
+    static const int64_t steps[3] = {500, 16, 2};
+    struct device_sim_options device = {.seed = 1};
+    struct scene scene;
+    struct dcp_error err = {0};
+    struct dcp_engine_options engine = {.verify = true};
+    scene_of_one(&scene, steps, &device);
+    copy_rows = scene.devices.tables[0]->to_device_rows;
+    scene.devices.tables[0]->to_device_rows = copy_and_cancel;
+    atomic_store(&cancelled, 0);
+    atomic_store(&cancel_after, 5);
+    CHECK_OK(dcp_device_put_new(&scene.plan, NULL, NULL, &scene.put, &err), &err);
+    dcp_device_put_set_cancel(scene.put, &cancelled);
+    scene.plan.on_piece = dcp_device_put_piece;
+    scene.plan.on_piece_ctx = scene.put;
+    CHECK_OK(dcp_reader_run(scene.disk.io, scene.disk.dirfd, "/d", &scene.plan, &engine, no_record,
+                            NULL, NULL, &err),
+             &err);
+    CHECK_EQ(dcp_device_put_finish(scene.put, &cancelled, &err), DCP_E_CANCELLED);
+    CHECK(atomic_load(&cancelled) == 1);
+    scene_clean_up(&scene);
+}
+
+static bool touched;
+
+static int
+touch_idle(void *ctx, struct dcp_error *err)
+{
+    (void)ctx, (void)err;
+    touched = true;
+    return 0;
+}
+
+static void
+touch_release(void *ctx, uint64_t device)
+{
+    (void)ctx, (void)device;
+    touched = true;
+}
+
+static void
+touch_forget(void *ctx, dcp_device_event *event)
+{
+    (void)ctx, (void)event;
+    touched = true;
+}
+
+/* Of a process that forks while a load is on its way, as those of data loaders do. */
+static void
+a_forked_child_that_lets_go_of_a_load_leaves_the_device_alone(void)
+{
+    static const int64_t steps[3] = {480, 16, 2};
+    struct device_sim_options device = {
+        .seed = 1, .features = DCP_DEVICE_PACKS, .slab_most_bytes = UINT64_MAX};
+    struct scene scene;
+    struct dcp_error err = {0};
+    struct dcp_engine_options engine = {.verify = true};
+    int status = -1;
+    scene_of_one(&scene, steps, &device);
+    CHECK_OK(dcp_device_put_new(&scene.plan, NULL, NULL, &scene.put, &err), &err);
+    scene.plan.on_piece = dcp_device_put_piece;
+    scene.plan.on_piece_ctx = scene.put;
+    device_sim_hang(scene.devices.sims[0], false);
+    CHECK_OK(dcp_reader_run(scene.disk.io, scene.disk.dirfd, "/d", &scene.plan, &engine, no_record,
+                            NULL, NULL, &err),
+             &err);
+    pid_t child = fork();
+    if (child == 0) {
+        struct dcp_device *table = scene.devices.tables[0];
+        touched = false;
+        table->wait_idle = touch_idle;
+        table->release = touch_release;
+        table->forget = touch_forget;
+        dcp_device_put_destroy(scene.put);
+        _exit(touched ? 1 : 0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_EQ(status, 0);
+    device_sim_go_on(scene.devices.sims[0]);
+    CHECK_OK(dcp_device_put_finish(scene.put, NULL, &err), &err);
+    check_aim(&scene.aims[0]);
+    scene_clean_up(&scene);
+}
+
 static void
 what_can_be_put_is_known_beforehand(void)
 {
@@ -357,4 +533,7 @@ CTEST_MAIN(RUN(all_arrives_and_nothing_beside_it_changes);
            RUN(a_call_that_fails_spoils_what_it_touched);
            RUN(work_that_fails_later_spoils_what_it_touched);
            RUN(a_device_that_hangs_is_left_when_the_load_is_cancelled);
+           RUN(without_memory_for_a_slab_no_target_takes_many_copies);
+           RUN(a_piece_in_many_copies_is_cancelled_between_them);
+           RUN(a_forked_child_that_lets_go_of_a_load_leaves_the_device_alone);
            RUN(what_can_be_put_is_known_beforehand);)

@@ -187,6 +187,29 @@ what_cannot_be_verified_on_the_device_is_not_read_by_it(void)
     }
 }
 
+static int
+no_memory_for_checksums(void *ctx, uint64_t device, uint64_t bytes, uint32_t *crcs,
+                        struct dcp_error *err)
+{
+    (void)ctx, (void)device, (void)bytes, (void)crcs;
+    return dcp_error_set(err, DCP_E_NOMEM, 0, NULL, "no memory for checksums");
+}
+
+static void
+a_device_without_memory_for_checksums_has_the_host_read_again(void)
+{
+    struct scene scene;
+    struct dcp_error err = {0};
+    scene_make(&scene, 3000, 1, (struct device_sim_options){.seed = 1, .features = FEATURES});
+    scene.devices.tables[0]->checksum = no_memory_for_checksums;
+    CHECK_OK(scene_load(&scene, 0, 3000, NULL, true, &err), &err);
+    check_loaded(&scene, 0, 3000, 0);
+    CHECK_EQ(scene.stats.verified_bytes, scene.bytes);
+    CHECK_EQ(device_sim_reads(scene.devices.sims[0]), 1);
+    CHECK(strstr(scene.device_stats.reason, "no memory for checksums") != NULL);
+    scene_clean_up(&scene);
+}
+
 static void
 parts_of_payloads_and_strided_targets_come_the_ordinary_way(void)
 {
@@ -313,6 +336,7 @@ CTEST_MAIN(RUN(whole_payloads_pass_the_host_by_and_are_verified);
            RUN(nobody_who_did_not_ask_gets_it);
            RUN(what_is_refused_comes_the_ordinary_way_from_there_on);
            RUN(what_cannot_be_verified_on_the_device_is_not_read_by_it);
+           RUN(a_device_without_memory_for_checksums_has_the_host_read_again);
            RUN(parts_of_payloads_and_strided_targets_come_the_ordinary_way);
            RUN(damage_is_the_error_that_the_ordinary_way_gives);
            RUN(a_file_that_ends_early_fails_by_name);

@@ -124,5 +124,163 @@ a_save_that_ends_between_the_steps_waits_for_its_copies(void)
     CHECK(devices_clean_up(&devices));
 }
 
+/* ---- pinned memory ---- */
+
+static int pins, unpins;
+static int (*real_pin)(void *, void *, uint64_t, struct dcp_error *);
+static void (*real_unpin)(void *, void *);
+
+static int
+count_pin(void *ctx, void *memory, uint64_t bytes, struct dcp_error *err)
+{
+    pins++;
+    return real_pin(ctx, memory, bytes, err);
+}
+
+static void
+count_unpin(void *ctx, void *memory)
+{
+    unpins++;
+    real_unpin(ctx, memory);
+}
+
+/* One rank with one device, whose pins are counted. */
+struct bench {
+    struct devices devices;
+    struct io_memory *fs;
+    struct dcp_comm comm;
+    struct dcp_group *group;
+    struct save_request request;
+};
+
+static void
+bench_make(struct bench *bench, struct device_sim_options options)
+{
+    memset(bench, 0, sizeof *bench);
+    devices_make(&bench->devices, 1, options);
+    real_pin = bench->devices.tables[0]->pin;
+    real_unpin = bench->devices.tables[0]->unpin;
+    bench->devices.tables[0]->pin = count_pin;
+    bench->devices.tables[0]->unpin = count_unpin;
+    pins = unpins = 0;
+    bench->fs = io_memory_new(1);
+    dcp_comm_local(&bench->comm);
+    bench->group = save_world_group(&bench->comm, 0);
+    bench->request = (struct save_request){.generation = 1, .devices = &bench->devices};
+}
+
+static void
+bench_clean_up(struct bench *bench)
+{
+    dcp_group_destroy(bench->group);
+    dcp_arena_trim();
+    io_memory_free(bench->fs);
+    CHECK(devices_clean_up(&bench->devices));
+}
+
+/* Stages a save and gives it up; what `cancel` makes of it. */
+static int
+stage_one(struct bench *bench, atomic_int *cancel, struct dcp_save_info *ret_info)
+{
+    const struct dcp_io *io = &io_memory_process(bench->fs, 0)->io;
+    struct dcp_stage_params params = {.kind = DCP_ARENA_PRIVATE, .cancel = cancel};
+    struct dcp_error err = {0};
+    struct begun_save begun;
+    save_begin(bench->group, io, &bench->request, &begun);
+    CHECK_OK(begun.rc, &begun.err);
+    int rc = dcp_save_stage_begin(begun.save, begun.sources, &params, &err);
+    if (rc == 0 && cancel != NULL) {
+        atomic_store(cancel, 1);
+    }
+    const struct dcp_stage_end how = {.cancel = cancel};
+    rc = rc == 0 ? dcp_save_stage_end(begun.save, begun.sources, &how, &err) : rc;
+    dcp_save_get_info(begun.save, ret_info);
+    begun_save_end(&begun);
+    return rc;
+}
+
+static void
+saves_with_the_same_arena_pin_once(void)
+{
+    struct device_sim_options options = {.seed = 1,
+                                         .features = DCP_DEVICE_PACKS | DCP_DEVICE_CHECKSUMS,
+                                         .slab_most_bytes = UINT64_MAX};
+    struct bench bench;
+    struct dcp_save_info info;
+    bench_make(&bench, options);
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(stage_one(&bench, NULL, &info), 0);
+        CHECK_EQ(pins, 1);
+        CHECK_EQ(unpins, 0);
+        CHECK(info.device.reason[0] == 0);
+    }
+    bench_clean_up(&bench);
+    CHECK_EQ(unpins, 1);
+}
+
+static void
+memory_that_cannot_be_pinned_is_asked_about_once_and_told_every_time(void)
+{
+    struct bench bench;
+    struct dcp_save_info info;
+    bench_make(&bench, (struct device_sim_options){
+                           .seed = 2, .features = DCP_DEVICE_CHECKSUMS, .no_pin = true});
+    for (int i = 0; i < 3; i++) {
+        CHECK_EQ(stage_one(&bench, NULL, &info), 0);
+        CHECK(strstr(info.device.reason, "no memory to pin") != NULL);
+    }
+    CHECK_EQ(pins, 1);
+    bench_clean_up(&bench);
+    CHECK_EQ(unpins, 0);
+}
+
+static void
+an_arena_that_a_hung_device_may_write_to_is_named(void)
+{
+    struct bench bench;
+    struct dcp_save_info info;
+    struct dcp_error err = {0};
+    atomic_int cancel = 0;
+    struct dcp_arena *arena;
+    bench_make(&bench, (struct device_sim_options){.seed = 3});
+    CHECK_OK(dcp_arena_acquire(DCP_ARENA_PRIVATE, 1 << 20, NULL, &arena, &err), &err);
+    dcp_arena_release(arena);
+    device_sim_hang(bench.devices.sims[0], true);
+    CHECK_EQ(stage_one(&bench, &cancel, &info), DCP_E_CANCELLED);
+    CHECK(strstr(info.device.reason, "lost until the process ends") != NULL);
+    dcp_arena_trim();
+    CHECK(dcp_arena_total_bytes() > 0);
+    device_sim_go_on(bench.devices.sims[0]);
+    CHECK_OK(bench.devices.tables[0]->wait_idle(bench.devices.sims[0], &err), &err);
+    dcp_arena_release(arena);
+    bench_clean_up(&bench);
+}
+
+static void
+a_warm_up_that_fails_pins_nothing(void)
+{
+    struct bench bench;
+    struct dcp_error err = {0};
+    struct begun_save begun;
+    atomic_int cancel = 1;
+    struct dcp_stage_params params = {.kind = DCP_ARENA_PRIVATE, .cancel = &cancel};
+    bench_make(&bench, (struct device_sim_options){.seed = 4});
+    save_begin(bench.group, &io_memory_process(bench.fs, 0)->io, &bench.request, &begun);
+    CHECK_OK(begun.rc, &begun.err);
+    CHECK_EQ(dcp_save_warm_up(begun.save, &params, 1, &err), DCP_E_CANCELLED);
+    CHECK_EQ(pins, 0);
+    params.cancel = NULL;
+    dcp_error_clear(&err);
+    CHECK_OK(dcp_save_warm_up(begun.save, &params, 1, &err), &err);
+    CHECK_EQ(pins, 1);
+    begun_save_end(&begun);
+    bench_clean_up(&bench);
+    CHECK_EQ(unpins, 1);
+}
+
 CTEST_MAIN(RUN(saves_from_devices_are_those_from_the_host);
-           RUN(a_save_that_ends_between_the_steps_waits_for_its_copies);)
+           RUN(a_save_that_ends_between_the_steps_waits_for_its_copies);
+           RUN(saves_with_the_same_arena_pin_once);
+           RUN(memory_that_cannot_be_pinned_is_asked_about_once_and_told_every_time);
+           RUN(an_arena_that_a_hung_device_may_write_to_is_named);
+           RUN(a_warm_up_that_fails_pins_nothing);)

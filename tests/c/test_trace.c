@@ -8,7 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "dcp_trace.h"
+#include "trace.h"
 
 enum { THREADS = 8, PER_THREAD = 5000 };
 
@@ -16,9 +16,13 @@ static uint64_t
 take(struct dcp_buf *buf)
 {
     struct dcp_error err = {0};
-    uint64_t count = 0;
-    CHECK_OK(dcp_trace_take(buf, 0, 7, &count, &err), &err);
-    return count;
+    uint64_t count, taken = 0;
+    do {
+        CHECK_OK(dcp_trace_take(buf, 0, 7, &count, &err), &err);
+        CHECK(count <= DCP_TRACE_TAKE_EVENTS);
+        taken += count;
+    } while (count != 0 && taken < DCP_TRACE_EVENTS);
+    return taken;
 }
 
 static uint64_t
@@ -211,10 +215,93 @@ a_forked_child_forgets_its_parents_events_and_records_its_own(void)
     dcp_buf_clean_up(&buf);
 }
 
+static void
+what_was_packed_is_recorded_by_another_process_as_it_was(void)
+{
+    struct dcp_buf packed = {0}, want = {0}, got = {0};
+    struct dcp_trace_event events[] = {
+        {.category = "io",
+         .name = "write",
+         .begin_ns = 5000,
+         .end_ns = 9000,
+         .file = "a/__0_0.d",
+         .offset_bytes = 77,
+         .bytes = 88,
+         .beside = true},
+        {.category = "thread", .name = "writing", .begin_ns = 1, .end_ns = 1},
+        {.category = "phase", .name = "a name that is just as long as it may be", .end_ns = 3},
+    };
+
+    dcp_trace_switch(true);
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 3; i++) {
+            dcp_trace_record(&events[i]);
+        }
+        if (round == 0) {
+            CHECK_EQ(dcp_trace_pack(&packed), 3);
+            CHECK_EQ(dcp_trace_pack(&packed), 0);
+            CHECK(packed.len <= 3 * DCP_TRACE_PACKED_BYTES);
+            CHECK(dcp_trace_unpack((struct dcp_span){packed.data, packed.len}));
+            CHECK_EQ(take(&got), 3);
+        } else {
+            CHECK_EQ(take(&want), 3);
+        }
+    }
+    CHECK(holds(&got, "\"bytes\":88}") && holds(&got, "__0_0.d") && holds(&got, "\"ph\":\"b\""));
+    CHECK(holds(&got, "a name that is just as long as it may b\""));
+    CHECK_EQ(lines_of(&got), lines_of(&want));
+    /* Whatever is cut or turned is refused, or is another event: never more than there was. */
+    for (size_t len = 0; len < packed.len; len++) {
+        (void)dcp_trace_unpack((struct dcp_span){packed.data, len});
+        got.len = 0;
+        CHECK(take(&got) <= 3);
+    }
+    for (size_t at = 0; at < packed.len; at++) {
+        uint8_t was = packed.data[at];
+        packed.data[at] = 0xff;
+        (void)dcp_trace_unpack((struct dcp_span){packed.data, packed.len});
+        packed.data[at] = was;
+        got.len = 0;
+        CHECK(take(&got) <= 3);
+        CHECK(!holds(&got, "\xff"));
+    }
+    dcp_trace_switch(false);
+    CHECK(dcp_trace_unpack((struct dcp_span){packed.data, packed.len}));
+    got.len = 0;
+    CHECK_EQ(take(&got), 0);
+    dcp_buf_clean_up(&packed);
+    dcp_buf_clean_up(&want);
+    dcp_buf_clean_up(&got);
+}
+
+static void
+names_beyond_the_room_for_them_are_recorded_as_other(void)
+{
+    struct dcp_buf packed = {0}, got = {0};
+    char name[32];
+    struct dcp_trace_event event = {.category = "phase", .name = name, .end_ns = 1};
+
+    dcp_trace_switch(true);
+    for (int i = 0; i < 100; i++) {
+        snprintf(name, sizeof name, "name %d", i);
+        dcp_trace_record(&event);
+        packed.len = 0;
+        CHECK_EQ(dcp_trace_pack(&packed), 1);
+        CHECK(dcp_trace_unpack((struct dcp_span){packed.data, packed.len}));
+        CHECK_EQ(take(&got), 1);
+    }
+    CHECK(holds(&got, "\"name 9\"") && holds(&got, "\"other\"") && !holds(&got, "\"name 99\""));
+    dcp_trace_switch(false);
+    dcp_buf_clean_up(&packed);
+    dcp_buf_clean_up(&got);
+}
+
 CTEST_MAIN(RUN(nothing_is_recorded_when_it_is_off);
            RUN(what_was_recorded_comes_out_once_with_its_values);
            RUN(what_the_kernel_does_beside_begins_and_ends);
            RUN(times_before_the_base_are_at_the_base);
            RUN(a_full_queue_drops_and_counts_and_goes_on_when_it_was_emptied);
            RUN(many_threads_lose_nothing_while_another_takes);
+           RUN(what_was_packed_is_recorded_by_another_process_as_it_was);
+           RUN(names_beyond_the_room_for_them_are_recorded_as_other);
            RUN(a_forked_child_forgets_its_parents_events_and_records_its_own);)

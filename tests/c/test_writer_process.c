@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "ctest.h"
+#include "dcp_trace.h"
 #include "writer_world.h"
 
 static const struct world_options small_mix = {
@@ -64,6 +65,55 @@ its_files_are_those_of_the_image(void)
         CHECK(dcp_writer_process_usable(process));
         writer_world_clean_up(&w);
     }
+    dcp_writer_process_stop(process);
+}
+
+/* Returns how many events the queue holds of that name; it is empty then. */
+static uint64_t
+traced_events(const char *name, struct dcp_buf *buf)
+{
+    struct dcp_error err = {0};
+    uint64_t count, found = 0;
+
+    do {
+        CHECK_OK(dcp_trace_take(buf, 0, 0, &count, &err), &err);
+    } while (count != 0);
+    for (const uint8_t *at = buf->data;
+         at != NULL && (at = memmem(at, (size_t)(buf->data + buf->len - at), name, strlen(name)));
+         at++) {
+        found++;
+    }
+    return found;
+}
+
+static void
+what_it_did_when_is_in_its_trainers_trace(void)
+{
+    struct dcp_writer_process *process = writer_start();
+    struct dcp_engine_options engine = {.sync = true};
+    struct writer_world w;
+    struct dcp_buf traced = {0}, untraced = {0};
+
+    writer_world_make(&w, &small_mix, NULL);
+    dcp_trace_switch(true);
+    CHECK(writer_writes(process, &w, &engine));
+    dcp_trace_switch(false);
+    CHECK_EQ(traced_events("\"writer process: writing\"", &traced), 1);
+    traced.len = 0;
+    CHECK_EQ(dcp_trace_dropped(), 0);
+    writer_world_clean_up(&w);
+    writer_world_make(&w, &small_mix, NULL);
+    dcp_trace_switch(true);
+    CHECK(writer_writes(process, &w, &engine));
+    dcp_trace_switch(false);
+    CHECK_EQ(traced_events("\"sync\"", &traced), w.image.files_count);
+    writer_world_clean_up(&w);
+    writer_world_make(&w, &small_mix, NULL);
+    CHECK(writer_writes(process, &w, &engine));
+    CHECK_EQ(traced_events("\"", &untraced), 0);
+    writer_world_clean_up(&w);
+    dcp_buf_clean_up(&traced);
+    dcp_buf_clean_up(&untraced);
     dcp_writer_process_stop(process);
 }
 
@@ -517,7 +567,8 @@ it_ends_with_its_trainer(void)
     }
 }
 
-CTEST_MAIN(RUN(its_files_are_those_of_the_image); RUN(an_arena_may_grow_and_change_between_saves);
+CTEST_MAIN(RUN(its_files_are_those_of_the_image); RUN(what_it_did_when_is_in_its_trainers_trace);
+           RUN(an_arena_may_grow_and_change_between_saves);
            RUN(an_arena_that_holds_another_save_is_not_written);
            RUN(an_existing_name_is_told_as_the_engine_tells_it);
            RUN(it_inherits_its_socket_and_nothing_else);

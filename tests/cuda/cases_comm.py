@@ -6,6 +6,9 @@ Every case makes groups of its own: a group chooses once.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,10 +22,12 @@ from device_values import assert_same, blank, on, raw
 from torch.distributed.checkpoint.api import CheckpointException
 
 import dcp_native as dcp
+from dcp_native import _group_comm, _native
+from dcp_native._groups import group_for
 from dcp_native._report import last_report
 
 BOTH = "cpu:gloo,cuda:nccl"
-SHORT_TIMEOUT_S = 4
+SHORT_TIMEOUT_S = 8
 NO_CUDA = "no state dict holds CUDA tensors"
 HOLDS_CUDA = "the state dict holds CUDA tensors"
 
@@ -129,11 +134,21 @@ def case_a_load_leaves_the_choice_to_the_first_save(c):
     assert save(group, c.dir / "new")[0] == "nccl"
 
 
-def case_one_that_is_not_connected_is_left_alone(c):
+def case_one_that_is_not_connected_is_left_alone_until_training_has_connected_it(c):
     group = new_group(connected=False)
-    comm, reason = save(group, c.dir)
+    comm, reason = save(group, c.dir / "0")
     assert comm == "gloo"
     assert reason == "the group's NCCL communicator is not connected yet (rank 0)"
+    reduce(group)
+    assert save(group, c.dir / "1") == ("nccl", HOLDS_CUDA)
+
+
+def case_one_that_is_not_connected_by_then_is_left_alone_for_good(c):
+    group = new_group(connected=False)
+    for step in range(2):
+        assert save(group, c.dir / str(step))[0] == "gloo"
+    reduce(group)
+    assert save(group, c.dir / "2")[0] == "gloo"
 
 
 def case_one_that_is_asked_for_is_connected(c):
@@ -173,10 +188,36 @@ def case_a_group_of_some_ranks_has_ranks_of_its_own(c):
     c.barrier()
 
 
-def case_the_new_nccl_backend_is_used_and_its_lazy_form_is_not(c):
-    assert save(new_group("cpu:gloo,cuda:nccl2"), c.dir / "nccl2")[0] == "nccl"
-    comm, reason = save(new_group("cpu:gloo,cuda:nccl-lazy"), c.dir / "lazy")
-    assert (comm, "gives its communicator" in reason) == ("gloo", True)
+def case_the_new_nccl_backend_is_used_and_so_is_its_lazy_form(c):
+    for backend in ("nccl2", "nccl-lazy"):
+        group = new_group(f"cpu:gloo,cuda:{backend}")
+        assert save(group, c.dir / backend) == ("nccl", HOLDS_CUDA)
+        reduce(group)
+    group = new_group("cpu:gloo,cuda:nccl-lazy", connected=False)
+    assert save(group, c.dir / "unconnected")[0] == "gloo"
+    with setting("nccl"):
+        assert save(new_group("nccl-lazy", connected=False), c.dir / "alone")[0] == "nccl"
+
+
+def case_a_group_that_is_bound_to_a_device_is_used_from_another(c):
+    here = device()
+    group = new_group(device_id=here)
+    torch.cuda.set_device((here.index + 1) % 2)
+    comm, reason = save(group, c.dir, here)
+    assert torch.cuda.current_device() != here.index
+    device()
+    assert (comm, reason) == ("nccl", HOLDS_CUDA)
+
+
+def case_coordinators_of_a_group_share_one_communicator(c):
+    group = new_group()
+    assert save(group, c.dir / "0")[0] == "nccl"
+    with fake.counted("cudaStreamCreateWithFlags") as streams:
+        other = group_for(group, False, 1, state_dict={}, is_save=True)
+        assert (other.kind, other.coordinator_rank, other.reason) == ("nccl", 1, HOLDS_CUDA)
+        assert other.reduce_min([c.rank + 2]) == [2]
+        assert save(group, c.dir / "1")[0] == "nccl"
+    assert streams["cudaStreamCreateWithFlags"] == 0
 
 
 def case_a_backend_that_checks_collectives_is_looked_through(c):
@@ -247,10 +288,121 @@ def case_a_hang_ends_at_the_groups_timeout(c):
     assert "timed out" in broken(c, "hang@1", SHORT_TIMEOUT_S)
 
 
-def case_a_split_that_fails_fails_the_save_on_every_rank(c):
+def case_a_communicator_that_can_not_be_split_leaves_all_ranks_on_the_cpu_backend(c):
     group = new_group()
     fake.set_nccl_faults("split=5")
-    error = fails_everywhere(group, c.dir)
+    comm, reason = save(group, c.dir / "0")
     fake.set_nccl_faults("")
-    assert "splitting the group's NCCL communicator" in str(error)
+    assert (comm, reason) == ("gloo", "the first reduction over NCCL failed (rank 0)")
+    assert save(group, c.dir / "1")[0] == "gloo"  # for good
     reduce(group)
+
+
+def case_a_first_reduction_that_fails_on_one_rank_leaves_all_on_the_cpu_backend(c):
+    for fault in ("fail=3@1", "async=6@1"):
+        group = new_group(timeout=timedelta(seconds=SHORT_TIMEOUT_S))
+        fake.set_nccl_faults(fault if c.rank == 1 else "")
+        comm, reason = save(group, c.dir / fault)
+        fake.set_nccl_faults("")
+        assert (comm, reason) == ("gloo", "the first reduction over NCCL failed (rank 1)")
+        reduce(group)
+
+
+def case_a_first_reduction_that_hangs_ends_in_time_and_is_refused_where_it_is_asked_for(c):
+    group = new_group(timeout=timedelta(seconds=SHORT_TIMEOUT_S))
+    fake.set_nccl_faults("hang@1" if c.rank == 1 else "")
+    with setting("nccl" if c.rank == 0 else "auto"):
+        error = fails_everywhere(group, c.dir / "0")
+    fake.set_nccl_faults("")
+    assert str(error).startswith("config.comm is 'nccl', but the first reduction over NCCL")
+    assert save(group, c.dir / "1")[0] == "nccl"  # nothing was chosen
+    reduce(group)
+
+
+# ---- ranks with errors of their own ----
+
+
+def case_nccl_that_one_rank_asks_for_too_late_fails_the_call_on_all(c):
+    group = new_group()
+    assert save(group, c.dir / "0", "cpu")[0] == "gloo"
+    with setting("nccl" if c.rank == 1 else "auto"):
+        error = fails_everywhere(group, c.dir / "1")
+        assert isinstance(error, CheckpointException) and set(error.failures) == {1}
+        with pytest.raises(CheckpointException) as caught:
+            dcp.load(blank("cpu", state_of(1)), checkpoint_id=c.dir / "0", process_group=group)
+        assert set(caught.value.failures) == {1}
+    assert save(group, c.dir / "2")[0] == "gloo"
+
+
+@contextlib.contextmanager
+def interrupted(is_here: bool, name: str) -> Iterator[None]:
+    """A function of _group_comm is interrupted."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = getattr(_group_comm, name)
+    if is_here:
+        setattr(_group_comm, name, interrupt)
+    try:
+        yield
+    finally:
+        setattr(_group_comm, name, before)
+
+
+def breaks_off(c, group: dist.ProcessGroup) -> None:
+    """A save in which rank 1 alone is interrupted."""
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt if c.rank == 1 else BaseException) as caught:
+        dcp.save(state_of(2), checkpoint_id=c.dir / "x", process_group=group)
+    assert time.monotonic() - started < 20  # long before the group's timeout
+    if c.rank != 1:
+        assert isinstance(caught.value, (CheckpointException, RuntimeError))
+        assert "interrupt" in str(caught.value).lower()
+
+
+def case_an_interrupt_of_one_rank_while_they_choose_fails_the_call_and_chooses_nothing(c):
+    for name in ("_holds_cuda", "_nccl_group"):
+        group = new_group()
+        with interrupted(c.rank == 1, name):
+            breaks_off(c, group)
+        assert save(group, c.dir / name) == ("nccl", HOLDS_CUDA)
+
+
+def case_it_does_so_without_a_cpu_backend(c):
+    group = new_group("nccl")
+    with interrupted(c.rank == 1, "_nccl_group"):
+        breaks_off(c, group)
+    assert save(group, c.dir / "1")[0] == "nccl"
+
+
+def case_a_full_device_of_one_rank_is_refused_on_all_without_a_cpu_backend(c):
+    group = new_group("nccl")
+    started = time.monotonic()
+    with fake.largest_allocation(4096 if c.rank == 1 else 0):
+        error = fails_everywhere(group, c.dir)
+    assert time.monotonic() - started < 20
+    assert "has no CPU backend, and the group's NCCL communicator can not be used (rank 1)" in str(
+        error
+    )
+    assert save(group, c.dir / "1")[0] == "nccl"
+
+
+def case_an_interrupt_in_a_reduction_is_kept_for_the_next_agreement(c):
+    group = _native.Group(dist.group.WORLD)
+    flag = c.dir / "sent"
+    if c.rank == 1:
+
+        def send():
+            time.sleep(0.5)  # until the reduction waits
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+            flag.touch()
+
+        threading.Thread(target=send, daemon=True).start()
+    while c.rank != 1 and not flag.exists():
+        time.sleep(0.01)
+    assert group.reduce_min([c.rank + 4]) == [4]
+    error = _group_comm.take_error(group)
+    assert isinstance(error, KeyboardInterrupt) if c.rank == 1 else error is None
+    assert group.error is None

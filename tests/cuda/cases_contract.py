@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -258,6 +260,79 @@ def case_a_forked_child_leaves_the_copies_to_its_parent(c):
         assert os.waitpid(child, 0)[1] == 0
     response.upload_completion.result(timeout=WAIT_S)
     assert_loads(c.dir / "x", tensors)
+
+
+ENDS_LIKE_ANY_PROCESS = """
+import atexit, os, sys, fake
+
+NAMES = ("cudaHostRegister", "cudaHostUnregister", "cudaMemcpyAsync", "cudaStreamDestroy",
+         "cudaEventDestroy")
+before = None
+
+def last():  # registered first, so it runs behind all that the package and torch have registered
+    if before is not None and {name: fake.count(name) for name in NAMES} != before:
+        os._exit(9)
+
+atexit.register(last)
+import torch, dcp_native as dcp
+from device_values import blank, assert_same, everywhere, layouts
+
+mode = dcp.AsyncCheckpointerType(sys.argv[2])
+tensors = layouts(torch.float32)
+state = everywhere("cuda:0", tensors)
+dcp.async_save(state, checkpoint_id=sys.argv[1] + "/0", async_checkpointer_type=mode).result(60)
+futures = [dcp.async_save(state, checkpoint_id=sys.argv[1] + "/1", async_checkpointer_type=mode)]
+child = os.fork()
+if child == 0:
+    before = {name: fake.count(name) for name in NAMES}
+    futures.clear()
+    dcp.trim()
+    dcp.save({"a": torch.ones(3)}, checkpoint_id=sys.argv[1] + "/child", no_dist=True)
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+futures[0].result(60)
+for i in range(2):
+    target = blank("cpu", tensors)
+    dcp.load(target, checkpoint_id=f"{sys.argv[1]}/{i}")
+    assert_same(target, tensors)
+dcp.trim()
+assert fake.count("cudaHostUnregister") == fake.count("cudaHostRegister") > 0
+"""
+
+
+def case_a_forked_child_ends_like_any_process_and_uses_no_device(c):
+    for mode in (THREAD, PROCESS):
+        (c.dir / mode.value).mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS_LIKE_ANY_PROCESS, str(c.dir / mode.value), mode.value],
+            capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((3,), float(index))
+
+
+def case_workers_of_data_loaders_run_beside_saves(c):
+    tensors = layouts(torch.float32)
+    state = everywhere("cuda:0", tensors)
+    for i, mode in enumerate((THREAD, PROCESS)):
+        started(state, c.dir / f"{i}first", mode).upload_completion.result(timeout=WAIT_S)
+        with fake.held():
+            response = started(state, c.dir / str(i), mode)
+            loader = torch.utils.data.DataLoader(
+                Numbers(), batch_size=2, num_workers=2, multiprocessing_context="fork"
+            )
+            seen = torch.cat(list(loader))
+        assert torch.equal(seen, torch.arange(8.0)[:, None].expand(8, 3))
+        response.upload_completion.result(timeout=WAIT_S)
+        assert_loads(c.dir / str(i), tensors)
 
 
 # ---- roles of the program's own ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fake
 import pytest
 import torch
-from device_values import assert_same, blank, everywhere, layouts, on, payload, raw
+from device_values import assert_same, blank, everywhere, layouts, memory_of, on, payload, raw
 
 import dcp_native as dcp
 
@@ -40,9 +40,39 @@ def case_memory_that_cannot_be_pinned_is_copied_to_all_the_same(c):
     state = everywhere("cuda:0", tensors)
     dcp.trim()
     with fake.failing("cudaHostRegister", fake.NOT_SUPPORTED):
-        dcp.async_save(state, checkpoint_id=c.dir / "x").result(timeout=60)
-    assert_loads(c.dir / "x", tensors)
+        dcp.async_save(state, checkpoint_id=c.dir / "0").result(timeout=60)
+    with fake.counted("cudaHostRegister") as asked:  # once is enough, and every report says it
+        for i in (1, 2):
+            future = dcp.async_save(state, checkpoint_id=c.dir / str(i))
+            future.result(timeout=60)
+            assert "pinning failed" in future.report["device_reason"]
+    assert asked["cudaHostRegister"] == 0
+    for i in range(3):
+        assert_loads(c.dir / str(i), tensors)
     assert fake.last_error() == 0
+    dcp.trim()
+    dcp.async_save(state, checkpoint_id=c.dir / "x").result(timeout=60)
+    assert "pinning" not in (dcp.last_report()["device_reason"] or "")
+
+
+def case_a_load_without_memory_for_a_slab_takes_few_copies(c):
+    tensors = {
+        "turned": raw(torch.float32, 300, 200, seed=1).t(),
+        "columns": raw(torch.float32, 400, 100, seed=2)[:, 3:20],
+        "steps": raw(torch.float32, 300, 64, seed=3)[:, ::2],
+        "cube": raw(torch.float32, 20, 30, 40, seed=4).permute(2, 0, 1),
+    }
+    dcp.save(tensors, checkpoint_id=c.dir / "x")
+    target, on_cpu = blank("cuda:0", tensors), blank("cpu", tensors)
+    torch.cuda.synchronize()
+    with fake.largest_allocation(1), fake.counted("cudaMemcpyAsync", "cudaMemcpy2DAsync") as calls:
+        dcp.load(target, checkpoint_id=c.dir / "x")
+    assert sum(calls.values()) < 400, calls  # of 100,400 elements
+    assert "slab" in dcp.last_report()["device_reason"]
+    assert_same(target, tensors)
+    dcp.load(on_cpu, checkpoint_id=c.dir / "x")
+    for name in tensors:  # nothing between the elements
+        assert torch.equal(memory_of(target[name]), memory_of(on_cpu[name])), name
 
 
 def case_kernels_that_cannot_be_loaded_are_done_without(c):

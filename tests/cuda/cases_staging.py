@@ -49,6 +49,23 @@ def case_async_staging_returns_before_the_device_has_copied_anything(c):
         assert_same(target, tensors)
 
 
+def case_a_full_stream_does_not_hold_up_the_trainer(c):
+    row_bytes = 256 << 10  # from here on a copy each
+    tensors = {"rows": raw(torch.uint8, 1200, row_bytes)}
+    wide = torch.empty(1200, row_bytes + 64, dtype=torch.uint8, device="cuda")
+    state = {"rows": wide[:, :row_bytes]}
+    for i in range(1200):
+        state["rows"][i].copy_(tensors["rows"][i])
+    torch.cuda.synchronize()
+    with fake.held(), fake.counted("held_up") as counts:
+        response = started(state, c.dir / "x")
+    assert counts["held_up"] == 0, counts
+    response.staging_completion.result(timeout=60)
+    response.upload_completion.result(timeout=60)
+    dcp.save(tensors, checkpoint_id=c.dir / "cpu")
+    assert payload(c.dir / "x") == payload(c.dir / "cpu")
+
+
 def case_the_caller_may_put_work_that_only_reads_behind_the_copies(c):
     tensors = layouts(torch.float32, seed=2)
     state = everywhere("cuda:0", tensors)
@@ -130,6 +147,46 @@ def case_warm_up_of_a_device_state(c):
     state = everywhere("cuda:0", layouts(torch.float32))
     dcp.warm_up(state)
     dcp.async_save(state, checkpoint_id=c.dir / "x").result(timeout=60)
+
+
+def case_saves_pin_what_they_stage_into_once(c):
+    """Private memory, and what the writer process maps too: pinned here, and by nobody else."""
+    tensors = {f"t{i}": raw(torch.float32, 1000, 400, seed=i) for i in range(4)}
+    state = everywhere("cuda:0", tensors)
+    for mode in (THREAD, PROCESS):
+        dcp.trim()
+        with fake.counted("cudaHostRegister", "cudaHostUnregister") as pins:
+            started(state, c.dir / f"{mode.value}0", mode).upload_completion.result(timeout=60)
+        assert pins["cudaHostRegister"] > 0 and pins["cudaHostUnregister"] == 0, mode
+        with fake.counted("cudaHostRegister", "cudaHostUnregister") as later:
+            for i in (1, 2):
+                response = started(state, c.dir / f"{mode.value}{i}", mode)
+                response.upload_completion.result(timeout=60)
+        assert later == {"cudaHostRegister": 0, "cudaHostUnregister": 0}, mode
+        with fake.counted("cudaHostUnregister") as unpins:
+            dcp.trim()
+        assert unpins["cudaHostUnregister"] == pins["cudaHostRegister"], mode
+        for i in range(3):
+            target = blank("cpu", tensors)
+            dcp.load(target, checkpoint_id=c.dir / f"{mode.value}{i}")
+            assert_same(target, tensors)
+
+
+def case_an_arena_that_grows_stays_pinned(c):
+    small = {"a": raw(torch.float32, 1000, 300, seed=1)}
+    large = {f"t{i}": raw(torch.float32, 1000, 300, seed=i) for i in range(5)}
+    dcp.trim()
+    for mode in (THREAD, PROCESS):
+        with fake.counted("cudaHostRegister", "cudaHostUnregister") as pins:
+            for name, tensors in (("small", small), ("large", large)):
+                path = c.dir / mode.value / name
+                started(everywhere("cuda:0", tensors), path, mode).upload_completion.result(60)
+                target = blank("cpu", tensors)
+                dcp.load(target, checkpoint_id=path)
+                assert_same(target, tensors)
+        assert pins["cudaHostUnregister"] <= 1, mode  # the piece that it ended in
+        dcp.trim()
+    assert fake.count("cudaHostUnregister") == fake.count("cudaHostRegister")
 
 
 def case_pinned_memory_is_given_back_by_trim(c):

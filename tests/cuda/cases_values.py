@@ -150,6 +150,33 @@ def case_two_devices_in_one_state(c):
         assert_same(target["second"], second)
 
 
+def case_meta_tensors_and_the_hosts_beside_those_of_devices(c):
+    """As a model whose optimizer is offloaded: each comes to where it is wanted."""
+    tensors = {**layouts(torch.float32, seed=5), "made": raw(torch.float32, 20, 30, seed=6)}
+    on_host = {f"host.{name}": tensor for name, tensor in layouts(torch.int32, seed=7).items()}
+    state = {**everywhere("cuda:0", tensors), **on_host}
+    state["large"] = on(SECOND, tensors["large"])
+    future = dcp.async_save(state, checkpoint_id=c.dir / "x")
+    future.result(timeout=60)
+    assert future.report["devices"] == sorted({"cuda:0", SECOND})
+    target = {**blank("cuda:0", tensors), **blank("cpu", on_host)}
+    target["large"] = blank(SECOND, {"large": tensors["large"]})["large"]
+    target["made"] = torch.empty(20, 30, device="meta")
+    with torch.cuda.device(torch.cuda.device_count() - 1):
+        dcp.load(target, checkpoint_id=c.dir / "x")
+    assert target["made"].device.type == "cpu"  # without a group there is no other device to go by
+    assert target["plain"].device == torch.device("cuda:0")
+    assert target["large"].device == torch.device(SECOND)
+    assert_same(target, {**tensors, **on_host})
+    report = dcp.last_report()
+    del tensors["made"]
+    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert report["devices"] == sorted({"cuda:0", SECOND})
+    assert report["device_targets_count"] == len(tensors) - 1  # one has no elements
+    assert report["device_by_torch_count"] == 0
+    assert report["device_copied_bytes"] >= size_bytes
+
+
 def case_the_current_device_stays_what_it_was(c):
     state = {"a": on("cuda:0", raw(torch.float32, 9)), "b": on(SECOND, raw(torch.float32, 9))}
     for current in range(torch.cuda.device_count()):

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.spread import pytest_xdist_make_scheduler  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "py" / "ranks"))
 

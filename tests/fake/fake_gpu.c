@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #define STREAM_MAGIC 0x5354524du
+#define QUEUE_WORKS 1024 /* that a stream takes before it holds up whoever gives it more */
 
 struct fake_stream {
     uint32_t magic;
@@ -344,6 +345,7 @@ int
 fake_put(struct fake_stream *stream, const struct fake_work *work)
 {
     struct fake_work *copy = NULL;
+    bool full;
     int code;
 
     if (stream->capturing) {
@@ -358,11 +360,18 @@ fake_put(struct fake_stream *stream, const struct fake_work *work)
     }
     *copy = *work;
     pthread_mutex_lock(&lock);
+    full = stream->queued - stream->done >= QUEUE_WORKS;
+    while (stream->queued - stream->done >= QUEUE_WORKS && !held) {
+        pthread_cond_wait(&moved, &lock);
+    }
     code = order_locked(stream);
     if (code == FAKE_OK) {
         append_locked(stream, copy);
     }
     pthread_mutex_unlock(&lock);
+    if (full) {
+        fake_count("held_up", 1);
+    }
     if (code != FAKE_OK) {
         free(copy->owned);
         free(copy);

@@ -112,7 +112,8 @@ bool fake_range_of(const void *address, struct fake_range *ret_range);
 
 /* A count by name: of calls of an API function, or "contexts", "copied_to_host_bytes",
  * "copied_to_device_bytes", "copies_to_host", "copies_to_device", "kernels", "captured",
- * "waits_to_free". */
+ * "waits_to_free"; "held_up": work for a stream that was full, which waited for room unless all
+ * work was held. */
 uint64_t dcp_fake_count(const char *name);
 /* The Nth call of `name` from now (1: the next) answers `code`; 0 forgets it. */
 void dcp_fake_fail(const char *name, uint64_t nth, int code);

@@ -18,6 +18,7 @@
  * - hang@N: the N-th operation never ends until its communicator is aborted.
  * - split=C: ncclCommSplit is refused with the result C.
  * - slow=S: a communicator that is not blocking takes S seconds more to be joined.
+ * - prompt: it is joined before the call that makes it returns.
  *
  * FAKE_NCCL_VERSION is what ncclGetVersion says; FAKE_NCCL_DEBUG=1 prints why something failed;
  * FAKE_NCCL_TIMEOUT_S, 120, ends what waits for ever.  Compiled with FAKE_NCCL_NO_SPLIT the library
@@ -40,6 +41,7 @@ static struct {
     int fail, async, split; /* results */
     uint64_t fail_at, async_at, hang_at;
     double slow_s;
+    bool prompt;
     uint64_t ops; /* so far */
 } faults;
 static _Atomic uint64_t ops_ever;
@@ -60,6 +62,8 @@ read_faults_locked(const char *text)
             faults.async_at = at;
         } else if (sscanf(text, "hang@%llu", &at) == 1) {
             faults.hang_at = at;
+        } else if (strncmp(text, "prompt", 6) == 0) {
+            faults.prompt = true;
         } else if (sscanf(text, "slow=%lf", &faults.slow_s) != 1 &&
                    sscanf(text, "split=%d", &faults.split) != 1) {
             (void)fprintf(stderr, "fake nccl: no such fault: %s\n", text);
@@ -127,6 +131,15 @@ fake_join_delay_s(void)
     double delay_s = faults.slow_s;
     (void)pthread_mutex_unlock(&faults_mutex);
     return delay_s;
+}
+
+bool
+fake_joins_promptly(void)
+{
+    lock_faults();
+    bool prompt = faults.prompt;
+    (void)pthread_mutex_unlock(&faults_mutex);
+    return prompt;
 }
 
 /* ---- the rest ---- */

@@ -108,6 +108,8 @@ ncclResult_t fake_count_op(int *ret_fault);
 ncclResult_t fake_split_fault(void);
 /* Seconds more that a communicator that is not blocking takes to be joined. */
 double fake_join_delay_s(void);
+/* Whether such a one is joined inside of the call that makes it. */
+bool fake_joins_promptly(void);
 
 /* ---- fake_nccl_comm.c ---- */
 

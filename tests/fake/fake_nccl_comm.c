@@ -17,12 +17,15 @@ typedef struct {
     char internal[128];
 } ncclUniqueId;
 
-/* The first fields of every ncclConfig_t since 2.14; NULL name and the rest are not looked at. */
+/* The first fields of every ncclConfig_t since 2.17; NULL name and the rest are not looked at. */
 struct config {
     size_t size;
     unsigned magic, version;
-    int blocking;
+    int blocking, cga_cluster_size, min_ctas, max_ctas;
 };
+
+static _Atomic int split_ctas;     /* at most, of the last split */
+static _Atomic unsigned aborts[2]; /* by threads on another device, on the communicator's */
 
 static int
 current_device(void)
@@ -57,7 +60,7 @@ join(void *argument)
 }
 
 static ncclComm_t
-comm_new(const char *name, int rank, int count, bool blocking)
+comm_new(const char *name, int rank, int count, int device, bool blocking)
 {
     ncclComm_t comm = calloc(1, sizeof *comm);
     if (comm == NULL) {
@@ -66,7 +69,7 @@ comm_new(const char *name, int rank, int count, bool blocking)
     (void)snprintf(comm->name, sizeof comm->name, "%s", name);
     comm->rank = rank;
     comm->count = count;
-    comm->device = current_device();
+    comm->device = device;
     comm->blocking = blocking;
     atomic_store(&comm->refs, 2); /* the caller's handle, and who joins */
     atomic_store(&comm->async_error, FAKE_IN_PROGRESS);
@@ -89,17 +92,17 @@ is_blocking(const struct config *config, bool inherited)
 }
 
 static ncclResult_t
-start(const char *name, int rank, int count, int blocking, ncclComm_t *ret_comm)
+start(const char *name, int rank, int count, int device, int blocking, ncclComm_t *ret_comm)
 {
     if (blocking < 0 || count < 1 || count > FAKE_MAX_RANKS || rank < 0 || rank >= count) {
         fake_note("rank %d of %d: 1 to %d ranks are possible", rank, count, FAKE_MAX_RANKS);
         return FAKE_INVALID_ARGUMENT;
     }
-    ncclComm_t comm = comm_new(name, rank, count, blocking);
+    ncclComm_t comm = comm_new(name, rank, count, device, blocking);
     if (comm == NULL) {
         return FAKE_SYSTEM;
     }
-    if (!blocking) {
+    if (!blocking && !fake_joins_promptly()) {
         pthread_t thread;
         *ret_comm = comm;
         if (pthread_create(&thread, NULL, join, comm) != 0) {
@@ -138,7 +141,7 @@ ncclCommInitRankConfig(ncclComm_t *comm, int count, ncclUniqueId id, int rank,
                        const struct config *config)
 {
     id.internal[sizeof id.internal - 1] = '\0';
-    return start(id.internal, rank, count, is_blocking(config, true), comm);
+    return start(id.internal, rank, count, current_device(), is_blocking(config, true), comm);
 }
 
 EXPORT ncclResult_t
@@ -190,6 +193,7 @@ ncclCommDestroy(ncclComm_t comm)
 EXPORT ncclResult_t
 ncclCommAbort(ncclComm_t comm)
 {
+    atomic_fetch_add(&aborts[current_device() == comm->device], 1);
     atomic_store(&comm->aborted, true);
     wait_for_jobs(comm, 5.0); /* a stream that died runs none any more */
     fake_comm_release(comm);
@@ -233,6 +237,60 @@ exchange_colors(ncclComm_t comm, int color, int key, int (*ret_all)[2])
     return fake_run_now(comm, &op);
 }
 
+struct splitting {
+    ncclComm_t parent;
+    int color, key, blocking;
+    ncclComm_t *ret_comm;
+};
+
+static ncclResult_t
+split(const struct splitting *splitting, ncclComm_t *ret_comm)
+{
+    ncclComm_t comm = splitting->parent;
+    int all[FAKE_MAX_RANKS][2];
+    int rc = exchange_colors(comm, splitting->color, splitting->key, all);
+    if (rc != 0) {
+        return rc;
+    }
+    char name[FAKE_NAME_BYTES];
+    (void)pthread_mutex_lock(&comm->mutex);
+    uint32_t number = ++comm->splits;
+    (void)pthread_mutex_unlock(&comm->mutex);
+    (void)snprintf(name, sizeof name, "%.60s.%u.%d", comm->name, number, splitting->color);
+    if (splitting->color == NO_COLOR) {
+        *ret_comm = NULL;
+        return FAKE_SUCCESS;
+    }
+    int rank = 0;
+    int count = 0;
+    for (int r = 0; r < comm->count; r++) {
+        if (all[r][0] == splitting->color) {
+            count++;
+            rank += all[r][1] < splitting->key || (all[r][1] == splitting->key && r < comm->rank);
+        }
+    }
+    return start(name, rank, count, comm->device, splitting->blocking, ret_comm);
+}
+
+/* Of a communicator that does not block: behind the call's return.  The result goes to the caller's
+ * memory by a function that sanitizers see. */
+static void *
+split_behind(void *argument)
+{
+    static void *(*volatile copy)(void *, const void *, size_t) = memcpy;
+    struct splitting *splitting = argument;
+    ncclComm_t parent = splitting->parent, made = NULL;
+    int rc = split(splitting, &made);
+    if (rc == FAKE_SUCCESS || rc == FAKE_IN_PROGRESS) {
+        rc = FAKE_SUCCESS;
+        copy(splitting->ret_comm, &made, sizeof made);
+    }
+    atomic_store(&parent->async_error, rc);
+    fake_comm_release(parent);
+    free(splitting);
+    return NULL;
+}
+
 EXPORT ncclResult_t
 ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *ret_comm,
               const struct config *config)
@@ -242,32 +300,48 @@ ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *ret_comm,
         fake_note("ncclCommSplit refused, as asked for");
         return fault;
     }
-    int blocking = is_blocking(config, comm->blocking);
-    if (blocking < 0) {
+    struct splitting splitting = {.parent = comm,
+                                  .color = color,
+                                  .key = key,
+                                  .blocking = is_blocking(config, comm->blocking),
+                                  .ret_comm = ret_comm};
+    if (splitting.blocking < 0) {
         return FAKE_INVALID_ARGUMENT;
     }
-    int all[FAKE_MAX_RANKS][2];
-    int rc = exchange_colors(comm, color, key, all);
-    if (rc != 0) {
-        return rc;
+    atomic_store(&split_ctas, config != NULL ? config->max_ctas : 0);
+    if (comm->blocking) {
+        return split(&splitting, ret_comm);
     }
-    char name[FAKE_NAME_BYTES];
-    (void)pthread_mutex_lock(&comm->mutex);
-    uint32_t number = ++comm->splits;
-    (void)pthread_mutex_unlock(&comm->mutex);
-    (void)snprintf(name, sizeof name, "%.60s.%u.%d", comm->name, number, color);
-    if (color == NO_COLOR) {
-        *ret_comm = NULL;
-        return FAKE_SUCCESS;
+    struct splitting *behind = malloc(sizeof *behind);
+    pthread_t thread;
+    if (behind == NULL) {
+        return FAKE_SYSTEM;
     }
-    int rank = 0;
-    int count = 0;
-    for (int r = 0; r < comm->count; r++) {
-        if (all[r][0] == color) {
-            count++;
-            rank += all[r][1] < key || (all[r][1] == key && r < comm->rank);
-        }
+    *behind = splitting;
+    atomic_fetch_add(&comm->refs, 1);
+    atomic_store(&comm->async_error, FAKE_IN_PROGRESS);
+    if (pthread_create(&thread, NULL, split_behind, behind) != 0) {
+        return FAKE_SYSTEM;
     }
-    return start(name, rank, count, blocking, ret_comm);
+    (void)pthread_detach(thread);
+    return FAKE_IN_PROGRESS;
 }
 #endif
+
+/* ---- for tests ---- */
+
+/* The groups of threads that the last split allowed at most. */
+EXPORT int fake_nccl_split_ctas(void);
+EXPORT int
+fake_nccl_split_ctas(void)
+{
+    return atomic_load(&split_ctas);
+}
+
+/* Communicators aborted by threads that were on their device, or were not. */
+EXPORT unsigned fake_nccl_aborts(int on_device);
+EXPORT unsigned
+fake_nccl_aborts(int on_device)
+{
+    return atomic_load(&aborts[on_device != 0]);
+}

@@ -6,6 +6,7 @@ go, not yet run on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -24,6 +25,7 @@ DEVICES = torch.cuda.device_count()
 RUNS = [  # module, ranks (0: no process group), backend; NCCL wants a device for each rank
     ("cases_values", 0, ""),
     ("cases_hsdp", 4, "cpu:gloo,cuda:nccl"),
+    ("cases_models", 4, "cpu:gloo,cuda:nccl"),
 ]
 OPTIONS = StagingOptions(
     use_pinned_memory=True,
@@ -152,8 +154,8 @@ def test_the_capture_of_a_graph_is_refused_and_survives(tmp_path):
     assert bool((x == 1).all())
 
 
-def test_without_memory_for_a_slab_the_save_does_without(tmp_path):
-    state = many_small(2000)
+@contextlib.contextmanager
+def full_device():
     torch.cuda.synchronize()
     hoard, size_bytes = [], 1 << 34
     while size_bytes > 1 << 16:
@@ -161,10 +163,38 @@ def test_without_memory_for_a_slab_the_save_does_without(tmp_path):
             hoard.append(torch.empty(size_bytes, dtype=torch.uint8, device="cuda"))
         except torch.OutOfMemoryError:
             size_bytes //= 2
-    dcp.save(state, checkpoint_id=tmp_path)
-    del hoard
+    yield
+    hoard.clear()
     torch.cuda.empty_cache()
+
+
+def test_without_memory_for_a_slab_the_save_does_without(tmp_path):
+    state = many_small(2000)
+    with full_device():
+        dcp.save(state, checkpoint_id=tmp_path)
     assert_loads(tmp_path, state)
+
+
+def test_without_memory_for_a_slab_a_load_copies_rows(tmp_path):
+    whole = {name: torch.randn(4000, 640) for name in ("columns", "steps", "turned")}
+
+    def seen(tensors):
+        return {
+            "columns": tensors["columns"][:, 3:20],
+            "steps": tensors["steps"][:, ::2],
+            "turned": tensors["turned"].t(),
+        }
+
+    dcp.save(seen(whole), checkpoint_id=tmp_path)
+    there = {name: torch.zeros(4000, 640, device="cuda") for name in whole}
+    with full_device():
+        dcp.load(seen(there), checkpoint_id=tmp_path)
+        report = dcp.last_report()
+    assert "slab" in report["device_reason"] and report["device_copies_count"] < 10000
+    want = {name: torch.zeros(4000, 640) for name in whole}
+    for name, tensor in seen(want).items():
+        tensor.copy_(seen(whole)[name])
+    assert all(torch.equal(there[name].cpu(), want[name]) for name in whole)
 
 
 def run_alone(text: str, tmp_path: Path, **env: str) -> None:
@@ -197,7 +227,7 @@ def test_a_save_creates_contexts_only_on_devices_that_hold_tensors(tmp_path):
         """
 import sys, torch, dcp_native as dcp
 with torch.cuda.device(1):
-    state = {"x": torch.arange(1000.0, device="cuda:1").reshape(10, 100).t()}
+    state = {"x": torch.arange(1000.0).to("cuda:1").reshape(10, 100).t()}
     dcp.save(state, checkpoint_id=sys.argv[1])
     dcp.async_save(state, checkpoint_id=sys.argv[1] + "2").result()
     dcp.load(state, checkpoint_id=sys.argv[1])

@@ -102,6 +102,9 @@ class CommTable(ctypes.Structure):
         ),
         ("broadcast", collective(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)),
         ("destroy", ctypes.PYFUNCTYPE(None, ctypes.c_void_p)),
+        ("acquire", ctypes.c_void_p),
+        ("follow", ctypes.c_void_p),
+        ("device_index", ctypes.c_int32),
     )
 
 

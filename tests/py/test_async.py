@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
 
 import dcp_native as dcp
-from dcp_native import _uploads
+from dcp_native import _save, _uploads
 
 THREAD, PROCESS = dcp.AsyncCheckpointerType.THREAD, dcp.AsyncCheckpointerType.PROCESS
 MODES = pytest.mark.parametrize("mode", [THREAD, PROCESS], ids=["thread", "process"])
@@ -127,6 +127,54 @@ def test_the_future_tells_what_happened(tmp_path, mode):
     assert dcp.last_report()["save_id"] == report["save_id"]
     assert not future.cancel()
     dcp.configure(native=True)
+
+
+class Interrupt(KeyboardInterrupt):
+    """As Ctrl-C, at a moment of our choice."""
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), Interrupt()], ids=repr)
+def test_a_save_that_could_not_be_begun_resolves_what_others_wait_for(tmp_path, monkeypatch, error):
+    """With tensors on a device, whose staging would have gone on in the background."""
+    stager = DefaultStager(StagingOptions(False, False, True, False))
+    heard = []
+
+    def upload(self, *unused, **unused_too):
+        heard.append(self)
+        raise error
+
+    monkeypatch.setattr(_save.NativeSave, "is_staging", lambda self: True)
+    monkeypatch.setattr(_save.NativeSave, "upload", upload)
+    if isinstance(error, Interrupt):
+        with pytest.raises(Interrupt):
+            dcp.async_save({"w": torch.ones(9)}, checkpoint_id=tmp_path, async_stager=stager)
+    else:
+        response = dcp.async_save({"w": torch.ones(9)}, checkpoint_id=tmp_path, async_stager=stager)
+        with pytest.raises(dcp.CheckpointException, match="no room"):
+            response.upload_completion.result(timeout=0)
+        assert response.staging_completion.exception(timeout=0) is error
+    with pytest.raises(type(error)):
+        stager.synchronize_staging()
+    assert len(heard) == 1 and _uploads.in_flight() == []
+    monkeypatch.undo()
+    future = dcp.async_save({"w": torch.ones(9)}, checkpoint_id=tmp_path)
+    assert future.result(timeout=60)
+
+
+def test_an_interrupt_that_comes_with_the_start_leaves_a_save_that_ends(tmp_path, monkeypatch):
+    upload = _save.NativeSave.upload
+    begun = []
+
+    def interrupted(self, *args, **kwargs):
+        upload(self, *args, **kwargs)
+        begun.extend(_uploads._uploads)
+        raise Interrupt
+
+    monkeypatch.setattr(_save.NativeSave, "upload", interrupted)
+    with pytest.raises(Interrupt):
+        dcp.async_save({"w": torch.ones(9)}, checkpoint_id=tmp_path)
+    assert begun[0].future.result(timeout=60)
+    assert dcp.verify(tmp_path)
 
 
 @MODES
@@ -429,10 +477,10 @@ def test_nothing_grows_over_many_saves(tmp_path, mode):
         return dcp._native.live_bytes(), len(os.listdir("/proc/self/fd"))
 
     run(3)
-    before = run(1)
+    before, threads_count = run(1), threading.active_count()
     after = run(60)
     assert after[0] <= before[0] + 4096 and after[1] <= before[1]
-    assert threading.active_count() <= 3
+    assert threading.active_count() <= threads_count
 
 
 def test_a_write_error_is_on_the_future_and_the_next_save_works(tmp_path):

@@ -8,13 +8,21 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
+HANGS_S = 600  # some take a minute of two processors, which other tests may want, too
 BENCH = BENCHMARKS / "bench.py"
 VARIANTS = {"dcp_native first", "torch1 cached"}
+RIVALS = {
+    "torch.save": None,
+    "safetensors": "safetensors",
+    "torch_checkpointing": "torch_checkpointing",
+    "torchsnapshot": "torchsnapshot",
+}
 
 
 def run_bench(tmp_path, *arguments):
@@ -22,7 +30,7 @@ def run_bench(tmp_path, *arguments):
     tmpfs.mkdir()
     argv = [sys.executable, str(BENCH), "--size", "small", "--dir", str(disk)]
     argv += ["--tmpfs", str(tmpfs), "--json", str(tmp_path / "result.json"), *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANGS_S)
     assert os.listdir(disk) == os.listdir(tmpfs) == [], "the benchmark left files behind"
     return done
 
@@ -37,21 +45,77 @@ def test_small_benchmark_verifies_every_load(tmp_path):
         "many_dtensor on disk",
         "many_plain on disk",
     }
-    for case in result["cases"].values():
+    others = {name for name, package in RIVALS.items() if package is None or find_spec(package)}
+    assert {"torch.save", "safetensors"} <= others
+    total = 0
+    for name, case in result["cases"].items():
         summary = case["summary"]
-        assert summary.keys() >= {"dcp_native", "torch1", "torch4", "limit", "memcpy"}
+        many = name.startswith("many")
+        taking_part = others - {"torchsnapshot"} if many else others
+        assert summary.keys() >= {"dcp_native", "torch1", "limit", "memcpy", *taking_part}
         assert {"torch1 reads dcp_native", "dcp_native reads torch1"} <= summary.keys()
         assert all(
             s["wall_s"] > 0 for s in (*summary["dcp_native"].values(), *summary["limit"].values())
         )
-        # Three contenders, and both read the other's once; then the variants of planning.
-        assert case["loads_verified"] == 5 + len(summary.keys() & VARIANTS)
-    many = [case["summary"] for name, case in result["cases"].items() if name.startswith("many")]
-    assert all(summary.keys() >= VARIANTS for summary in many)
-    assert result["loads_verified"] == 24
+        # Every contender loads what it saved, both kinds read the other's once; then the variants.
+        assert summary.keys() >= VARIANTS if many else "torch4" in summary
+        loads = (4 if many else 5) + len(taking_part) + len(summary.keys() & VARIANTS)
+        assert case["loads_verified"] == loads
+        total += loads
+    assert result["loads_verified"] == total
     assert result["wrong"] == []
     assert "0 values differ" in done.stdout
     assert "ours : torch : limit" in done.stdout
+    assert "their time over ours: torch.save " in done.stdout
+    for name in RIVALS.keys() - others:
+        assert f"{name} is not installed: left out" in done.stderr
+
+
+RIVAL = """
+import torch.distributed as dist
+class StateDict(dict):
+    def __init__(self, **items):
+        super().__init__(items)
+class Snapshot:
+    def __init__(self, path):
+        pass
+    def restore(self, app):
+        pass
+    @staticmethod
+    def take(path, app):
+        import os
+        os.makedirs(path, exist_ok=True)
+        {take}
+"""
+
+
+def run_beside_a_rival(tmp_path, monkeypatch, take):
+    package = tmp_path / "site" / "torchsnapshot"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(RIVAL.format(take=take))
+    inherited = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, (str(package.parent), inherited)))
+    )
+    names = "dcp_native,torchsnapshot"
+    return run_bench(tmp_path, "--cases", "llama", "--where", "disk", "--contenders", names)
+
+
+def test_a_rival_that_loads_nothing_is_reported_as_wrong(tmp_path, monkeypatch):
+    done = run_beside_a_rival(tmp_path, monkeypatch, "dist.barrier()")
+    assert done.returncode == 1
+    wrong = json.loads((tmp_path / "result.json").read_text())["wrong"]
+    assert any("torchsnapshot load: rank 1: model.norm.weight" in w for w in wrong)
+    assert all("torchsnapshot load" in w for w in wrong)
+
+
+def test_a_rival_that_does_not_run_is_left_out_and_said_so(tmp_path, monkeypatch):
+    take = "raise RuntimeError('not with this torch')"
+    done = run_beside_a_rival(tmp_path, monkeypatch, take)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torchsnapshot does not run here: left out" in done.stderr
+    assert "not with this torch" in done.stderr
+    assert "torchsnapshot" not in done.stdout
 
 
 def test_a_load_that_does_nothing_is_reported_as_wrong(tmp_path, monkeypatch):
@@ -63,7 +127,7 @@ def test_a_load_that_does_nothing_is_reported_as_wrong(tmp_path, monkeypatch):
     )
     assert done.returncode == 1
     assert "WRONG" in done.stdout
-    assert "1200 values differ" in done.stdout  # 200 tensors on 2 ranks by 3 contenders
+    assert "800 values differ" in done.stdout  # 200 tensors on 2 ranks, with cached plans, too
 
 
 def run_figures(program, tmp_path, *arguments, environment=None):
@@ -74,7 +138,7 @@ def run_figures(program, tmp_path, *arguments, environment=None):
     inherited = os.environ.get("PYTHONPATH")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), inherited)))}
     done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=300, env={**env, **(environment or {})}
+        argv, capture_output=True, text=True, timeout=HANGS_S, env={**env, **(environment or {})}
     )
     assert path.exists(), done.stdout + done.stderr
     return done.returncode, json.loads(path.read_text())
@@ -100,6 +164,7 @@ def run_figures(program, tmp_path, *arguments, environment=None):
                 ),
             ],
         ),
+        ("tracing", ["save, 256 MiB of 4 MiB tensors: CPU", "load, 1 MiB of 1 KiB tensors: wall"]),
         ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "ready to plan, our"]),
         (
             "load_planning",
@@ -289,7 +354,7 @@ def run_soak(tmp_path, *arguments, environment=None):
     argv = [sys.executable, str(BENCHMARKS / "async_soak.py"), "--mib", "20", "--dir", str(disk)]
     argv += ["--json", str(path), *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANGS_S, env=env)
     assert path.exists(), done.stdout + done.stderr
     assert os.listdir(disk) == [], "the soak left files behind"
     return done.returncode, json.loads(path.read_text())
@@ -317,7 +382,7 @@ def test_a_soak_sees_a_broken_promise(sabotage, wrong, tmp_path):
 def run_c(program, *arguments):
     """Builds and runs a benchmark in C; returns what it prints."""
     path = pathlib.Path("build", "bench", program)
-    subprocess.run(["make", "--silent", str(path)], cwd=ROOT, check=True, timeout=300)
+    subprocess.run(["make", "--silent", str(path)], cwd=ROOT, check=True, timeout=HANGS_S)
     argv = [str(path), *map(str, arguments)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -372,7 +437,7 @@ def test_device_limits_stages_what_the_tensors_hold():
 def test_split_benchmark_halves_what_one_rank_writes(tmp_path):
     argv = [sys.executable, str(BENCHMARKS / "split_replicated.py"), "--dir", str(tmp_path)]
     argv += ["--large-mib", "64", "--small-count", "0", "--repeats", "1"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANGS_S)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
     assert lines["off"][1:4] == ["64.0", "MiB", "32.0"]
@@ -427,7 +492,7 @@ dcp_native.load = shifted
 def test_the_benchmark_of_collectives_over_nccl_runs_and_verifies(tmp_path):
     """Over the fake libraries; it exits with 1 where a result is wrong."""
     root = BENCHMARKS.parent
-    subprocess.run(["make", "-s", "build/bench/nccl_comm"], cwd=root, check=True, timeout=300)
+    subprocess.run(["make", "-s", "build/bench/nccl_comm"], cwd=root, check=True, timeout=HANGS_S)
     job = subprocess.run(
         ["build/bench/nccl_comm", "--quick"], cwd=root, capture_output=True, text=True, timeout=100
     )

@@ -39,7 +39,7 @@ RELEASE = torch.__version__.split("+")[0]
 
 
 def test_the_table_has_the_layout_of_the_header():
-    assert TABLE.version == 3
+    assert TABLE.version == 4
     assert TABLE.table_bytes == ctypes.sizeof(BridgeTable)
     assert TABLE.torch_version.decode() == _bridge.torch_version == RELEASE
 
@@ -212,7 +212,11 @@ def test_a_wrapper_that_raises_leaves_no_exception_and_no_pointer():
     assert Flag.HAS_MEMORY not in view.flags and Flag.STRIDED not in view.flags
 
 
-@pytest.mark.parametrize("thing", [None, 3, object(), torch.Tensor, [torch.ones(1)]], ids=repr)
+@pytest.mark.parametrize(
+    "thing",
+    [None, 3, object(), torch.Tensor, [torch.ones(1)]],
+    ids=["None", "int", "object", "class", "list"],
+)
 def test_other_objects_are_no_tensors(thing):
     assert view_of(TABLE, thing).tensor_class == NOT_A_TENSOR
     assert TABLE.tensor_mutable_data(thing) is None

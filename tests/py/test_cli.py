@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 import dcp_native as dcp
 from dcp_native._cli.checkpoint import Checkpoint
 from dcp_native._cli.main import COMMANDS
+from dcp_native._cli.units import bytes_text
 
 LOOKS = (
     ("inspect",), ("inspect", "--all"), ("verify",), ("verify", "--quick"), ("du",),
@@ -98,12 +99,63 @@ def test_one_tensor_shows_which_rank_holds_which_box():
     assert "[0:4, 5:9]" in out[4] and "__1_1.distcp" in out[4]
 
 
+def test_totals_are_those_of_an_independent_count(ours):
+    out = cli.run("inspect", ours).out
+    found = cli.run("inspect", ours, "--json").json
+    counts = {"type": {}, "prefix": {}}
+    for entry in found["entries"]:
+        for kind, name in (
+            ("type", entry["dtype"] or "object"), ("prefix", entry["key"].split(".")[0])
+        ):  # fmt: skip
+            keys, size = counts[kind].get(name, (0, 0))
+            counts[kind][name] = keys + 1, size + entry["bytes"]
+    for kind, groups in counts.items():
+        table = out.partition(f"by {kind} ")[2].partition("\n\n")[0].splitlines()[1:]
+        assert len(table) == len(groups)
+        for line in table:
+            name, keys = line.split()[:2]
+            keys_wanted, size = groups[name]
+            assert int(keys) == keys_wanted and bytes_text(size) in line, line
+
+
+def test_only_the_first_lines_of_a_long_tree_are_shown_and_the_rest_counted(tmp_path):
+    model = {f"name{i}.{part}": torch.ones(1) for i in range(300) for part in ("w", "b")}
+    path = cli.save(tmp_path / "c", {**model, "one.two.three": torch.ones(2)})
+    every, short = (
+        [line.split() for line in out.partition("by type")[0].strip().splitlines()[4:]]
+        for out in (cli.run("inspect", path, "--all").out, cli.run("inspect", path).out)
+    )
+    assert len(every) == 1 + 901 and len(short) == 1 + 400 + 1 and short[:-1] == every[: 1 + 400]
+    assert short[-1][:5] == ["...", "and", "501", "more", "lines:"]
+    assert "285 more" in cli.run("inspect", path).out.partition("by prefix")[2]  # of prefixes
+
+
 def test_sizes_are_those_of_the_values(ours):
     found = cli.run("du", ours, "--json").json
     sizes = {row["prefix"]: row["bytes"] for row in found["prefixes"]}
     assert sizes["model.embed"] == 40 * 8 * 4 and sizes["model.layers"] == 4 * (16 * 8 * 2 + 32)
     on_disk = sum(file.stat().st_size for file in ours.iterdir())
     assert found["disk_bytes"] == on_disk
+
+
+def test_du_finds_files_that_are_missing_or_cut_short(tmp_path):
+    path = cli.save(tmp_path / "c")
+    data = path / "__0_0.distcp"
+    assert cli.run("du", path).status == 0
+    for argv in ((), ("--json",)):
+        os.truncate(data, 100)
+        done = cli.run("du", path, *argv)
+        assert done.status == 1 and (argv or "cut short: 1 data file (__0_0.distcp)" in done.out)
+    data.unlink()
+    done = cli.run("du", path)
+    assert done.status == 1 and "missing: 1 data file (__0_0.distcp)" in done.out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "du"])
+def test_a_file_in_place_of_a_checkpoint_is_told(tmp_path, command):
+    (tmp_path / "x").write_text("x")
+    done = cli.run(command, tmp_path / "x")
+    assert done.status == 2 and "is no directory; a checkpoint is one" in done.err
 
 
 @pytest.mark.parametrize(
@@ -309,6 +361,21 @@ def test_progress_is_shown_on_a_terminal_with_rich_and_without(tmp_path):
     assert "equal" in seen.rsplit("\r", 2)[-2]
     if importlib.util.find_spec("rich") is not None:
         assert "of 252 MB" in on_terminal("diff", path, path)
+
+
+def test_progress_can_be_switched_off_and_forced_on(tmp_path):
+    path = cli.save(tmp_path / "c", {f"t{i}": torch.zeros(1 << 20) for i in range(60)})
+    assert "252 MB" not in on_terminal("diff", path, path, "--progress", "off")
+    assert "252 MB" not in on_terminal("diff", path, path, DCP_NATIVE_PROGRESS="off")
+    program = (
+        "-c",
+        "import sys\nfrom dcp_native._cli import output\noutput._SILENT_S = 0\n"
+        "from dcp_native._cli.main import main\nsys.exit(main(sys.argv[1:]))",
+    )
+    quiet = cli.run_alone("diff", path, path, program=program)
+    told = cli.run_alone("diff", path, path, "--progress", "on", program=program)
+    assert quiet.err == "" and quiet.out == told.out
+    assert len(told.err.splitlines()) == 1 and "% of 252 MB" in told.err and "\r" not in told.err
 
 
 def test_long_keys_are_not_broken_on_narrow_terminals(ours):

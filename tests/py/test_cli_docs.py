@@ -36,7 +36,7 @@ def test_every_command_of_the_document_runs(tmp_path, monkeypatch):
         report = json.dumps(dict(dcp.last_report()))
         (tmp_path / "reports" / f"step-{number}-rank-0.json").write_text(report)
     dcp.configure(trace=None)
-    _trace.follow_config(0)
+    _trace.stop()
     monkeypatch.chdir(tmp_path)
     for argv, status in commands():
         if argv[1] == "plot" and importlib.util.find_spec("matplotlib") is None:

@@ -83,6 +83,41 @@ def test_latest_skips_what_is_damaged_and_says_so(make):
     (parent / "step-2" / ".metadata").unlink()
     done = cli.run("latest", parent)
     assert done.out == f"{parent / 'step-1'}\n" and "step-3" in done.err
+    assert f"skipping {parent / 'step-2'}: no metadata" in done.err
+
+
+def test_latest_names_only_what_is_newer_than_its_answer(make):
+    parent = make("step-1", "step-2", "step-3")
+    for name in ("step-1", "step-3"):
+        (parent / name / ".metadata").unlink()
+    (parent / "step-4").mkdir()  # of no save
+    found = cli.run("latest", parent, "--json").json
+    assert found["path"] == str(parent / "step-2")
+    assert [Path(skipped["path"]).name for skipped in found["skipped"]] == ["step-3"]
+    shutil.rmtree(parent / "step-2")
+    done = cli.run("latest", parent)
+    assert done.status == 1 and len(done.err.splitlines()) == 3  # both, and that there is none
+
+
+def test_a_checkpoint_in_place_of_the_directory_that_it_is_in_is_told(make):
+    path = make("step-1") / "step-1"
+    done = cli.run("latest", path)
+    assert done.status == 1 and "is a checkpoint itself" in done.err
+    assert "is a checkpoint itself" in cli.run("prune", path, "--keep-last", 1).out
+
+
+def test_latest_is_not_a_step_that_lacks_a_part(make):
+    names = [f"checkpoint_{i}/{part}" for i in (1, 2) for part in ("model", "optimizer")]
+    parent = make(*names, "checkpoint_3/model")
+    done = cli.run("latest", parent)
+    assert done.out == f"{parent / 'checkpoint_2'}\n"
+    assert "checkpoint_3: it has no optimizer" in done.err
+    (parent / "checkpoint_2" / "optimizer" / "__0_0.distcp").unlink()
+    done = cli.run("latest", parent)
+    assert done.out == f"{parent / 'checkpoint_1'}\n"
+    assert "checkpoint_2" in done.err and "__0_0.distcp" in done.err
+    shutil.copytree(parent / "checkpoint_1" / "optimizer", parent / "checkpoint_3" / "optimizer")
+    assert cli.run("latest", parent).out == f"{parent / 'checkpoint_3'}\n"
 
 
 def test_bytes_are_looked_at_when_asked_for(make):
@@ -132,6 +167,14 @@ def test_saves_in_flight_links_and_strangers_are_left_alone(make):
     stays = ["latest", "notes", "other", "step-1", "step-2", "step-4", "unfinished"]
     assert left(parent) == sorted(stays)
     assert (parent / "notes" / "text").read_text() == "mine"
+
+
+def test_what_a_link_leads_into_is_kept_whole(make):
+    names = [f"step-{i}/{part}" for i in (1, 2, 3) for part in ("model", "optimizer")]
+    parent = make(*names)
+    (parent / "best").symlink_to("step-1/model")
+    assert removed(parent, "--keep-last", 1) == ["step-2"]
+    assert (parent / "best" / ".metadata").exists()
 
 
 def test_a_step_of_which_a_part_is_not_saved_yet_is_not_the_newest_whole_one(make):

@@ -19,7 +19,7 @@ US = 1_000_000
 def recording_ends():
     yield
     dcp.configure(trace=None)
-    _trace.follow_config(0)
+    _trace.stop()
 
 
 def span(pid, category, name, begin_s, end_s, tid=1, **args):
@@ -119,6 +119,7 @@ def test_a_trace_and_a_report_of_one_call_agree(tmp_path):
     reports.append(dict(future.report))
     dcp.load(cli.state(), checkpoint_id=str(tmp_path / "a"), no_dist=True)
     reports.append(dict(dcp.last_report()))
+    assert _trace.flush()
     calls = calls_of(tmp_path / "traces")
     assert [each.kind for each in calls] == ["save", "async_save", "load"]
     for each, wanted in zip(calls, reports, strict=True):
@@ -164,7 +165,7 @@ def test_timelines_are_drawn(tmp_path):
     dcp.configure(trace=tmp_path / "traces")
     cli.save(tmp_path / "a$b$_{")
     dcp.async_save(cli.state(), checkpoint_id=str(tmp_path / "b"), no_dist=True).result(timeout=60)
-    assert _uploads.wait_until_ended(60)
+    assert _uploads.wait_until_ended(60) and _trace.flush()
     assert cli.run("trace", "merge", tmp_path / "traces", "-o", tmp_path / "all.json").status == 0
     many = [report(i, open=1, agree=2, write=i % 5, odd=3, **{"a$b": 1}) for i in range(100)]
     (tmp_path / "one.json").write_text(json.dumps(many[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 
 import cli
@@ -240,8 +241,15 @@ def test_cat_of_damaged_values_is_an_error(tmp_path):
     path = cli.save(tmp_path / "c", {"w": values})
     data = path / "__0_0.distcp"
     cli.flip(data, data.read_bytes().index(values.numpy().tobytes()) + 100)
-    done = cli.run("cat", path, "w")
-    assert done.status != 0 and done.out == "" and len(done.err.splitlines()) == 1
+    for damage in ("a flipped byte", "an end cut off", "no file"):
+        for argv in (("cat", path, "w"), ("diff", path, path)):
+            done = cli.run(*argv)
+            assert done.status == 1 and done.out == "", damage
+            assert len(done.err.splitlines()) == 1
+        if damage == "a flipped byte":
+            os.truncate(data, 100)
+        elif data.exists():
+            data.unlink()
 
 
 # ---- convert ----

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import dcp_native as dcp
 from dcp_native import _config
 from dcp_native._install import VARIABLE
 
@@ -245,32 +248,76 @@ def test_the_figures_are_those_of_the_recorded_runs():
     check("benchmarks/document.py")
 
 
-def test_a_result_of_make_bench_becomes_rows(monkeypatch):
+@pytest.fixture
+def document(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import document
+    return importlib.import_module("document")
 
-    def side(wall_s):
-        return {"save": {"wall_s": wall_s}, "load": {"wall_s": wall_s / 2}}
+
+def bench_result(repeats):
+    """As bench.py writes it: ours, torch at three settings, a rival, the limit."""
+
+    def side(wall_s, **more):
+        done = {"wall_s": wall_s, "cpu_s": wall_s / 4, "extra_bytes": 3 << 20}
+        return {"save": done, "load": {**done, "wall_s": wall_s / 2}, **more}
 
     summary = {
         "dcp_native": side(2.0),
         "torch1": side(9.0),
         "torch4": side(6.0),
+        "torchsnapshot": side(5.0),
         "torch1 reads dcp_native": {"load": {"wall_s": 0.1}},
         "limit": side(1.8),
     }
-    save, load = document.rows_of_bench({"llama on disk": {"bytes": 2e9, "summary": summary}})
-    assert save["what"] == "save, llama on disk, 2.00 GB"
+    cases = {"llama on disk": {"bytes": 2e9, "repeats": repeats, "summary": summary}}
+    machine = {"torch": "2.13.0+cpu", "time_utc": "2026-11-22T100000"}
+    return {"machine": machine, "args": {"size": "full"}, "cases": cases}
+
+
+def test_a_result_of_make_bench_becomes_rows(document):
+    rows = document.rows_of_bench(bench_result(3)["cases"])
+    save, cpu, memory, load = rows[:4]
+    assert save["what"] == "save, llama on disk, 2.00 GB (medians of 3)"
     assert (save["ours"], save["torch"], save["limit"]) == (
         "2 s (90% of the limit)", "6 s (3x)", "1.8 s",
     )  # fmt: skip
+    assert save["rivals"] == {"torchsnapshot": "5 s (2.5x)"}
     assert document.times_of(load) == (1.0, 3.0, 0.9, 3.0)
+    assert (cpu["ours"], memory["ours"]) == ("0.25 s/GB", "3 MiB")
+    assert [label for label, *_ in document.plotted({"rows": rows})] == [
+        save["what"], load["what"],
+    ]  # fmt: skip
+    head, _, line, *_ = document.table_of(rows)
+    assert head == "| what | ours | torch | torchsnapshot | limit |"
+    assert line.split(" | ")[1:] == [
+        "2 s (90% of the limit)", "6 s (3x)", "5 s (2.5x)", "1.8 s |",
+    ]  # fmt: skip
 
 
-def test_every_row_of_the_first_picture_was_recorded(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import document
+def test_only_results_that_are_figures_are_recorded(document, monkeypatch, tmp_path):
+    monkeypatch.setattr(document, "RECORDED", tmp_path)
+    path = tmp_path / "2026-11-22T100000-full.json"
+    path.write_text(json.dumps(bench_result(5)))
+    kept = json.loads(document.record(path, None, None).read_text())
+    assert kept["machine"]["torch"] == "2.13.0+cpu"
+    assert kept["rows"][0]["what"] == "save, llama on disk, 2.00 GB"
 
+    path.write_text(json.dumps({**bench_result(1), "args": {"size": "small"}}))
+    with pytest.raises(SystemExit, match="no figure"):
+        document.record(path, None, None)
+    quick = tmp_path / "2026-11-22T100000-state_dict-quick.json"
+    quick.write_text(json.dumps({"machine": {"torch": "2.13.0"}, "rows": []}))
+    with pytest.raises(SystemExit, match="no figure"):
+        document.record(quick, None, None)
+
+
+def test_every_program_of_the_page_writes_what_can_be_recorded(document):
+    for name in document.PROGRAMS.keys() - {"bench", "reading_together"}:
+        text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
+        assert f'publish("{name}"' in text or f'main_of_parts(\n        "{name}"' in text, name
+
+
+def test_every_row_of_the_first_picture_was_recorded(document):
     for label, ours, torch_s, _limit, factor in document.shown(document.recorded()):
         assert ours > 0 and torch_s > 0, label
         assert factor == pytest.approx(torch_s / ours, rel=0.02), label
@@ -315,6 +362,44 @@ def test_variables_that_are_read_elsewhere_are_named():
     }
     named = set(re.findall(r"\bDCP_NATIVE_[A-Z_]+\b", PAGES["operate.md"]))
     assert used - named == set()
+
+
+def without_metadata(path: Path) -> None:
+    (path / ".metadata").unlink()
+
+
+def without_data(path: Path) -> None:
+    next(path.glob("*.distcp")).unlink()
+
+
+def damaged(path: Path) -> None:
+    data = bytearray(next(path.glob("*.distcp")).read_bytes())
+    data[300] ^= 1
+    next(path.glob("*.distcp")).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("what", "target", "code", "text"),
+    [
+        (without_metadata, {"w": torch.zeros(99)}, "ASSERTION", "metadata is None"),
+        (without_data, {"w": torch.zeros(99)}, "NOENT", ""),
+        (damaged, {"w": torch.zeros(99)}, "CHECKSUM", ""),
+        (None, {"x": torch.zeros(99)}, None, "Missing key in checkpoint state_dict: "),
+        (None, {"w": torch.zeros(98)}, None, "Size mismatch between saved "),
+    ],
+)
+def test_a_failure_has_the_code_or_text_that_operators_read_of(tmp_path, what, target, code, text):
+    dcp.save({"w": torch.ones(99)}, checkpoint_id=tmp_path)
+    if what is not None:
+        what(tmp_path)
+    with pytest.raises(dcp.CheckpointException) as caught:
+        dcp.load(target, checkpoint_id=tmp_path)
+    reason = caught.value.failures[0][0]
+    assert getattr(reason, "dcp_code", None) == code
+    assert str(reason).startswith(text)
+    shown = f"`{code}`" if code else f'{type(reason).__name__}, "{text.strip()}'
+    (row,) = [line for line in PAGES["operate.md"].splitlines() if line.startswith(f"| {shown}")]
+    assert text.strip() in row
 
 
 def test_every_error_code_is_explained():

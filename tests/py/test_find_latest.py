@@ -247,11 +247,15 @@ def test_children_that_come_and_go_meanwhile(model, tmp_path):
 
     thread = threading.Thread(target=churn)
     thread.start()
+    deadline = time.monotonic() + 120
     try:
-        found = [dcp.find_latest(tmp_path, pattern="step-*[0-9]", verify=True) for _ in range(150)]
+        found = []
+        while len(found) <= 100 and time.monotonic() < deadline:
+            path = dcp.find_latest(tmp_path, pattern="step-*[0-9]", verify=True)
+            found += [] if path is None else [path]
     finally:
         stop.set()
         thread.join()
-    steps = [int(path.name.removeprefix("step-")) for path in found if path is not None]
+    steps = [int(path.name.removeprefix("step-")) for path in found]
     assert steps == sorted(steps) and len(set(steps)) > 1
     assert len(steps) > 100

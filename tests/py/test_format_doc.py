@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import subprocess
 import sys
 import zlib
@@ -112,6 +113,29 @@ def test_pickle_and_index_say_the_same(tmp_path):
             box = stored.chunks[index.index]
             assert (tuple(box.offsets), tuple(box.sizes)) == (chunk.offsets, chunk.sizes)
             assert tuple(stored.size) == entry.size
+
+
+def test_the_short_reader_shown_gives_every_tensor(tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    reader, _, _ = shown.partition("\nfor key, ")
+    dcp.configure(incremental_links="hard")
+    state = everything()
+    dcp.save(state, checkpoint_id=tmp_path / "first", base=tmp_path / "none")
+    state["new"] = torch.ones(4)
+    dcp.save(state, checkpoint_id=tmp_path / "second", base=tmp_path / "first")
+    assert dcp.last_report()["linked_files"] > 0
+    namespace: dict = {}
+    exec(reader, namespace)
+    read = {
+        key: (size, offsets, sizes, payload)
+        for key, _, size, offsets, sizes, payload in namespace["tensors"](tmp_path / "second")
+    }
+    tensors = {name: leaf for name, leaf in leaves(state) if isinstance(leaf, torch.Tensor)}
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape)
+        assert read[name] == (shape, [0] * len(shape), shape, raw(tensor)), name
 
 
 def test_files_of_an_earlier_save_are_accepted_by_its_id(tmp_path):

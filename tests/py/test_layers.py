@@ -29,7 +29,7 @@ FILE_CALLS = {
     "socket", "socketpair", "sendmsg", "recvmsg", "shutdown", "poll", "waitpid", "kill", "prctl",
     "setsid", "chdir",
 }  # fmt: skip
-SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c", "memfd_posix.c", "process_posix.c"}
+SYSTEM_FILES = {"io_posix.c", "io_uring.c", "shm_posix.c", "arena_map_posix.c", "process_posix.c"}
 """The table of system calls, its queue, shared memory, memory by descriptor, processes."""
 
 

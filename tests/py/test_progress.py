@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -16,7 +17,8 @@ from common import value
 from conftest import ROOT
 
 import dcp_native as dcp
-from dcp_native import _progress
+from dcp_native import _progress, _uploads, _verify, format_utils
+from dcp_native._consolidate_hf_safetensors import consolidate
 from dcp_native._progress import Progress
 
 STATE = {"w": value("w", (3 << 18,)), "o": {"x": 1}}
@@ -30,10 +32,9 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Standard error as a terminal without tqdm."""
+    """Standard error as a terminal."""
     stream = Terminal()
     stderr_is(stream, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
     return stream
 
 
@@ -98,12 +99,213 @@ def test_a_callback_that_does_not_return_is_left_behind(tmp_path, monkeypatch, c
     assert dcp.verify(tmp_path)
 
 
+def test_a_callback_that_does_not_return_holds_up_no_other_save(tmp_path, monkeypatch, caplog):
+    """Not even where the watcher waits for it for ever: the other one has its result."""
+    monkeypatch.setattr(_progress, "END_S", 1e9)
+    go_on = threading.Event()
+    dcp.configure(progress=lambda *args: go_on.wait(60), arenas=2)
+    stuck = dcp.async_save(STATE, checkpoint_id=tmp_path / "a")
+    dcp.configure(progress="off")
+    assert dcp.async_save(STATE, checkpoint_id=tmp_path / "b").result(timeout=60)
+    assert not stuck.done()
+    go_on.set()
+    assert stuck.result(timeout=60)
+    assert "did not return" not in caplog.text
+
+
+def test_a_future_has_its_result_though_its_callback_does_not_return(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(_progress, "END_S", 0.05)
+    go_on = threading.Event()
+    dcp.configure(progress=lambda *args: go_on.wait(60))
+    assert dcp.async_save(STATE, checkpoint_id=tmp_path).result(timeout=50)
+    assert caplog.text.count("did not return") == 1
+    go_on.set()
+    assert _uploads.wait_until_ended(60)
+
+
+@pytest.mark.parametrize("inner", ["save", "async_save", "load"])
+@pytest.mark.parametrize("watched", ["save", "async_save", "load"])
+def test_a_callback_may_save_and_load_and_is_not_called_for_that(
+    tmp_path, monkeypatch, caplog, watched, inner
+):
+    """What it waits for it holds up itself, where it is a callback of a background save."""
+    monkeypatch.setattr(_progress, "END_S", 0.5 if watched == "async_save" else 60.0)
+    dcp.save(STATE, checkpoint_id=tmp_path / "before")
+    calls: list[str] = []
+    ends: list[str] = []
+
+    def run(kind: str, path) -> None:
+        if kind == "save":
+            dcp.save(STATE, checkpoint_id=path)
+        elif kind == "async_save":
+            dcp.async_save(STATE, checkpoint_id=path).result(timeout=60)
+        else:
+            dcp.load({"o": {"x": 0}}, checkpoint_id=tmp_path / "before")
+
+    def progress(kind: str, done: int, total: int, rate: float) -> None:
+        calls.append(kind)
+        if len(calls) == 1:
+            run(inner, tmp_path / "inner")
+            ends.append(dcp.last_report().kind)
+
+    dcp.configure(progress=progress)
+    run(watched, tmp_path / "a")
+    for _ in range(600):
+        if ends:
+            break
+        time.sleep(0.1)
+    assert ends and set(calls) == {watched}
+    assert _uploads.wait_until_ended(60)
+    assert "raised" not in caplog.text
+
+
 def test_a_failed_save_ends_its_watcher(tmp_path):
     dcp.configure(progress=lambda *args: None)
     (tmp_path / "f").write_text("no directory")
     with pytest.raises(dcp.CheckpointException):
         dcp.save(STATE, checkpoint_id=tmp_path / "f")
     assert watchers() == []
+
+
+# ---- operations beside saves and loads ----
+
+
+def heard() -> list[tuple[str, int, int, float]]:
+    calls: list[tuple[str, int, int, float]] = []
+    dcp.configure(progress=lambda *args: calls.append(args))
+    return calls
+
+
+def check_heard(calls: list[tuple[str, int, int, float]], kind: str, least: int) -> None:
+    assert {call[0] for call in calls} == {kind}
+    assert [call[1] for call in calls] == sorted(call[1] for call in calls)
+    assert calls[-1][1] == calls[-1][2] >= least
+    assert watchers() == []
+
+
+def hugging_face(path, **options):
+    from dcp_native.hf_storage import HuggingFaceStorageWriter
+
+    dcp.save({"w": STATE["w"]}, storage_writer=HuggingFaceStorageWriter(str(path), **options))
+
+
+def test_a_callback_hears_of_a_check_to_its_last_byte(tmp_path):
+    dcp.save(STATE, checkpoint_id=tmp_path)
+    calls = heard()
+    assert dcp.verify(tmp_path)
+    check_heard(calls, "verify", BYTES)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_that_divide_a_check_know_the_bytes_of_their_files(tmp_path, size):
+    state = {f"w{i}": torch.ones(1000 * (i + 1)) for i in range(8)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path, single_file_per_rank=False))
+    for rank in range(size):
+        with _verify._progress(tmp_path, "full", rank, size) as progress:
+            _verify._run(tmp_path, "full", 100, rank, size, progress.counter)
+        done, total = progress._counts()
+        assert progress.counter[0] == done == total > 0
+
+
+def test_a_callback_hears_of_a_torch_save_file_and_of_nothing_within(tmp_path):
+    dcp.save(STATE, checkpoint_id=tmp_path / "a")
+    calls = heard()
+    format_utils.dcp_to_torch_save(tmp_path / "a", tmp_path / "w.pt")
+    check_heard(calls, "dcp_to_torch_save", BYTES)
+    calls.clear()
+    format_utils.torch_save_to_dcp(tmp_path / "w.pt", tmp_path / "b")
+    check_heard(calls, "save", BYTES)
+
+
+def test_a_callback_hears_of_hugging_face_files_and_of_their_joining(tmp_path):
+    calls = heard()
+    hugging_face(tmp_path / "shards", save_distributed=True)
+    check_heard(calls, "save", BYTES)
+    calls.clear()
+    consolidate(str(tmp_path / "shards"), str(tmp_path / "joined"), {"w": 1})
+    check_heard(calls, "consolidate", BYTES)
+
+
+def test_a_damaged_checkpoint_ends_the_watchers_of_its_conversion_and_check(tmp_path):
+    dcp.save({"w": STATE["w"]}, checkpoint_id=tmp_path / "a")
+    file = tmp_path / "a" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    calls = heard()
+    with pytest.raises(dcp.NativeError, match=r"CRC|checksum"):
+        format_utils.dcp_to_torch_save(tmp_path / "a", tmp_path / "w.pt")
+    assert not dcp.verify(tmp_path / "a")
+    assert {call[0] for call in calls} == {"dcp_to_torch_save", "verify"} and watchers() == []
+
+
+@pytest.mark.parametrize("stream, threads", [(Terminal, 2), (io.StringIO, 0)])
+def test_checks_and_conversions_are_watched_on_a_terminal_and_not_in_a_pipe(
+    tmp_path, monkeypatch, stream, threads
+):
+    dcp.save(STATE, checkpoint_id=tmp_path / "a")
+    shown = stream()
+    stderr_is(shown, monkeypatch)
+    drawn = []
+    monkeypatch.setattr(Progress, "_draw", lambda self: drawn.append(self._kind))
+    dcp.verify(tmp_path / "a")
+    format_utils.dcp_to_torch_save(tmp_path / "a", tmp_path / "w.pt")
+    assert drawn == ["verify", "dcp_to_torch_save"][:threads] and watchers() == []
+    assert shown.getvalue() == ""
+
+
+# ---- futures ----
+
+THREAD, PROCESS = dcp.AsyncCheckpointerType.THREAD, dcp.AsyncCheckpointerType.PROCESS
+MODES = pytest.mark.parametrize("mode", [THREAD, PROCESS], ids=["thread", "process"])
+
+
+def looks_until_done(future) -> list[tuple[int, int]]:
+    looks = [future.progress()]
+    while not future.done():
+        looks.append(future.progress())
+        time.sleep(0.001)
+    return [*looks, future.progress()]
+
+
+def check_looks(looks: list[tuple[int, int]]) -> None:
+    assert [done for done, _ in looks] == sorted(done for done, _ in looks)
+    assert len({total for _, total in looks}) == 1
+    assert all(0 <= done <= total for done, total in looks)
+
+
+@MODES
+def test_the_progress_of_a_future_only_grows_and_ends_at_its_total(tmp_path, mode):
+    state = {"w": torch.zeros(16 << 20)}  # more than is in flight at a time
+    dcp.configure(write_limit_bytes_s=150_000_000)
+    future = dcp.async_save(state, checkpoint_id=tmp_path, async_checkpointer_type=mode)
+    looks = looks_until_done(future)
+    future.result(timeout=60)
+    check_looks(looks)
+    assert len({done for done, _ in looks}) > 2  # some of them were underway
+    assert looks[-1] == (future.report.payload_bytes,) * 2 == (state["w"].nbytes,) * 2
+    assert _uploads.wait_until_ended(60) and future.progress() == looks[-1]
+
+
+@MODES
+@pytest.mark.parametrize("how", ["cancelled", "no directory"])
+def test_the_progress_of_a_future_that_fails_is_what_was_done(tmp_path, mode, how):
+    state = {"w": value("w", (4 << 20,))}
+    dcp.configure(write_limit_bytes_s=20_000_000)
+    (tmp_path / "f").write_text("no directory")
+    future = dcp.async_save(
+        state, checkpoint_id=tmp_path / ("f" if how == "no directory" else "c"),
+        async_checkpointer_type=mode,
+    )  # fmt: skip
+    if how == "cancelled":
+        future.cancel()
+    looks = looks_until_done(future)
+    with pytest.raises(dcp.CheckpointException):
+        future.result(timeout=60)
+    check_looks(looks[:-1])
+    done, total = looks[-1]
+    assert done >= looks[-2][0] and (done < total or done == total == 0)
+    assert _uploads.wait_until_ended(60) and future.progress() == looks[-1]
 
 
 # ---- bars ----
@@ -161,9 +363,9 @@ def show(*looks: tuple[int, int], **how) -> None:
 
 
 def test_a_bar_says_how_much_how_fast_and_how_long_and_goes_away(terminal, at_once):
-    show((10**6, 4 * 10**6), (2 * 10**6, 4 * 10**6), ranks_bytes=8 * 10**9)
+    show((10**6, 4 * 10**6), (2 * 10**6, 4 * 10**6), ranks_count=2, ranks_bytes=8 * 10**9)
     text = terminal.getvalue()
-    assert "\rsave of 8.00 GB on all ranks: 1.00 MB of 4.00 MB (25%), " in text
+    assert "\rsave, rank 0 (all: 8.00 GB): 1.00 MB of 4.00 MB (25%), " in text
     assert "B/s, " in text and " left" in text and "(50%)" in text
     assert "\x1b" not in text
     assert text.endswith("\r") and text.rstrip("\r").split("\r")[-1].strip() == ""
@@ -192,18 +394,8 @@ def test_a_terminal_that_goes_away_harms_nothing(tmp_path, monkeypatch, at_once)
             raise BrokenPipeError
 
     stderr_is(Gone(), monkeypatch)
-    monkeypatch.setitem(sys.modules, "tqdm", None)
     dcp.save(STATE, checkpoint_id=tmp_path)
     assert dcp.verify(tmp_path)
-
-
-def test_tqdm_draws_where_it_is_installed(at_once, monkeypatch):
-    tqdm = pytest.importorskip("tqdm")
-    stream = Terminal()
-    stderr_is(stream, monkeypatch)
-    show((10**6, 4 * 10**6), (2 * 10**6, 4 * 10**6))
-    assert "25%" in stream.getvalue() and "4.00M" in stream.getvalue()
-    assert tqdm.tqdm.monitor_interval != 0  # the program's own
 
 
 # ---- whole programs ----
@@ -213,7 +405,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import torch
 import dcp_native as dcp
-from dcp_native import _progress
+from dcp_native import _progress, _uploads
 _progress.BAR_AFTER_S = float(sys.argv[2])
 _progress.LOOK_S = 0.01
 dcp.configure(write_limit_bytes_s=60_000_000)
@@ -223,8 +415,7 @@ dcp.save({"w": torch.arange(8_000_000)}, checkpoint_id=sys.argv[1])
 
 def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    kept = {name: text for name, text in os.environ.items() if not name.startswith("TQDM_")}
-    return {**kept, "PYTHONPATH": path, **more}
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 @pytest.mark.parametrize("progress", ["auto", "off", "on"])

@@ -165,10 +165,10 @@ def outcome_of(ctx, errors):
     """What find_latest does on this rank when the ranks' parts of a check of step-2 fail."""
     run = _verify._run
 
-    def fails(path, level, max_problems, part, parts):
+    def fails(path, level, max_problems, part, parts, *others):
         if parts > 1 and path.name == "step-2" and ctx.rank in errors:
             raise errors[ctx.rank]
-        return run(path, level, max_problems, part, parts)
+        return run(path, level, max_problems, part, parts, *others)
 
     _verify._run = fails
     try:

@@ -20,10 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE
 from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.state_dict_saver import (
-    AsyncSaveResponse,
-    _stateful_to_state_dict,
-)
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from . import _roles
 from ._config import config
@@ -32,6 +29,7 @@ from ._failures import forget_frames
 from ._report import logger
 from ._save import NativeSave, SavesElsewhere
 from ._staging import choose_stager, completion_of, run_stager
+from ._stateful import _stateful_to_state_dict
 from ._uploads import (
     SaveFuture,
     Upload,

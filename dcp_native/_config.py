@@ -95,7 +95,7 @@ class Config:
             or loads itself is not watched.  See also ``future.progress()``.
         trace: a directory for what saves and loads do when, in files for https://ui.perfetto.dev,
             one for each process (``python -m dcp_native trace merge`` makes one of them), which
-            grows four times a second; None: nothing is recorded.
+            grows twice a second; None: nothing is recorded.
         native: False, on all ranks alike, sends every call through torch's own implementation.
     """
 

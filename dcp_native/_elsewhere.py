@@ -12,7 +12,6 @@ from typing import Any
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.checkpoint.state_dict_saver import _stateful_to_state_dict
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from . import _native
@@ -20,6 +19,7 @@ from ._failures import as_record, raise_alone, raise_failures
 from ._group_comm import take_error
 from ._python_planner import set_up_planner
 from ._report import logger
+from ._stateful import _stateful_to_state_dict
 
 __all__ = ["SaveElsewhere"]
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.stateful import Stateful
 
 from . import _native
 from ._config import config
 from ._report import logger
+from ._stateful import is_stateful
 
 __all__ = ["GroupComm", "has_cpu", "has_nccl", "take_error"]
 
@@ -358,4 +358,4 @@ def _holds_cuda(value: Any) -> bool:
         return any(map(_holds_cuda, value))
     if isinstance(value, ShardedTensor):
         return any(shard.tensor.is_cuda for shard in value.local_shards())
-    return isinstance(value, Stateful)
+    return is_stateful(value)

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
 from typing_extensions import deprecated
@@ -37,6 +36,7 @@ from ._load import LoadsElsewhere, NativeLoad, UnsupportedCheckpoint
 from ._mirror import rest_of_torchs
 from ._mixed_load import MixedLoad
 from ._report import LISTED_NAMES, logger, note_path, set_report, tell
+from ._stateful import is_stateful
 from ._stock import state_dict_loader as _torch
 from ._uploads import wait_for_uploads
 
@@ -135,7 +135,7 @@ def _load(
         if verify is not None and verify not in VERIFY:
             raise ValueError(f"verify must be None or one of {list(VERIFY)}, not {verify!r}")
         loaded = {
-            key: value.state_dict() if isinstance(value, Stateful) else value
+            key: value.state_dict() if is_stateful(value) else value
             for key, value in ((key, state_dict[key]) for key in tops)
         }
     except BaseException as error:
@@ -148,7 +148,7 @@ def _load(
     for key in tops:
         if selection is not None and str(key) not in selection.touched:
             continue
-        if isinstance(value := state_dict[key], Stateful):
+        if is_stateful(value := state_dict[key]):
             value.load_state_dict(loaded[key])
         else:
             state_dict[key] = loaded[key]

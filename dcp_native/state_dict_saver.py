@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import (
     AsyncCheckpointerType,
     AsyncSaveResponse,
-    _stateful_to_state_dict,
 )
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.checkpoint.utils import _api_bc_check, _profile
@@ -35,6 +34,7 @@ from ._groups import group_for
 from ._mirror import rest_of_torchs
 from ._report import logger, note_path, role_report
 from ._save import NativeSave, SavesElsewhere
+from ._stateful import _stateful_to_state_dict
 from ._stock import state_dict_saver as _torch
 from ._uploads import SaveFuture, wait_for_uploads
 

@@ -14,14 +14,9 @@
  */
 #include "trace.h"
 
-#include <inttypes.h>
-#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-
-/* More than the longest event takes: names of ours, a file's name and ten numbers. */
-enum { LINE_BYTES = 1024 };
 
 atomic_bool dcp_trace_is_on;
 
@@ -141,102 +136,10 @@ dcp_trace_release(void)
     atomic_store_explicit(&slot->turn, next_empty, memory_order_release);
 }
 
-/* Nanoseconds as microseconds with three decimals; events from before the base are at 0. */
-#define MICROSECONDS "%" PRIu64 ".%03u"
-#define AS_MICROSECONDS(ns) (ns) / 1000u, (unsigned)((ns) % 1000u)
-
-static uint64_t
-since(uint64_t ns, uint64_t base_ns)
+uint64_t
+dcp_trace_taken(void)
 {
-    return ns > base_ns ? ns - base_ns : 0;
-}
-
-static int
-put_args(const struct dcp_trace_slot *slot, char *line, size_t room)
-{
-    const struct dcp_trace_event *event = &slot->event;
-
-    if (slot->file[0] != '\0') {
-        return snprintf(line, room,
-                        ",\"args\":{\"file\":\"%s\",\"offset\":%" PRIu64 ",\"bytes\":%" PRIu64 "}",
-                        slot->file, event->offset_bytes, event->bytes);
-    }
-    return event->bytes == 0
-               ? 0
-               : snprintf(line, room, ",\"args\":{\"bytes\":%" PRIu64 "}", event->bytes);
-}
-
-/* The fields that all events have. */
-static int
-put_head(const struct dcp_trace_slot *slot, const char *kind, uint32_t pid, uint64_t at_ns,
-         char *line, size_t room)
-{
-    return snprintf(line, room,
-                    ",\n{\"ph\":\"%s\",\"pid\":%" PRIu32 ",\"tid\":%" PRIu32
-                    ",\"cat\":\"%s\",\"name\":\"%s\",\"ts\":" MICROSECONDS,
-                    kind, pid, slot->thread, slot->event.category, slot->event.name,
-                    AS_MICROSECONDS(at_ns));
-}
-
-static void
-put_thread(struct dcp_buf *buf, const struct dcp_trace_slot *slot, uint32_t pid)
-{
-    char line[LINE_BYTES];
-    int len = snprintf(line, sizeof line,
-                       ",\n{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":%" PRIu32
-                       ",\"tid\":%" PRIu32 ",\"args\":{\"name\":\"%s\"}}",
-                       pid, slot->thread, slot->event.name);
-    dcp_buf_put(buf, line, (size_t)len);
-}
-
-/* What overlaps others of its thread begins and ends by two events with an id, `place`. */
-static void
-put_span(struct dcp_buf *buf, const struct dcp_trace_slot *slot, uint64_t base_ns, uint32_t pid,
-         uint64_t place)
-{
-    const struct dcp_trace_event *event = &slot->event;
-    uint64_t begin_ns = since(event->begin_ns, base_ns), end_ns = since(event->end_ns, base_ns);
-    char line[LINE_BYTES];
-    size_t room = sizeof line;
-    int len = put_head(slot, event->beside ? "b" : "X", pid, begin_ns, line, room);
-
-    if (event->beside) {
-        len +=
-            snprintf(line + len, room - (size_t)len, ",\"id2\":{\"local\":\"%" PRIu64 "\"}", place);
-    } else {
-        len += snprintf(line + len, room - (size_t)len, ",\"dur\":" MICROSECONDS,
-                        AS_MICROSECONDS(end_ns - begin_ns));
-    }
-    len += put_args(slot, line + len, room - (size_t)len);
-    if (event->beside) {
-        line[len++] = '}';
-        len += put_head(slot, "e", pid, end_ns, line + len, room - (size_t)len);
-        len +=
-            snprintf(line + len, room - (size_t)len, ",\"id2\":{\"local\":\"%" PRIu64 "\"}", place);
-    }
-    line[len++] = '}';
-    DCP_ASSERT((size_t)len < sizeof line);
-    dcp_buf_put(buf, line, (size_t)len);
-}
-
-int
-dcp_trace_take(struct dcp_buf *buf, uint64_t base_ns, uint32_t pid, uint64_t *ret_count,
-               struct dcp_error *err)
-{
-    uint64_t count = 0;
-    const struct dcp_trace_slot *slot;
-
-    while (count < DCP_TRACE_TAKE_EVENTS && (slot = dcp_trace_next()) != NULL) {
-        if (strcmp(slot->event.category, "thread") == 0) {
-            put_thread(buf, slot, pid);
-        } else {
-            put_span(buf, slot, base_ns, pid, taken_count);
-        }
-        dcp_trace_release();
-        count++;
-    }
-    *ret_count = count;
-    return dcp_buf_check(buf, err);
+    return taken_count;
 }
 
 void

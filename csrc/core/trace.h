@@ -1,6 +1,6 @@
 /*
- * trace.h: private: what the parts of the trace share: the queue (trace.c), and its events as they
- * are sent from a writer process to its trainer (trace_pack.c).
+ * trace.h: private: what the parts of the trace share: the queue (trace.c), its events as lines of
+ * JSON (trace_lines.c), and as they are sent from a writer process to its trainer (trace_pack.c).
  */
 #ifndef TRACE_H
 #define TRACE_H
@@ -27,6 +27,8 @@ void dcp_trace_record_of(const struct dcp_trace_event *event, uint32_t thread);
  * taking thread. */
 const struct dcp_trace_slot *dcp_trace_next(void);
 void dcp_trace_release(void);
+/* How many have been taken before: the number of the oldest. */
+uint64_t dcp_trace_taken(void);
 
 /* Appends the oldest DCP_TRACE_TAKE_EVENTS, or all, as bytes for another process of this build.
  * Returns how many; 0 when none is left.  Of the taking thread. */

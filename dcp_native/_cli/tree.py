@@ -6,7 +6,7 @@ shapes; chains of single children become one name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,9 @@ class Node:
 
     name: str
     entry: Entry | None = None
-    children: dict[str, Node] = field(default_factory=dict)
+    children: dict[str, Node | Entry] = field(default_factory=dict)
+    """By name; where many are merged, by that of the first.  What nothing is below stays an entry:
+    there may be 256k of them."""
     bytes_count: int = 0
     """Of it and all below it."""
     keys_count: int = 0
@@ -39,23 +41,47 @@ class Node:
     """How many it stands for; its children are those of the first."""
 
 
-def build(entries: Sequence[Entry]) -> Node:
+def build(entries: Iterable[Entry]) -> Node:
     """The tree of some keys."""
     root = Node("")
+    known: dict[str, Node] = {}
     for entry in entries:
-        size = entry.size_bytes
-        node = root
-        for name in entry.key.split("."):
-            node.bytes_count += size
-            node.keys_count += 1
-            child = node.children.get(name)
-            if child is None:
-                child = node.children[name] = Node(name)
-            node = child
-        node.bytes_count += size
-        node.keys_count += 1
-        node.entry = entry
+        path, dot, name = entry.key.rpartition(".")
+        parent = (known.get(path) or _inner(root, known, path)) if dot else root
+        there = parent.children.setdefault(name, entry)
+        if isinstance(there, Node):
+            there.entry = entry
+    _count(root)
     return root
+
+
+def _inner(root: Node, known: dict[str, Node], path: str) -> Node:
+    """The node of what a key begins with; ``known`` has all that were made."""
+    above, dot, name = path.rpartition(".")
+    parent = (known.get(above) or _inner(root, known, above)) if dot else root
+    node = known[path] = Node(name, parent.children.get(name))
+    parent.children[name] = node
+    return node
+
+
+def _as_node(name: str, child: Node | Entry) -> Node:
+    if isinstance(child, Node):
+        return child
+    return Node(name, child, {}, child.size_bytes, 1)
+
+
+def _count(node: Node) -> None:
+    """Sets the counts of a node and of all nodes below it."""
+    if node.entry is not None:
+        node.bytes_count, node.keys_count = node.entry.size_bytes, 1
+    for child in node.children.values():
+        if isinstance(child, Node):
+            _count(child)
+            node.bytes_count += child.bytes_count
+            node.keys_count += child.keys_count
+        else:
+            node.bytes_count += child.size_bytes
+            node.keys_count += 1
 
 
 def merge_alike(node: Node) -> None:
@@ -65,28 +91,32 @@ def merge_alike(node: Node) -> None:
 
 def _merge(node: Node, looks: _Looks) -> int:
     """The number of the node's look; equal numbers are alike, but for the node's own name."""
-    entry = node.entry
-    look: list[Any] = [] if entry is None else [entry.dtype, entry.shape]
-    if node.children:
-        groups: dict[Any, list[Node]] = {}
-        for name, child in node.children.items():
+    look: list[Any] = [] if node.entry is None else [node.entry.dtype, node.entry.shape]
+    groups: dict[int, list[str]] = {}
+    for name, child in node.children.items():
+        if isinstance(child, Node):
             inner = _merge(child, looks)
-            look += name, inner
-            groups.setdefault(inner if name.isdecimal() else name, []).append(child)
-        if len(groups) < len(node.children):
-            node.children = {one.name: one for one in map(_joined, groups.values())}
+        else:
+            inner = looks.setdefault((child.dtype, child.shape), len(looks))
+        look += name, inner
+        if name.isdecimal():
+            groups.setdefault(inner, []).append(name)
+    for names in groups.values():
+        if len(names) > 1:
+            _join(node.children, names)
     return looks.setdefault(tuple(look), len(looks))
 
 
-def _joined(group: list[Node]) -> Node:
-    first = group[0]
-    if len(group) == 1:
-        return first
-    return Node(
-        _ranges(sorted(int(node.name) for node in group)), first.entry, first.children,
+def _join(children: dict[str, Node | Entry], names: list[str]) -> None:
+    """Make one of the children with these names, where the first of them is."""
+    group = [_as_node(name, children[name]) for name in names]
+    children[names[0]] = Node(
+        _ranges(sorted(map(int, names))), group[0].entry, group[0].children,
         sum(node.bytes_count for node in group), sum(node.keys_count for node in group),
         len(group),
     )  # fmt: skip
+    for name in names[1:]:
+        del children[name]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -110,18 +140,21 @@ def count_rows(node: Node) -> int:
     """How many rows there are of what is below a node, without making them."""
     count = 0
     for child in node.children.values():
-        below = count_rows(child) if child.children else 0
-        count += below + (child.entry is not None or len(child.children) != 1)
+        if isinstance(child, Node):
+            count += count_rows(child)
+            count += child.entry is not None or len(child.children) != 1
+        else:
+            count += 1
     return count
 
 
 def _rows(checkpoint: Checkpoint, node: Node, indent: str, top: bool) -> Iterator[tuple[str, ...]]:
     last = len(node.children) - 1
-    for i, child in enumerate(node.children.values()):
+    for i, (name, child) in enumerate(node.children.items()):
         branch, below = ("", "") if top else ("└─ ", "   ") if i == last else ("├─ ", "│  ")
-        chain = [child]
+        chain = [_as_node(name, child)]
         while chain[-1].entry is None and len(chain[-1].children) == 1:
-            chain.extend(chain[-1].children.values())
+            chain += (_as_node(*only) for only in chain[-1].children.items())
         yield indent + branch + ".".join(n.name for n in chain), *_facts(checkpoint, chain)
         yield from _rows(checkpoint, chain[-1], indent + below, top=False)
 

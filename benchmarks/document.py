@@ -66,6 +66,11 @@ PROGRAMS = {
         "as they lie in memory; shards of columns are pieces of a row each.",
     ),
     "format_utils": ("Conversions", "Between checkpoints and torch.save files."),
+    "tracing": (
+        "Traces",
+        "What a trace of every phase, request and wait costs. The limit of a ratio is the noise: "
+        "that of two runs without a trace.",
+    ),
 }
 
 INTRODUCTION = """\

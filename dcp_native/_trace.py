@@ -76,6 +76,8 @@ class _Recording:
         self.start_unix_ns = time.time_ns()
         self.written_count = 0
         """Writings so far."""
+        self.gave_up = False
+        """Nobody takes what is recorded."""
         self._dropped = _native.trace_dropped() + _lost_spans
         self._rest: bytes | None = None
         """When it has ended: the last events."""
@@ -178,6 +180,7 @@ class _Recording:
     def _give_up(self, error: BaseException) -> None:
         from ._report import logger
 
+        self.gave_up = True
         with _lock():
             if _recording is self or _recording is None:
                 _native.trace_switch(False)
@@ -250,7 +253,7 @@ def _world(rank: int) -> tuple[int, int]:
 
 def _add(*span: Any) -> None:
     global _lost_spans
-    if _recording is None or _recording.is_over():
+    if _recording is None or _recording.gave_up:
         return
     if len(_spans) < _MOST_SPANS:
         _spans.append(span)
@@ -260,9 +263,10 @@ def _add(*span: Any) -> None:
 
 def span(category: str, name: str, begin_ns: int, end_ns: int, **args: Any) -> None:
     """Something that the calling thread did, in time.monotonic_ns()."""
-    if _recording is not None:
-        more = {"args": args} if args else {}
-        _add("X", category, name, begin_ns, end_ns, threading.get_native_id(), more)
+    if _recording is None:  # nearly always
+        return
+    more = {"args": args} if args else {}
+    _add("X", category, name, begin_ns, end_ns, threading.get_native_id(), more)
 
 
 def end(kind: str, directory: str, begin_ns: int, *, background: bool = False) -> None:

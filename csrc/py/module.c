@@ -13,6 +13,7 @@
 #include "debug_plan.h"
 #include "errors.h"
 #include "export_object.h"
+#include "key_tree.h"
 #include "metadata_table.h"
 #include "read_records.h"
 #include "safetensors_header.h"
@@ -223,6 +224,7 @@ module_exec(PyObject *module)
         PyModule_AddFunctions(module, debug_plan_methods) != 0 ||
         PyModule_AddFunctions(module, export_methods) != 0 ||
         PyModule_AddFunctions(module, metadata_table_methods) != 0 ||
+        PyModule_AddFunctions(module, key_tree_methods) != 0 ||
         PyModule_AddFunctions(module, stage_copy_methods) != 0 ||
         PyModule_AddFunctions(module, read_records_methods) != 0 ||
         PyModule_AddFunctions(module, safetensors_methods) != 0 ||

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, rank_of
-from .inspect import select, totals
+from .inspect import rank_totals, select
 from .output import Column, Output
 from .units import bytes_text, count_text, positive
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
                 {"prefix": prefix, "keys": keys, "bytes": size, "stored_bytes": stored}
                 for prefix, (keys, size, stored) in rows
             ],
-            "ranks": totals(checkpoint)["ranks"],
+            "ranks": rank_totals(checkpoint),
             "files": files,
         })  # fmt: skip
         return 1 if missing or short else 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import fnmatch
 import itertools
 import math
+import operator
 import time
 from pathlib import Path
 from typing import Any
@@ -110,58 +112,59 @@ def _head(checkpoint: Checkpoint, out: Output) -> None:
 
 
 def _tree(checkpoint: Checkpoint, entries: list[Entry], every: bool, out: Output) -> None:
-    root = tree.build(entries)
-    if not every:
-        tree.merge_alike(root)
+    root = tree.build(entries, every=every)
     rows = list(itertools.islice(tree.rows(checkpoint, root), None if every else _MOST_ROWS))
     out.table(tree.COLUMNS, rows)
-    hidden = tree.count_rows(root) - len(rows)
+    hidden = root.below_count - len(rows)
     if hidden:
         out.line(f"... and {count_text(hidden, 'more line')}: name a prefix, or give --all")
     out.line()
 
 
-def totals(checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
-    """Bytes by dtype, by first part of the key and by rank; in descending order but for ranks."""
-    dtypes: dict[str, list[int]] = {}
-    prefixes: dict[str, list[int]] = {}
-    for entry in checkpoint.entries:
-        kind = "object" if entry.shape is None else entry.dtype or "?"
-        for groups, name in ((dtypes, kind), (prefixes, entry.key.partition(".")[0])):
-            group = groups.get(name)
-            if group is None:
-                group = groups[name] = [0, 0]
-            group[0] += 1
-            group[1] += entry.size_bytes
+def _by_dtype(entries: list[Entry]) -> list[tuple[str, int, int]]:
+    return _sums(entries, ["object" if e.shape is None else e.dtype or "?" for e in entries])
+
+
+def _by_prefix(entries: list[Entry]) -> list[tuple[str, int, int]]:
+    """By the first part of the key."""
+    return _sums(entries, [e.key.partition(".")[0] for e in entries])
+
+
+def _sums(entries: list[Entry], groups: list[str]) -> list[tuple[str, int, int]]:
+    """Of each group its name, keys and bytes, the largest first; ``groups`` names that of each."""
+    sizes: dict[str, int] = collections.defaultdict(int)
+    for name, entry in zip(groups, entries, strict=True):
+        sizes[name] += entry.size_bytes
+    counts = collections.Counter(groups)
+    sums = [(name, counts[name], size) for name, size in sizes.items()]
+    return sorted(sums, key=operator.itemgetter(2), reverse=True)
+
+
+def rank_totals(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What each rank wrote; rank None: files of another naming."""
     ranks: dict[int | None, list[int]] = {}
     for file, (size, records) in zip(checkpoint.files, checkpoint.bytes_by_file(), strict=True):
         group = ranks.setdefault(rank_of(file), [0, 0, 0])
         for i, count in enumerate((1, records, size)):
             group[i] += count
-    by_size = lambda groups: sorted(groups.items(), key=lambda item: -item[1][1])  # noqa: E731
-    return {
-        "dtypes": [{"dtype": n, "keys": k, "bytes": b} for n, (k, b) in by_size(dtypes)],
-        "prefixes": [{"prefix": n, "keys": k, "bytes": b} for n, (k, b) in by_size(prefixes)],
-        "ranks": [
-            {"rank": rank, "files": f, "records": r, "stored_bytes": b}
-            for rank, (f, r, b) in sorted(
-                ranks.items(), key=lambda item: -1 if item[0] is None else item[0]
-            )
-        ],
-    }
+    return [
+        {"rank": rank, "files": f, "records": r, "stored_bytes": b}
+        for rank, (f, r, b) in sorted(
+            ranks.items(), key=lambda item: -1 if item[0] is None else item[0]
+        )
+    ]
 
 
 def _totals(checkpoint: Checkpoint, out: Output) -> None:
-    found = totals(checkpoint)
-    whole = sum(row["bytes"] for row in found["dtypes"])
-    for title, kind, most in (("type", "dtype", None), ("prefix", "prefix", _MOST_PREFIXES)):
-        rows = found["dtypes" if kind == "dtype" else "prefixes"]
-        if kind == "prefix" and all(row["keys"] == 1 for row in rows):
-            continue  # the tree has said that
-        shown = [(row[kind], row["keys"], row["bytes"]) for row in rows[:most]]
-        if len(rows) > len(shown):
-            rest = rows[len(shown) :]
-            keys, size = (sum(row[name] for row in rest) for name in ("keys", "bytes"))
+    dtypes, prefixes = _by_dtype(checkpoint.entries), _by_prefix(checkpoint.entries)
+    whole = sum(size for _, _, size in dtypes)
+    tables = [("type", dtypes, len(dtypes))]
+    if len(prefixes) < len(checkpoint.entries):  # else the tree has said that
+        tables.append(("prefix", prefixes, _MOST_PREFIXES))
+    for title, sums, most in tables:
+        shown, rest = sums[:most], sums[most:]
+        if rest:
+            keys, size = (sum(row[i] for row in rest) for i in (1, 2))
             shown.append((f"{len(rest):,} more", keys, size))
         out.table(
             (
@@ -174,7 +177,7 @@ def _totals(checkpoint: Checkpoint, out: Output) -> None:
             ],
         )  # fmt: skip
         out.line()
-    ranks = found["ranks"]
+    ranks = rank_totals(checkpoint)
     out.table(
         (Column("by rank"), Column("files", True), Column("records", True), Column("bytes", True)),
         [
@@ -236,7 +239,17 @@ def _document(
         "records": len(checkpoint.length),
         "rank_local": not checkpoint.is_whole,
         "foreign": checkpoint.foreign,
-        "totals": totals(checkpoint),
+        "totals": {
+            "dtypes": [
+                {"dtype": name, "keys": keys, "bytes": size}
+                for name, keys, size in _by_dtype(checkpoint.entries)
+            ],
+            "prefixes": [
+                {"prefix": name, "keys": keys, "bytes": size}
+                for name, keys, size in _by_prefix(checkpoint.entries)
+            ],
+            "ranks": rank_totals(checkpoint),
+        },
         "files": [
             {"name": name, "rank": rank_of(name), "records": records, "record_bytes": size}
             for name, (size, records) in zip(
@@ -276,4 +289,4 @@ def _entry_document(checkpoint: Checkpoint, entry: Entry, detailed: bool) -> dic
     return found
 
 
-__all__ = ["CommandError", "add", "run", "select", "totals"]
+__all__ = ["CommandError", "add", "rank_totals", "run", "select"]

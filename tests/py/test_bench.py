@@ -164,7 +164,14 @@ def run_figures(program, tmp_path, *arguments, environment=None):
                 ),
             ],
         ),
-        ("tracing", ["save, 256 MiB of 4 MiB tensors: CPU", "load, 1 MiB of 1 KiB tensors: wall"]),
+        (
+            "tracing",
+            [
+                "save, 256 MiB of 4 MiB tensors: CPU of the trace's thread",
+                "load, 1 MiB of 1 KiB tensors: CPU of the trace's thread",
+                "- wall with a trace over without",
+            ],
+        ),
         ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "ready to plan, our"]),
         (
             "load_planning",

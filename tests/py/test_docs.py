@@ -312,7 +312,7 @@ def test_only_results_that_are_figures_are_recorded(document, monkeypatch, tmp_p
 
 
 def test_every_program_of_the_page_writes_what_can_be_recorded(document):
-    for name in document.PROGRAMS.keys() - {"bench", "reading_together"}:
+    for name in document.PROGRAMS.keys() - {"bench"}:
         text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
         assert f'publish("{name}"' in text or f'main_of_parts(\n        "{name}"' in text, name
 

@@ -320,6 +320,11 @@ def _row(results: dict[str, dict], program: str, what: str) -> dict:
     raise SystemExit(f"benchmarks/recorded/{program}.json has no row {what!r}")
 
 
+def _measured_on(result: dict) -> str:
+    machine = result["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores"
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument(
@@ -340,14 +345,12 @@ def main() -> int:
     first_picture = shown(results)
     PAGE.write_text(text, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
-    first = next(iter(results.values()))["machine"]
-    note = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}"
-    draw(
-        first_picture, PICTURES / "measured.svg", "", f"wall time where not CPU, log scale; {note}"
-    )
+    on = " or ".join(dict.fromkeys(_measured_on(results[program]) for program, _, _ in SHOWN))
+    draw(first_picture, PICTURES / "measured.svg", "", f"wall time where not CPU, log scale; {on}")
     for name, result in results.items():
         if rows := plotted(result):
-            draw(rows, PICTURES / f"{name}.svg", "", f"benchmarks/{name}.py, log scale; {note}")
+            note = f"benchmarks/{name}.py, log scale; {_measured_on(result)}"
+            draw(rows, PICTURES / f"{name}.svg", "", note)
     print(f"wrote {PAGE} and {PICTURES}")
     return 0
 

@@ -1,8 +1,8 @@
 """The command line's entry: which commands there are, and how errors end.
 
 Exit status: 0 fine; 1 something was found (damage, a difference, nothing there); 2 the command
-could not do what was asked (usage, a missing path); 130 it was interrupted.  Bad input never ends
-in a traceback.
+could not do what was asked (usage, a missing path); 130 it was interrupted; 141 nobody read its
+output to the end.  Bad input never ends in a traceback.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.status)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE  # as of programs that the signal ends: not the result's status
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:

@@ -117,6 +117,13 @@ class Output:
         else:
             _print_rich(self._results, columns, cells)
 
+    def fits(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> bool:
+        """Whether no line of the table is broken: by a terminal, for in pipes nothing is."""
+        if not sys.stdout.isatty():
+            return True
+        widths = _widths(columns, [[printable(cell) for cell in row] for row in rows])
+        return sum(widths) + 2 * (len(widths) - 1) <= shutil.get_terminal_size().columns
+
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """Shown while bytes are gone through; gives ``update(bytes so far)``."""
@@ -156,8 +163,12 @@ def _console(stream: Any) -> Any:
     return Console(file=stream, highlight=False)
 
 
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(c.title), *(len(r[i]) for r in rows)) for i, c in enumerate(columns)]
+
+
 def _print_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(c.title), *(len(r[i]) for r in rows)) for i, c in enumerate(columns)]
+    widths = _widths(columns, rows)
     for row in ([c.title for c in columns], *rows):
         cells = (
             text.rjust(width) if column.right else text.ljust(width)
@@ -172,7 +183,7 @@ def _print_rich(console: Any, columns: Sequence[Column], rows: Sequence[Sequence
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    widths = [max(len(c.title), *(len(r[i]) for r in rows)) for i, c in enumerate(columns)]
+    widths = _widths(columns, rows)
     for i, column in enumerate(columns):
         folds = i == len(columns) - 1 and not column.right
         table.add_column(

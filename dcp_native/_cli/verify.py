@@ -7,7 +7,7 @@ import dataclasses
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="is a checkpoint whole?",
-        description="Checks a checkpoint without loading it, or all that are in a directory: its "
-        "metadata, that every file is there and long enough, that chunks fill their tensors "
+        description="Checks checkpoints, or all that are in a directory, without loading them: "
+        "the metadata, that every file is there and long enough, that chunks fill their tensors "
         "without holes and overlaps, and every byte by its checksum. Exit status 1: something is "
         "wrong.",
     )
-    parser.add_argument("dir", type=Path, help="a checkpoint, or a directory of checkpoints")
+    parser.add_argument(
+        "dir", type=Path, nargs="+", help="a checkpoint, or a directory of checkpoints"
+    )
     parser.add_argument("--quick", action="store_true", help="all but the bytes of the values")
     parser.add_argument(
         "--most", type=positive, default=100, metavar="N", help="list N problems at most (100)"
@@ -54,7 +56,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     configure(allow_unsafe_objects=args.unsafe)
     level: Level = "structure" if args.quick else "full"
-    paths = _checkpoints(args.dir)
+    paths = [path for directory in args.dir for path in _checkpoints(directory)]
     threads = args.threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     results = []
     for path in paths:
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             + (f"{bad} damaged" if bad else "all whole")
         )
     document = [_document(result) for result in results]
-    out.json(document[0] if paths == [args.dir] else document)
+    out.json(document[0] if paths == args.dir and len(paths) == 1 else document)
     return 0 if all(results) else 1
 
 
@@ -135,21 +137,27 @@ def _show(result: VerifyResult, out: Output) -> None:
             + (f"; {what}, {did}" if result.files else ""),
             style="bold red",
         )
-        out.table(
-            (
-                Column("tensor"),
-                Column("file"),
-                Column("at byte", True),
-                Column("kind"),
-                Column("what"),
-            ),
-            [_row(problem) for problem in result.problems],
-        )
+        _list(result.problems, out)
         hidden = result.problems_found - len(result.problems)
         if hidden:
             out.line(f"... and {count_text(hidden, 'more problem')} (--most N lists more)")
     for note in _notes(result):
         out.line(f"  note: {note}")
+
+
+def _list(problems: Sequence[VerifyProblem], out: Output) -> None:
+    """A table, or, where the terminal is too narrow for it, two lines of each."""
+    columns = (
+        Column("tensor"), Column("file"), Column("at byte", True), Column("kind"), Column("what"),
+    )  # fmt: skip
+    rows = [_row(problem) for problem in problems]
+    if out.fits(columns, rows):
+        out.table(columns, rows)
+        return
+    for tensor, file, at, code, what in rows:
+        place = f"{file} at byte {at}" if at else file
+        out.line(f"  {tensor}", style="cyan")
+        out.line(f"    {code}: {place}: {what}")
 
 
 def _row(problem: VerifyProblem) -> tuple[str, ...]:

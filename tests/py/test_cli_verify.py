@@ -74,6 +74,15 @@ def test_a_run_is_checked_checkpoint_by_checkpoint(path):
     assert cli.run("verify", path.parent).status == 0
 
 
+def test_several_checkpoints_are_checked_in_turn(tmp_path):
+    names = [str(cli.save(tmp_path / name, {"w": torch.ones(3)})) for name in ("a", "b")]
+    done = cli.run("verify", *names, tmp_path, "--json")
+    assert [found["path"] for found in done.json] == [*names, *names] and done.status == 0
+    next((tmp_path / "b").glob("*.distcp")).unlink()
+    assert "2 checkpoints: 1 damaged" in cli.run("verify", *names).out
+    assert cli.run("verify", names[0], tmp_path / "nowhere").status == 2
+
+
 def test_lists_are_cut_and_counts_are_not(tmp_path):
     path = cli.save(tmp_path / "c", {f"t{i}": torch.ones(4) for i in range(30)})
     (path / "__0_0.distcp").unlink()

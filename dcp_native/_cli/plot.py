@@ -118,15 +118,17 @@ def _files(pyplot: Any, checkpoint: Checkpoint) -> Any:
 
 
 def _groups(pyplot: Any, checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any]]:
-    """Of each chunk the prefix that it is coloured by, and the colours, the largest first."""
-    sizes: dict[str, int] = {}
-    depth = 1
-    for depth in (1, 2):
-        sizes.clear()
-        for entry in checkpoint.entries:
-            name = _prefix(entry.key, depth)
-            sizes[name] = sizes.get(name, 0) + entry.stored_bytes
-        if len(sizes) > 2:
+    """Of each chunk the prefix that it is coloured by, and the colours, the largest first.
+
+    As many parts of keys as it takes to see three groups of a hundredth at least, up to three.
+    """
+    depth, sizes, seen_most = 1, {}, 0
+    for tried in (1, 2, 3):
+        found = _sizes(checkpoint, tried)
+        seen = sum(100 * size >= sum(found.values()) for size in found.values())
+        if seen > seen_most:
+            depth, sizes, seen_most = tried, found, seen
+        if seen > 2:
             break
     least = sum(sizes.values()) / 2000  # less than that is not to be seen
     largest = sorted((n for n in sizes if sizes[n] >= least), key=lambda name: -sizes[name])
@@ -142,6 +144,15 @@ def _groups(pyplot: Any, checkpoint: Checkpoint) -> tuple[list[str], dict[str, A
     colors = dict(zip(largest, shades, strict=False))
     colors[_OTHER] = "#7f7f7f"
     return groups, colors
+
+
+def _sizes(checkpoint: Checkpoint, depth: int) -> dict[str, int]:
+    """Bytes of the records by prefix."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.entries:
+        name = _prefix(entry.key, depth)
+        sizes[name] = sizes.get(name, 0) + entry.stored_bytes
+    return sizes
 
 
 def _prefix(key: str, depth: int) -> str:

@@ -201,7 +201,7 @@ def _read_images(path: Path, rank: int | None) -> dict[str, bytes]:
     except NotADirectoryError:
         raise CommandError(f"{path} is no directory; a checkpoint is one") from None
     except OSError as error:
-        raise CommandError(f"{path}: {error.strerror or error}") from None
+        raise CommandError(f"{error.filename or path}: {error.strerror or error}") from None
     if images:
         return images
     inside = _checkpoints_inside(path)

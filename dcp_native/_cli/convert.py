@@ -17,7 +17,7 @@ from typing import Any
 
 from .._config import configure
 from .checkpoint import Checkpoint, add_rank, metadata_names
-from .output import CommandError, Output, one_line
+from .output import CommandError, Output, one_line, status_of
 from .units import bytes_text, count_text, positive, seconds_text
 
 KINDS = ("dcp", "torch", "hf")
@@ -145,8 +145,8 @@ def _explained(error: BaseException) -> CommandError:
         return error
     text = one_line(error)
     if "allow_unsafe_objects" in text:
-        text += " (--unsafe allows it, for files that you trust)"
-    return CommandError(text, 1)
+        return CommandError(f"{text} (--unsafe allows it, for files that you trust)", 1)
+    return CommandError(text, status_of(error))
 
 
 # ---- the ways ----
@@ -236,17 +236,32 @@ def _dcp_to_hf(args: argparse.Namespace, out: Output) -> None:
 
 
 def _torch_to_hf(args: argparse.Namespace, out: Output) -> None:
-    from .._torch_file import load_mapped
     from .hugging_face import MappedTensors, export
 
-    state_dict, _ = load_mapped(args.source)
+    state_dict, _ = _load_torch_file(args.source)
     export(MappedTensors(state_dict), args.target, args.files, args.skip_objects, out)
 
 
-def _save_torch_file(path: Path, target: Path, files: int | None) -> None:
+def _load_torch_file(path: Path) -> tuple[Any, tuple[int, int]]:
+    """What it holds, mapped, and the addresses of the mapping."""
+    from .. import _native
     from .._torch_file import load_mapped
 
-    state_dict, mapped = load_mapped(path)
+    try:
+        return load_mapped(path)
+    except (OSError, MemoryError, _native.NativeError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "allow_unsafe_objects" in text:
+            raise
+        raise CommandError(
+            f"{path} is no file of torch.save that can be read ({type(error).__name__}: {text})", 1
+        ) from None
+
+
+def _save_torch_file(path: Path, target: Path, files: int | None) -> None:
+    state_dict, mapped = _load_torch_file(path)
     if not isinstance(state_dict, dict):
         raise CommandError(f"{path} holds a {type(state_dict).__name__}, and no dict to save", 1)
     _save(state_dict, target, files, mapped)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from .._config import PROGRESS, configure
-from .output import CommandError, Output, one_line, printable
+from .output import CommandError, Output, one_line, printable, status_of
 
 COMMANDS = (
     "inspect",
@@ -33,9 +33,6 @@ COMMANDS = (
     "trace",
 )
 """Modules beside this one, each with ``add(subparsers)`` and ``run(args, out) -> status``."""
-
-_DAMAGE = frozenset(("CHECKSUM", "CORRUPT", "HOLE", "MISSING", "NOENT", "STALE"))
-"""What NativeErrors name that is wrong with a checkpoint, and not with the attempt."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,12 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        damaged = getattr(error, "dcp_code", None) in _DAMAGE
-        return _fail(one_line(error), 1 if damaged else 2)
+        return _fail(one_line(error), status_of(error))
     except BaseException as error:  # torch's CheckpointException is no Exception
         if not hasattr(error, "failures"):
             raise
-        return _fail(one_line(error), 2)
+        return _fail(one_line(error), status_of(error))
     finally:
         if collects:
             gc.enable()

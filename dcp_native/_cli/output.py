@@ -56,11 +56,24 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong; of a save or load what failed on the only rank there is."""
+_DAMAGE = frozenset(("CHECKSUM", "CORRUPT", "HOLE", "MISSING", "NOENT", "STALE"))
+"""What NativeErrors name that is wrong with a checkpoint, and not with the attempt."""
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status for an error: 1 of damage, 2 of what could not be done."""
+    return 1 if getattr(_cause(error), "dcp_code", None) in _DAMAGE else 2
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Of a save or load what failed on the only rank there is."""
     failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        error = next(iter(failures.values()))[0]
+    return next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong."""
+    error = _cause(error)
     if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and error.strerror:
         name = os.fsdecode(error.filename)
         return error.strerror if name in error.strerror else f"{name}: {error.strerror}"

@@ -230,6 +230,34 @@ def test_objects_are_never_executed(tmp_path):
     assert not trace.exists() and not (tmp_path / "other").exists()
 
 
+def test_what_is_no_torch_file_is_named_and_nothing_is_left(tmp_path):
+    for name, content in (("empty.pt", b""), ("text.pt", b"hello world text\n")):
+        (tmp_path / name).write_bytes(content)
+        for more in ((), ("--to", "hf")):
+            done = cli.run("convert", tmp_path / name, tmp_path / "made", *more)
+            assert done.status == 1 and f"{name} is no file of torch.save" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.pt", "text.pt"]
+
+
+def test_a_target_that_can_not_be_written_is_no_damage(ours, tmp_path):
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "x.pt", tmp_path / "none" / "x.pt", "/proc/x.pt"):
+        assert cli.run("convert", ours, target).status == 2
+    damaged = tmp_path / "damaged"
+    shutil.copytree(ours, damaged)
+    next(damaged.glob("*.distcp")).unlink()
+    assert cli.run("convert", damaged, tmp_path / "x.pt").status == 1
+
+
+def test_metadata_that_can_not_be_read_is_named(ours, tmp_path):
+    path = tmp_path / "c"
+    shutil.copytree(ours, path)
+    (path / ".metadata").unlink()
+    (path / ".metadata").mkdir()
+    done = cli.run("inspect", path)
+    assert done.status == 2 and "/.metadata: Is a directory" in done.err
+
+
 def test_records_are_looked_for_in_the_checkpoint_alone(tmp_path):
     secret = tmp_path / "secret"
     torch.save("secret", secret)

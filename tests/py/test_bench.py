@@ -167,9 +167,9 @@ def run_figures(program, tmp_path, *arguments, environment=None):
         (
             "tracing",
             [
-                "save, 256 MiB of 4 MiB tensors: CPU of the trace's thread",
-                "load, 1 MiB of 1 KiB tensors: CPU of the trace's thread",
-                "- wall with a trace over without",
+                "save, 256 MiB of 4 MiB tensors: ",
+                "load, 1 MiB of 1 KiB tensors: ",
+                "- CPU of the trace's thread",
             ],
         ),
         ("metadata_file", ["737 chunks, whole file", "stock torch reads it", "ready to plan, our"]),

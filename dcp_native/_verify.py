@@ -22,7 +22,7 @@ from ._progress import Counted
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-__all__ = ["VerifyProblem", "VerifyResult", "local_path", "verify", "verify_alone"]
+__all__ = ["VerifyProblem", "VerifyResult", "bytes_to_read", "local_path", "verify", "verify_alone"]
 
 Level = Literal["complete", "structure", "full"]
 LEVELS: dict[str, int] = {"complete": 0, "structure": 1, "full": 2}
@@ -188,11 +188,11 @@ def verify(
 
 
 def _progress(path: Path, level: Level, rank: int, size: int) -> Counted:
-    total = partial(_bytes_to_read, path, rank, size) if level == "full" else 0
+    total = partial(bytes_to_read, path, rank, size) if level == "full" else 0
     return Counted("verify", total, rank=rank, ranks_count=size)
 
 
-def _bytes_to_read(path: Path, rank: int, size: int) -> int:
+def bytes_to_read(path: Path, rank: int = 0, size: int = 1) -> int:
     """Of the files that are this rank's, or 0: the check says what is wrong with the metadata."""
     from ._cli.checkpoint import Checkpoint
     from ._cli.output import CommandError

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .._config import configure
-from .._verify import Level, VerifyProblem, VerifyResult, verify_alone
-from .checkpoint import Checkpoint, metadata_names
+from .._verify import Level, VerifyProblem, VerifyResult, bytes_to_read, verify_alone
+from .checkpoint import metadata_names
 from .output import Column, CommandError, Output
 from .steps import steps_in
 from .units import bytes_text, count_text, positive, seconds_text
@@ -88,16 +88,9 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _check(path: Path, level: Level, most: int, threads: int, out: Output) -> VerifyResult:
     counters = [array("Q", [0]) for _ in range(threads)]
-    total = _bytes_to_read(path) if level == "full" else 0
+    total = bytes_to_read(path) if level == "full" else 0
     with out.progress(path.name or str(path), total) as update, _watched(counters, update):
         return verify_alone(path, level, most, counters)
-
-
-def _bytes_to_read(path: Path) -> int:
-    try:
-        return sum(Checkpoint(path).length)
-    except CommandError:
-        return 0
 
 
 @contextmanager
